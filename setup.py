@@ -1,0 +1,17 @@
+"""Installs the package from the fields of settings.ini, the one place where they are written."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+settings = ConfigParser(delimiters=["="])
+settings.read("settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown", license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"],
+    python_requires=f">={cfg['min_python']}", packages=find_packages(include=["imaginet_nb*"]),
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+)
