@@ -6,9 +6,9 @@
 __all__ = ['Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'atomic_path', 'Section', 'DataConfig', 'SandboxConfig',
            'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig',
            'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'load_profile', 'rng', 'seed_everything',
-           'pick_device', 'progress', 'file_sha256', 'versions', 'provenance', 'Run']
+           'pick_device', 'progress', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
 
-# %% ../nbs/00_core.ipynb #71f161ed
+# %% ../nbs/00_core.ipynb #d37aa07d
 import contextlib
 import difflib
 import hashlib
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
@@ -246,7 +247,7 @@ def progress(
     "A progress bar that leaves no trace; `TQDM_DISABLE=1` (set for executed notebooks) turns it off."
     return tqdm(iterable, desc=desc, total=total, leave=False, dynamic_ncols=True, mininterval=0.5)
 
-# %% ../nbs/00_core.ipynb #a139d1ef
+# %% ../nbs/00_core.ipynb #ee0f7686
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "opencv-python-headless", "pillow", "umap-learn", "imaginet_nb")
 
 def file_sha256(
@@ -258,6 +259,14 @@ def file_sha256(
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+def fingerprint(
+    *parts: Any, # whatever a result depends on; data frames count with all their rows
+) -> str: # 64 hexadecimal digits
+    "Hash that tells whether two results were made from the same things."
+    text = "\n".join(p.to_csv(index=False) if isinstance(p, pd.DataFrame) else repr(p) for p in parts)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+# %% ../nbs/00_core.ipynb #30ffabb5
 def _git(*arguments: str) -> str | None:
     "Output of a git command in the repository; None where there is no git or no repository."
     try: return subprocess.run(["git", *arguments], cwd=repo_root(), check=True, capture_output=True, text=True).stdout.strip()
@@ -291,7 +300,7 @@ def provenance(
         "inputs": {_relative(path): file_sha256(path) for path in sorted(map(Path, inputs))},
         "settings": profile.model_dump(), **extra}
 
-# %% ../nbs/00_core.ipynb #1c27e442
+# %% ../nbs/00_core.ipynb #05259e89
 class Run:
     "One execution of one pipeline notebook: its profile, its folders, its captions and its provenance."
     def __init__(self,
@@ -303,8 +312,9 @@ class Run:
         self.report = repo_root()/"reports"/self.profile.name
         self.tables, self.figures, self.checkpoints, self.predictions = (
             self.report/name for name in ("tables", "figures", "checkpoints", "predictions"))
+        self.manifests = self.report/"manifests"
         self.data = repo_root()/self.profile.data.root
-        for folder in (self.tables, self.figures, self.checkpoints, self.predictions): folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.tables, self.figures, self.checkpoints, self.predictions, self.manifests): folder.mkdir(parents=True, exist_ok=True)
         seed_everything(self.profile.seed)
 
     def caption(self,

@@ -1,0 +1,48 @@
+# `make reproduce` and `make test` need nothing but Python, make and git; `make help` lists the rest.
+PYTHON  ?= python3
+PROFILE ?= demo
+BIN     := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DELETE_ON_ERROR:
+.PHONY: help setup reproduce test lab prepare check-notebooks clean-reports
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/complete ## environment in .venv from requirements.lock, editable install, Jupyter kernel
+
+.venv/complete: requirements.lock settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "Setting up .venv: some minutes and about 7 GB, most of it torch"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb
+	@touch $@
+
+reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE=demo] [FORCE=1]
+	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(FORCE),--force)
+
+test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest tests
+
+# the same content before and after: what is committed is what the notebooks say
+check-notebooks: setup
+	@before=$$(git status --porcelain; git diff | git hash-object --stdin); $(BIN)/nbdev_clean; $(BIN)/nbdev_export; \
+	after=$$(git status --porcelain; git diff | git hash-object --stdin); \
+	[ "$$before" = "$$after" ] || { echo "nbdev_clean or nbdev_export changed files; commit them:"; git status --porcelain; exit 1; }
+
+prepare: setup ## after editing notebooks: clean, export, render README.md
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python -c 'from imaginet_nb.reporting import write_readme; write_readme()'
+
+lab: setup ## JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+clean-reports: ## remove what `make reproduce` wrote for PROFILE; data and environment stay
+	rm -rf reports/$(PROFILE) .snakemake

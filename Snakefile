@@ -1,0 +1,169 @@
+# Which notebook reads and writes what. `make reproduce` runs it; by hand:
+#   snakemake --cores all --config profile=demo --rerun-incomplete --nolock
+#
+# A notebook runs again when a file that it reads is newer, when a section of the profile that it uses has
+# changed, or when its own text or that of a library module that it imports has changed (compared by content,
+# so exporting or cleaning notebooks does not count). A changed colour reruns no model.
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+import yaml
+
+NAME = config.get("profile", "demo")                    # a name in profiles/ or a path to a YAML file
+FILE = Path(NAME if str(NAME).endswith((".yaml", ".yml")) else f"profiles/{NAME}.yaml")
+SETTINGS = yaml.safe_load(FILE.read_text())
+REPORT = f"reports/{SETTINGS['name']}"
+
+
+def modules_of(source):
+    "Library modules that a piece of Python imports."
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    return {n.module.split(".")[1] for n in nodes if (n.module or "").startswith("imaginet_nb.")}
+
+
+def code_of(notebook):
+    "Hash of a pipeline notebook and of every library module that it imports, directly or not."
+    cells = json.loads(Path(f"nbs/pipelines/{notebook}.ipynb").read_text())["cells"]
+    text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    todo, seen = modules_of(text), {}
+    while todo:
+        module = todo.pop()
+        seen[module] = Path(f"imaginet_nb/{module}.py").read_text()
+        todo |= modules_of(seen[module]) - seen.keys()
+    return hashlib.sha256("\n".join([text, *(seen[m] for m in sorted(seen))]).encode()).hexdigest()
+
+
+def settings(*sections):
+    "The part of the profile that a notebook uses, as text."
+    return json.dumps({key: SETTINGS[key] for key in ("name", "seed", "device", *sections)}, sort_keys=True)
+
+
+def tables(*names): return [f"{REPORT}/tables/{name}.csv" for name in names]
+def figures(*names): return [f"{REPORT}/figures/{name}.png" for name in names]
+
+
+RUN = f"imaginet notebook {{rule}} --profile {FILE}"
+NOTEBOOK = f"{REPORT}/notebooks/{{}}.ipynb"
+MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
+
+
+rule all:
+    input: f"{REPORT}/index.html"
+
+
+rule p10_dataset:
+    output:
+        NOTEBOOK.format("p10_dataset"), expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"]),
+        tables("dataset_features", "dataset_structure"),
+    params: settings=settings("data", "sandbox"), code=code_of("p10_dataset")
+    threads: workflow.cores
+    shell: RUN
+
+
+rule p20_testset:
+    input: MANIFESTS + "/test.csv"
+    output: NOTEBOOK.format("p20_testset"), MANIFESTS + "/perturbed.csv"
+    params: settings=settings("data"), code=code_of("p20_testset")
+    shell: RUN
+
+
+rule p30_pretrain:
+    input: MANIFESTS + "/train.csv"
+    output: NOTEBOOK.format("p30_pretrain"), CHECKPOINTS + "/pretrain.safetensors"
+    params: settings=settings("data", "model", "pretrain"), code=code_of("p30_pretrain")
+    threads: workflow.cores
+    shell: RUN
+
+
+rule p40_calibrate:
+    input: MANIFESTS + "/calibration.csv", CHECKPOINTS + "/pretrain.safetensors"
+    output: NOTEBOOK.format("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
+    params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
+    threads: workflow.cores
+    shell: RUN
+
+
+rule p45_baseline:
+    input: MANIFESTS + "/train.csv", MANIFESTS + "/calibration.csv"
+    output: NOTEBOOK.format("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
+    params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
+    threads: workflow.cores
+    shell: RUN
+
+
+rule p47_predict:
+    input:
+        CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
+        expand(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]),
+    output:
+        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy",
+        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "calibration", "robustness", "features"]),
+    params: settings=settings("data", "evaluation", "embedding", "robustness"), code=code_of("p47_predict")
+    threads: workflow.cores
+    shell: RUN
+
+
+rule p50_detection:
+    input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/calibration.csv"
+    output:
+        NOTEBOOK.format("p50_detection"), figures("detection_by_family"),
+        tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration"),
+    params: settings=settings("evaluation"), code=code_of("p50_detection")
+    shell: RUN
+
+
+rule p51_external:
+    output: NOTEBOOK.format("p51_external"), tables("practical", "corvi")
+    params: settings=settings(), code=code_of("p51_external")
+    shell: RUN
+
+
+rule p52_identification:
+    input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/clean.csv"
+    output: NOTEBOOK.format("p52_identification"), tables("identification"), figures("identification_confusion")
+    params: settings=settings("evaluation"), code=code_of("p52_identification")
+    shell: RUN
+
+
+rule p60_embeddings:
+    input: PREDICTIONS + "/features.npy", PREDICTIONS + "/features.csv"
+    output:
+        NOTEBOOK.format("p60_embeddings"), tables("embedding_quality", "umap_points", "relational_autoencoder_points"),
+        figures("umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family"),
+    params: settings=settings("embedding"), code=code_of("p60_embeddings")
+    shell: RUN
+
+
+rule p61_content_ablation:
+    input: MANIFESTS + "/train.csv", MANIFESTS + "/test.csv"
+    output: NOTEBOOK.format("p61_content_ablation"), tables("content_ablation"), figures("content_ablation")
+    params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p61_content_ablation")
+    threads: workflow.cores
+    shell: RUN
+
+
+rule p62_robustness:
+    input: PREDICTIONS + "/robustness.csv", PREDICTIONS + "/calibration.csv"
+    output:
+        NOTEBOOK.format("p62_robustness"), tables("robustness_jpeg", "robustness_resize"),
+        figures("robustness_jpeg", "robustness_resize"),
+    params: settings=settings("evaluation", "robustness"), code=code_of("p62_robustness")
+    shell: RUN
+
+
+rule p63_speed:
+    output: NOTEBOOK.format("p63_speed"), tables("inference_time")
+    params: settings=settings("speed"), code=code_of("p63_speed")
+    threads: workflow.cores # other work beside it would spoil the times
+    shell: RUN
+
+
+rule p90_summary:
+    input:
+        rules.p10_dataset.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
+        rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,
+    output: NOTEBOOK.format("p90_summary"), f"{REPORT}/index.html", f"{REPORT}/README.md", tables("published_vs_reproduced")
+    params: settings=settings(), code=code_of("p90_summary")
+    shell: RUN
