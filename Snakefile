@@ -19,8 +19,8 @@ REPORT = f"reports/{SETTINGS['name']}"
 
 def modules_of(source):
     "Library modules that a piece of Python imports."
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
-    return {n.module.split(".")[1] for n in nodes if (n.module or "").startswith("imaginet_nb.")}
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module]
+    return {n.module.split(".")[-1] for n in nodes if n.level == 1 or n.module.startswith("imaginet_nb.")}
 
 
 def code_of(notebook):
@@ -53,12 +53,17 @@ rule all:
     input: f"{REPORT}/index.html"
 
 
-rule p10_dataset:
-    output:
-        NOTEBOOK.format("p10_dataset"), expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"]),
-        tables("dataset_features", "dataset_structure"),
-    params: settings=settings("data", "sandbox"), code=code_of("p10_dataset")
+rule p05_data:
+    output: NOTEBOOK.format("p05_data"), expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"])
+    params: settings=settings("data", "sandbox"), code=code_of("p05_data")
     threads: workflow.cores
+    shell: RUN
+
+
+rule p10_dataset:
+    input: rules.p05_data.output
+    output: NOTEBOOK.format("p10_dataset"), tables("dataset_features", "dataset_structure")
+    params: settings=settings("data"), code=code_of("p10_dataset")
     shell: RUN
 
 
@@ -93,6 +98,14 @@ rule p45_baseline:
     shell: RUN
 
 
+rule p46_ablation:
+    input: MANIFESTS + "/train.csv", MANIFESTS + "/test.csv"
+    output: NOTEBOOK.format("p46_ablation"), PREDICTIONS + "/ablation.csv"
+    params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p46_ablation")
+    threads: workflow.cores
+    shell: RUN
+
+
 rule p47_predict:
     input:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
@@ -109,14 +122,8 @@ rule p50_detection:
     input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/calibration.csv"
     output:
         NOTEBOOK.format("p50_detection"), figures("detection_by_family"),
-        tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration"),
+        tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "practical", "corvi"),
     params: settings=settings("evaluation"), code=code_of("p50_detection")
-    shell: RUN
-
-
-rule p51_external:
-    output: NOTEBOOK.format("p51_external"), tables("practical", "corvi")
-    params: settings=settings(), code=code_of("p51_external")
     shell: RUN
 
 
@@ -137,10 +144,9 @@ rule p60_embeddings:
 
 
 rule p61_content_ablation:
-    input: MANIFESTS + "/train.csv", MANIFESTS + "/test.csv"
+    input: PREDICTIONS + "/ablation.csv"
     output: NOTEBOOK.format("p61_content_ablation"), tables("content_ablation"), figures("content_ablation")
-    params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p61_content_ablation")
-    threads: workflow.cores
+    params: settings=settings("evaluation"), code=code_of("p61_content_ablation")
     shell: RUN
 
 
@@ -162,7 +168,7 @@ rule p63_speed:
 
 rule p90_summary:
     input:
-        rules.p10_dataset.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
+        rules.p10_dataset.output, rules.p50_detection.output, rules.p52_identification.output,
         rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,
     output: NOTEBOOK.format("p90_summary"), f"{REPORT}/index.html", f"{REPORT}/README.md", tables("published_vs_reproduced")
     params: settings=settings(), code=code_of("p90_summary")

@@ -8,7 +8,7 @@ __all__ = ['Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'atomic_path', 'Se
            'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'load_profile', 'rng', 'seed_everything',
            'pick_device', 'progress', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
 
-# %% ../nbs/00_core.ipynb #d37aa07d
+# %% ../nbs/00_core.ipynb #11734cce
 import contextlib
 import difflib
 import hashlib
@@ -21,14 +21,15 @@ import zlib
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING: import torch # takes seconds to import, which the command line and the notebook runner do without
 
 # %% ../nbs/00_core.ipynb #63ec69cd
 def repo_root() -> Path:
@@ -220,22 +221,24 @@ def rng(
     "A `numpy` generator that depends on `seed` and `keys` alone."
     return np.random.default_rng([seed, *(zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys)])
 
-# %% ../nbs/00_core.ipynb #d662083d
+# %% ../nbs/00_core.ipynb #2389ed14
 def seed_everything(
     seed: int,
 ) -> None:
     "Seed python, numpy and torch, and ask torch for deterministic kernels."
+    import torch
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # cuBLAS asks for this before it is deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# %% ../nbs/00_core.ipynb #57cb1612
+# %% ../nbs/00_core.ipynb #1a1d3d0a
 def pick_device(
     name: str = "auto", # auto, cpu, cuda, cuda:1, mps
-) -> torch.device:
+) -> "torch.device":
     "The device of that name; `auto` takes a GPU if there is one."
+    import torch
     if name != "auto": return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -276,7 +279,7 @@ def _relative(path: str | Path) -> str:
     "Path relative to the repository, so that records do not depend on where it lies."
     return Path(os.path.relpath(Path(path).resolve(), repo_root().resolve())).as_posix()
 
-# %% ../nbs/00_core.ipynb #107861b6
+# %% ../nbs/00_core.ipynb #8ed48076
 def versions() -> dict[str, str]:
     "Versions of python and of the packages that can change a number."
     found = {"python": platform.python_version()}
@@ -287,11 +290,12 @@ def versions() -> dict[str, str]:
 def provenance(
     stage: str, # name of the notebook or command
     profile: Profile,
-    device: str | torch.device = "cpu",
+    device: "str | torch.device" = "cpu",
     inputs: Iterable[str | Path] = (), # files that the result was computed from
     **extra: Any, # further facts, such as the number of images
 ) -> dict[str, Any]: # ready for JSON; paths relative to the repository, no times
     "What a result was made from: code, settings, data, machine."
+    import torch
     status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
     return {
         "stage": stage, "profile": profile.name, "seed": profile.seed, "device": str(device),
@@ -300,7 +304,7 @@ def provenance(
         "inputs": {_relative(path): file_sha256(path) for path in sorted(map(Path, inputs))},
         "settings": profile.model_dump(), **extra}
 
-# %% ../nbs/00_core.ipynb #05259e89
+# %% ../nbs/00_core.ipynb #fb385158
 class Run:
     "One execution of one pipeline notebook: its profile, its folders, its captions and its provenance."
     def __init__(self,
@@ -310,11 +314,10 @@ class Run:
         self.stage, self.profile = stage, load_profile(profile)
         self.device = pick_device(self.profile.device)
         self.report = repo_root()/"reports"/self.profile.name
-        self.tables, self.figures, self.checkpoints, self.predictions = (
-            self.report/name for name in ("tables", "figures", "checkpoints", "predictions"))
-        self.manifests = self.report/"manifests"
+        folders = [self.report/name for name in ("manifests", "checkpoints", "predictions", "tables", "figures")]
+        self.manifests, self.checkpoints, self.predictions, self.tables, self.figures = folders
         self.data = repo_root()/self.profile.data.root
-        for folder in (self.tables, self.figures, self.checkpoints, self.predictions, self.manifests): folder.mkdir(parents=True, exist_ok=True)
+        for folder in folders: folder.mkdir(parents=True, exist_ok=True)
         seed_everything(self.profile.seed)
 
     def caption(self,
