@@ -123,13 +123,13 @@ class _Listing:
         rows = np.flatnonzero(np.asarray(bad, dtype=bool))
         if len(rows): raise self.error(int(rows[0]), f"{why} {list(values)[rows[0]]!r}", remedy, len(rows) - 1)
 
-# %% ../nbs/10_annotations.ipynb #c3f8946e
+# %% ../nbs/10_annotations.ipynb #0b90ee5a
 _PATH_FAULTS = ( # pattern of a bad path, what is wrong, what to do
     (r"^\s*$", "empty path", "name the image or delete the line"),
     (r"[\x00-\x1f\x7f]", "control character in path", "rename the file"),
     (r"^(?:/|\\\\|[A-Za-z]:[\\/])", "absolute path", "make it relative to the image folder, which is given separately"),
     (r"\\", "backslash in path", "write / between folders"),
-    (r"(?:^|/)\.\.(?:/|$)", "path leaves the image folder", "remove the .. from"),
+    (r"(?:^|/)\.\.(?:/|$)", "path leaves the image folder", "give a path inside of it"),
     (r"(?:^|/)\.?(?:/|$)", "path is not in its shortest form", "remove the empty or . folders"),
 )
 

@@ -8,7 +8,7 @@ __all__ = ['Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'atomic_path', 'Se
            'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'load_profile', 'rng', 'seed_everything',
            'pick_device', 'progress', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
 
-# %% ../nbs/00_core.ipynb #11734cce
+# %% ../nbs/00_core.ipynb #9e2ea9ef
 import contextlib
 import difflib
 import hashlib
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 if TYPE_CHECKING: import torch # takes seconds to import, which the command line and the notebook runner do without
 
