@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'VERSION', 'Model', 'CheckpointError', 'save_checkpoint', 'read_header', 'load_checkpoint',
            'convert_authors_checkpoint', 'load_detector']
 
-# %% ../nbs/31_checkpoints.ipynb #da96d543
+# %% ../nbs/31_checkpoints.ipynb #ee6bd5e4
 import argparse
 import hashlib
 import json
@@ -24,15 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .annotations import FAMILIES
-from .core import atomic_path, file_sha256, pick_device
+from .core import _git, atomic_path, file_sha256, pick_device
 from .models import IMAGENET_MEAN, IMAGENET_STD, Backbone, HeadKind, ImagiNetClassifier, SelfConNet
 
-# %% ../nbs/31_checkpoints.ipynb #dd594757
+# %% ../nbs/31_checkpoints.ipynb #a626e487
 FORMAT, VERSION = "imaginet_nb checkpoint", 1
 Model = SelfConNet | ImagiNetClassifier
 _INPUT = {"channels": "RGB", "range": [0, 1], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} # uint8 is divided by 255
 _CLASSES = {"detection": ["real", "synthetic"], "identification": list(FAMILIES)}
-_PROVENANCE = ("profile", "data_sha256", "git_commit")
 
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used; the message names the file and the remedy."
@@ -74,16 +73,18 @@ def _digest(
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
-# %% ../nbs/31_checkpoints.ipynb #0ad9904e
+# %% ../nbs/31_checkpoints.ipynb #a611da85
 def save_checkpoint(
     model: Model,
     path: str | Path, # ends in .safetensors by convention; replaced if it exists
-    header: Mapping[str, Any] | None = None, # where the weights come from: profile, data_sha256, git_commit, ...
+    header: Mapping[str, Any] | None = None, # where the weights come from: profile, data_hash, git_commit, ...
     **more: Any, # the same, as keywords
 ) -> dict[str, Any]: # the header as written
     "Write weights and header to one safetensors file."
-    own, facts = _describe(model), dict.fromkeys(_PROVENANCE) | dict(header or {}) | more
-    if clash := sorted(own.keys() & facts.keys()): raise CheckpointError(f"{path}: header keys {clash} are written from the model; leave them out")
+    origin = {"profile": None, "data_hash": None, "git_commit": _git("rev-parse", "HEAD")}
+    own, facts = _describe(model), origin | dict(header or {}) | more
+    if clash := sorted(own.keys() & facts.keys()):
+        raise CheckpointError(f"{path}: header keys {clash} are written from the model; leave them out")
     try: written = json.loads(json.dumps(own | facts))
     except TypeError as error: raise CheckpointError(f"{path}: the header must be plain JSON: {error}") from None
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -101,7 +102,7 @@ def _metadata(path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy it anew, or, if it is the authors' .pth file, "
                               "convert it with `imaginet checkpoint convert`") from None
 
-# %% ../nbs/31_checkpoints.ipynb #e625688a
+# %% ../nbs/31_checkpoints.ipynb #7adcdee5
 def read_header(
     path: str | Path,
 ) -> dict[str, Any]: # see the table above
@@ -113,7 +114,8 @@ def read_header(
         raise CheckpointError(f"{path}: a safetensors file without a header of this project, so its architecture is unknown; "
                               "write it with `checkpoints.save_checkpoint`")
     if header.get("version") != VERSION:
-        raise CheckpointError(f"{path}: header version {header.get('version')!r}, this code reads {VERSION}; use the release that wrote the file")
+        raise CheckpointError(f"{path}: header version {header.get('version')!r}, this code reads {VERSION}; "
+                              "use the release that wrote the file")
     return header
 
 # %% ../nbs/31_checkpoints.ipynb #56c3cc2a
@@ -144,7 +146,7 @@ def _fill(
     if found: raise CheckpointError(f"{path}: weights do not fit the network: {', '.join(found)}; {remedy}")
     model.load_state_dict(dict(tensors))
 
-# %% ../nbs/31_checkpoints.ipynb #0caa5af5
+# %% ../nbs/31_checkpoints.ipynb #b632fd4e
 def load_checkpoint(
     path: str | Path,
     **expected: Any, # header keys and the values they must have
@@ -158,7 +160,8 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: made for other pixels ({header.get('input')}); this code feeds {_INPUT}")
     try: model = _build(header)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header describes no network that this code can build ({error!r}); use the release that wrote it") from None
+        raise CheckpointError(f"{path}: the header describes no network that this code can build ({error!r}); "
+                              "use the release that wrote the file") from None
     _fill(model, tensors, path, "the header does not belong to these weights; use the original file")
     return model.eval(), header
 
@@ -173,7 +176,7 @@ def _rename(
         if name.startswith(theirs): return (ours + name[len(theirs):]).replace(".shortcut.", ".downsample.")
     return name
 
-# %% ../nbs/31_checkpoints.ipynb #6f8f4d6d
+# %% ../nbs/31_checkpoints.ipynb #254d20de
 _reconstruct = np.empty(0).__reduce__()[0] # numpy's own function that rebuilds an array
 _ALLOWED: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, type(np.dtype(np.uint32)),
     (_reconstruct, "numpy.core.multiarray._reconstruct"), (_reconstruct, "numpy._core.multiarray._reconstruct")]
@@ -188,14 +191,15 @@ def _read_pickle(
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"refers to {name[1]}" if name else "is not a file of plain weights"
-        raise CheckpointError(f"{path}: refused, it {what}; only tensors, options and random states may be in it. Nothing was run.") from None
+        raise CheckpointError(f"{path}: refused, it {what}; only tensors, options and random states may be in it. "
+                              "Nothing was run.") from None
     except Exception as error: # a damaged file makes torch raise almost anything
         raise CheckpointError(f"{path}: damaged or not a file of torch ({type(error).__name__}); download it anew") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path}: no entry 'model' with weights, so not a checkpoint of the ImagiNet authors")
     return content
 
-# %% ../nbs/31_checkpoints.ipynb #26cf58d3
+# %% ../nbs/31_checkpoints.ipynb #54ea1d80
 _FORMS: dict[frozenset[str], HeadKind] = {frozenset("014"): "batchnorm", frozenset("13"): "l2"}
 
 def _recognise_head(
@@ -208,7 +212,7 @@ def _recognise_head(
     track = "detection" if logits == [1] else "identification" if logits == [len(FAMILIES)] else None
     if form is None or track is None:
         raise CheckpointError(f"{path}: unknown classifier (layers {sorted({n.split('.')[0] for n in state})}, logits {logits}); "
-                              "known are the heads with 1 or 4 logits of sections 2.4 and 5.2 of the fact sheet")
+                              "known are the current head (layers 0, 1, 4) and the older one (1, 3), with 1 or 4 logits")
     return track, form
 
 # %% ../nbs/31_checkpoints.ipynb #66bab7e9

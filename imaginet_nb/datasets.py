@@ -93,7 +93,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         rows = np.resize(rows, len(self)*self.world_size)[self.rank::self.world_size]
         return iter([(data.epoch, int(row)) for row in rows])
 
-# %% ../nbs/22_datasets.ipynb #5e643363
+# %% ../nbs/22_datasets.ipynb #d2c2c3b0
 def default_workers(
     images: int, # size of the data set
 ) -> int: # worker processes
@@ -101,6 +101,7 @@ def default_workers(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if images < 500 else min(cores - 1, 4)
 
+# %% ../nbs/22_datasets.ipynb #d0a77742
 def _start_worker(worker: int) -> None:
     "One thread for each worker; torch's own threads are limited by the loader already."
     cv2.setNumThreads(0)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .core import atomic_path
 
-# %% ../nbs/20_images.ipynb #34a44556
+# %% ../nbs/20_images.ipynb #181f106d
 Image.init()
 FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 class ImageError(ValueError):
     "An image that cannot be read or written; the message names the file and what is wrong with it."
 
+# %% ../nbs/20_images.ipynb #dafb0220
 def is_image_path(
     path: str | Path, # only its suffix is looked at
 ) -> bool:
@@ -88,7 +89,7 @@ def _read(
     with _silent_libtiff() if picture.format == "TIFF" else contextlib.nullcontext(): picture.load()
     return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
 
-# %% ../nbs/20_images.ipynb #bbc5883f
+# %% ../nbs/20_images.ipynb #788c3c68
 def _explain(
     error: Exception, # what Pillow or the system raised
 ) -> str: # words for a person
@@ -98,6 +99,7 @@ def _explain(
     if isinstance(error, OSError) and error.strerror: return error.strerror
     return f"damaged image: {error}" if str(error) else f"damaged image: {type(error).__name__}"
 
+# %% ../nbs/20_images.ipynb #3c65eb49
 def decode(
     source: str | Path | bytes, # a file, or the content of one
     max_pixels: int = 100_000_000, # larger images are refused (Pillow itself stops at 178,956,970)
@@ -132,7 +134,7 @@ def _writer_options(
     if quality is not None and not 1 <= quality <= 100: raise ImageError(f"quality must lie in 1..100, got {quality}")
     return {"quality": 90 if quality is None else quality}
 
-# %% ../nbs/20_images.ipynb #479dfe99
+# %% ../nbs/20_images.ipynb #654619f4
 def encode(
     image: np.ndarray, # `(H, W, 3)` uint8 RGB
     format: str, # png, jpeg, jpg or webp
@@ -146,6 +148,7 @@ def encode(
     except (OSError, ValueError) as error: raise ImageError(f"cannot write {image.shape} as {format}: {error}") from error
     return buffer.getvalue()
 
+# %% ../nbs/20_images.ipynb #c3d46c82
 def save(
     image: np.ndarray, # `(H, W, 3)` uint8 RGB
     path: str | Path, # the suffix names the format; folders are made

@@ -18,10 +18,11 @@ import numpy as np
 
 from .images import check_image
 
-# %% ../nbs/21_transforms.ipynb #fdd41ebd
+# %% ../nbs/21_transforms.ipynb #42be2138
 Probabilities = Literal["code", "paper"]
 CORRUPTIONS = ("jpeg", "webp", "blur", "noise")
 
+# %% ../nbs/21_transforms.ipynb #39e4f7e3
 @dataclass(frozen=True)
 class Odds:
     "How often each thing is drawn."
@@ -31,6 +32,7 @@ class Odds:
     turns: tuple[int, ...]         # quarter turns to the left, equally likely
     flips: tuple[str, ...]         # equally likely
 
+# %% ../nbs/21_transforms.ipynb #a6d0a683
 ODDS = {
     "code": Odds((1/6, 1/6, 1/3, 1/3), 0.3/1.3, 0.7, (0, 1, 2, 3), ("vertical", "horizontal", "both")),
     "paper": Odds((1/4, 1/4, 1/4, 1/4), 0.3, 1.0, (1, 3), ("vertical", "horizontal"))}
@@ -54,7 +56,7 @@ def pad_to(
     if not down and not right: return image
     return cv2.copyMakeBorder(image, down//2, down - down//2, right//2, right - right//2, cv2.BORDER_REFLECT_101)
 
-# %% ../nbs/21_transforms.ipynb #df6dd974
+# %% ../nbs/21_transforms.ipynb #faec7da6
 def center_crop(
     image: np.ndarray, # `(H, W, 3)` uint8
     size: int, # side, pixels
@@ -64,6 +66,7 @@ def center_crop(
     top, left = (image.shape[0] - size)//2, (image.shape[1] - size)//2
     return image[top:top + size, left:left + size]
 
+# %% ../nbs/21_transforms.ipynb #4037267e
 def random_crop(
     image: np.ndarray, # `(H, W, 3)` uint8
     size: int, # side, pixels
@@ -74,7 +77,7 @@ def random_crop(
     top, left = rng.integers(image.shape[0] - size + 1), rng.integers(image.shape[1] - size + 1)
     return image[top:top + size, left:left + size]
 
-# %% ../nbs/21_transforms.ipynb #8dc472bd
+# %% ../nbs/21_transforms.ipynb #416c225e
 def resized_crop_box(
     height: int, # of the image
     width: int, # of the image
@@ -91,6 +94,7 @@ def resized_crop_box(
     h, w = min(height, round(width/ratio[0])), min(width, round(height*ratio[1]))
     return (height - h)//2, (width - w)//2, h, w
 
+# %% ../nbs/21_transforms.ipynb #f8dc7d8c
 def random_resized_crop(
     image: np.ndarray, # `(H, W, 3)` uint8
     size: int, # side of the result, pixels
@@ -129,7 +133,7 @@ def random_compression(
     kind = ("jpeg", "webp")[rng.integers(2)]
     return compress(image, kind, int(rng.integers(lowest, highest + 1)))
 
-# %% ../nbs/21_transforms.ipynb #0d84606b
+# %% ../nbs/21_transforms.ipynb #e2a20556
 BLUR_KERNELS, BLUR_SHARES = (3, 5, 7), (0.2, 0.4, 0.4)
 
 def gaussian_blur(
@@ -141,6 +145,7 @@ def gaussian_blur(
     sigma = 0.3*((kernel - 1)/2 - 1) + 0.8
     return cv2.GaussianBlur(check_image(image), (int(kernel), int(kernel)), sigma, borderType=cv2.BORDER_REFLECT_101)
 
+# %% ../nbs/21_transforms.ipynb #529b7a1b
 def gaussian_noise(
     image: np.ndarray, # `(H, W, 3)` uint8
     variance: float, # on the 0-255 scale
@@ -176,12 +181,13 @@ def rotate_flip(
     if rng.random() < 0.33: image = cv2.flip(image, _FLIPS[table.flips[rng.integers(len(table.flips))]])
     return image
 
-# %% ../nbs/21_transforms.ipynb #5850eb6b
+# %% ../nbs/21_transforms.ipynb #92f44f30
 def _check_settings(size: int, probabilities: Probabilities = "code") -> None:
     "Refuse settings when a transform is made, not at its first image."
     if size < 1: raise ValueError(f"size must be positive, got {size}")
     odds(probabilities)
 
+# %% ../nbs/21_transforms.ipynb #9d9d21aa
 @dataclass(frozen=True)
 class Stage1:
     "Augmentation of the contrastive stage: crop, damage, turn."
@@ -247,10 +253,11 @@ class Perturb:
         image = cv2.resize(random_crop(image, side, rng), (self.size, self.size), interpolation=cv2.INTER_LANCZOS4)
         return random_compression(image, rng, 60, 100) if rng.random() < 0.75 else image
 
-# %% ../nbs/21_transforms.ipynb #c9b2235c
+# %% ../nbs/21_transforms.ipynb #d964a6a1
 JPEG_QUALITIES = range(40, 101, 5)
 RESIZE_STEPS = range(12, 1, -1)
 
+# %% ../nbs/21_transforms.ipynb #56383f20
 @dataclass(frozen=True)
 class CenterCrop:
     "The middle of the image, mirrored where the image is smaller."
@@ -264,6 +271,7 @@ class CenterCrop:
     ) -> np.ndarray: # `(size, size, 3)`
         return center_crop(image, self.size)
 
+# %% ../nbs/21_transforms.ipynb #562dfc98
 @dataclass(frozen=True)
 class JpegAt:
     "Centre crop, then JPEG at one quality."

@@ -1,0 +1,137 @@
+"""The smoke pipeline, end to end: what it writes, what it does again, what a kill leaves behind."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from imaginet_nb.core import repo_root
+
+ROOT = repo_root()
+TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
+          "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize", "published_vs_reproduced"]
+FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
+           "content_ablation", "robustness_jpeg", "robustness_resize"]
+DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def imaginet(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(["imaginet", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **options)
+
+
+def planned(profile: Path | str) -> set[str]:
+    "Notebooks that a run would execute."
+    result = imaginet("reproduce", "--profile", profile, "--dry-run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return set(re.findall(r"^(?:local)?rule (p\w+):", result.stdout + result.stderr, flags=re.M))
+
+
+def edited(tmp_path: Path, old: str, new: str, name: str = "smoke") -> Path:
+    "Copy of the smoke profile with one edit."
+    text = (ROOT/"profiles"/"smoke.yaml").read_text()
+    assert old in text
+    path = tmp_path/f"{name}.yaml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report() -> Path:
+    result = imaginet("reproduce", "--profile", "smoke", "--force")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return ROOT/"reports"/"smoke"
+
+
+def test_every_table_has_all_its_forms(report):
+    for name in TABLES:
+        for suffix in (".csv", ".md", ".tex", ".provenance.json"): assert (report/"tables"/f"{name}{suffix}").stat().st_size > 0
+        assert len(pd.read_csv(report/"tables"/f"{name}.csv")) > 0, name
+        assert json.loads((report/"tables"/f"{name}.provenance.json").read_text())["profile"] == "smoke"
+
+
+def test_every_figure_has_all_its_forms(report):
+    for name in FIGURES:
+        for suffix in (".png", ".pdf", ".provenance.json"): assert (report/"figures"/f"{name}{suffix}").stat().st_size > 0
+
+
+def test_detection_tables_have_the_promised_columns_and_rows(report):
+    for name in ("detection_by_family", "detection_by_content", "detection_by_generator"):
+        table = pd.read_csv(report/"tables"/f"{name}.csv")
+        assert list(table.columns) == DETECTION_COLUMNS
+        run = table[table["detector"].isin(["SelfCon (ours)", "Cross-entropy (baseline)"])]
+        assert set(run["detector"]) == {"SelfCon (ours)", "Cross-entropy (baseline)"} and "Mean" in set(run["group"])
+        assert run[["acc", "acc_low", "acc_high", "auc"]].notna().all(axis=None)
+        assert (run["acc_low"] <= run["acc"]).all() and (run["acc"] <= run["acc_high"]).all()
+        peers = table[~table["detector"].isin(run["detector"])]
+        assert {"Grag2021", "Corvi2022", "Wu2023"} <= set(peers["detector"]) and peers["acc"].isna().all()
+        assert peers["note"].str.contains("not run").all()
+
+
+def test_identification_has_both_settings(report):
+    assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean"}
+
+
+def test_sandbox_numbers_never_stand_under_the_papers(report):
+    ledger = pd.read_csv(report/"tables"/"published_vs_reproduced.csv")
+    assert ledger["reproduced"].isna().all() and ledger["status"].str.contains("not run").all()
+    assert len(ledger) > 200
+
+
+def test_pages_are_there(report):
+    assert {p.stem for p in (report/"notebooks").glob("*.html")} == {p.stem for p in (ROOT/"nbs"/"pipelines").glob("p*.ipynb")}
+    assert "stand-in" in (report/"index.html").read_text()
+
+
+def test_a_second_run_does_nothing(report):
+    assert planned("smoke") == set()
+
+
+@pytest.mark.parametrize("old, new, expected", [
+    ("neighbors: 8", "neighbors: 9", {"p60_embeddings", "p90_summary"}),
+    ("repeats: 2", "repeats: 3", {"p63_speed", "p90_summary"}),
+    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p50_detection", "p52_identification",
+                                          "p60_embeddings", "p62_robustness", "p90_summary"}),
+], ids=["umap", "speed", "stage 2"])
+def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, old, new, expected):
+    assert planned(edited(tmp_path, old, new)) == expected
+
+
+def test_one_notebook_runs_by_hand_with_papermill(report, tmp_path):
+    words = ["papermill", "nbs/pipelines/p52_identification.ipynb", tmp_path/"out.ipynb", "-p", "profile", "smoke", "--no-progress-bar"]
+    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(c) for c in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
+    return [*children, *(d for c in children for d in descendants(c))]
+
+
+def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
+    """A run in other folders, killed with -9 while stage 1 trains, then run again, ends with the very same numbers.
+
+    Catches results that depend on time, folder, order or a half-written file; the sandbox is made anew as well.
+    """
+    profile = edited(tmp_path, "name: smoke", "name: smoke-again", "smoke-again")
+    profile.write_text(profile.read_text().replace("root: data/smoke", "root: data/smoke-again"))
+    again = ROOT/"reports"/"smoke-again"
+    words = ["imaginet", "reproduce", "--profile", str(profile)]
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resume, limit = again/"checkpoints"/"pretrain.resume.pt", time.monotonic() + 300
+    while not resume.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(0.05)
+    assert resume.exists(), "stage 1 left no state to go on from"
+    for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (again/"checkpoints"/"pretrain.safetensors").exists()
+    result = imaginet("reproduce", "--profile", profile)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "going on after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
+    for table in sorted((report/"tables").glob("*.csv")):
+        if table.stem != "inference_time": assert (again/"tables"/table.name).read_bytes() == table.read_bytes(), table.name

@@ -1,0 +1,108 @@
+"""Rules of the house that no single notebook can check."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import imaginet_nb
+from imaginet_nb.core import load_profile, repo_root
+from imaginet_nb.pipeline import notebook_parameters
+from imaginet_nb.reporting import render_readme
+
+ROOT = repo_root()
+LIBRARY = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+PIPELINES = sorted((ROOT/"nbs"/"pipelines").glob("p*.ipynb"))
+
+
+def cells(path: Path, kind: str = "code") -> list[str]:
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def module_of(path: Path) -> str:
+    found = [m[1] for cell in cells(path) if (m := re.match(r"#\| default_exp (\S+)", cell))]
+    assert len(found) == 1, f"{path.name}: needs exactly one default_exp, found {found}"
+    return found[0]
+
+
+def imported_modules(source: str) -> set[str]:
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module]
+    return {n.module.split(".")[-1] for n in nodes if n.level == 1 or n.module.startswith("imaginet_nb.")}
+
+
+def test_every_notebook_has_a_module_of_its_name_and_no_module_is_an_orphan():
+    modules = [module_of(p) for p in LIBRARY]
+    assert modules == [p.stem.split("_", 1)[1] for p in LIBRARY]
+    exported = {p.stem for p in (ROOT/"imaginet_nb").glob("*.py")} - {"__init__", "_modidx"}
+    assert exported == set(modules)
+
+
+def test_modules_import_only_from_rows_above():
+    order = [module_of(p) for p in LIBRARY]
+    for row, module in enumerate(order):
+        below = imported_modules((ROOT/"imaginet_nb"/f"{module}.py").read_text()) - set(order[:row])
+        assert not below, f"{module} imports {below}, which stand below it"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_exported_cells_are_short(path):
+    for cell in cells(path):
+        assert not (cell.startswith("#| export") and len(cell.splitlines()) > 41), f"over 40 lines: {cell[:80]}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_every_public_name_is_tried_in_the_open(path):
+    "A public function or class is used by a cell that neither exports nor hides."
+    exported = [c for c in cells(path) if c.startswith("#| export")]
+    open_cells = "\n".join(c for c in cells(path) if not c.startswith(("#| export", "#| hide")))
+    used_inside = "\n".join(exported)
+    for cell in exported:
+        for node in ast.parse(cell).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                tried = re.search(rf"\b{node.name}\b", open_cells)
+                # a section of the profile, a command or a base class is reached through what stands on it
+                reached = len(re.findall(rf"\b{node.name}\b", used_inside)) > 1 or "@command" in cell
+                assert tried or reached, f"{path.stem}: {node.name} is not tried"
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_pipeline_notebooks_are_templates(path):
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code": continue
+        source = "".join(cell["source"])
+        assert not cell["outputs"], f"committed with outputs: {source[:60]}"
+        assert "#|" not in source, "papermill ignores nbdev directives"
+    assert notebook["cells"][1]["metadata"].get("tags") == ["parameters"]
+    assert notebook["metadata"]["kernelspec"]["language"] == "python"
+    later = "\n".join(cells(path)[1:])
+    for name, default in notebook_parameters(path).items():
+        assert re.search(rf"\b{name}\b", later), f"parameter {name} is not read"
+        assert name != "profile" or default == "smoke"
+
+
+def test_pipeline_notebooks_and_rules_match():
+    rules = set(re.findall(r"^rule (p\w+):", (ROOT/"Snakefile").read_text(), flags=re.M))
+    assert rules == {p.stem for p in PIPELINES}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_profiles_load(path):
+    assert load_profile(path.stem).about
+
+
+def test_readme_is_rendered_from_the_index():
+    assert (ROOT/"README.md").read_text() == render_readme(ROOT/"nbs"/"index.ipynb"), "run `make prepare`"
+
+
+def test_links_and_commands_of_the_readme_exist():
+    text = (ROOT/"README.md").read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (ROOT/link).exists(), f"README links to {link}, which is not there"
+    targets = re.findall(r"^([a-z-]+):", (ROOT/"Makefile").read_text(), flags=re.M)
+    for target in re.findall(r"make ([a-z-]+)", text): assert target in targets, f"README names make {target}"
+
+
+def test_version_is_written_once():
+    assert f"version = {imaginet_nb.__version__}\n" in (ROOT/"settings.ini").read_text()
