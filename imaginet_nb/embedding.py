@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'FORMATS', 'QUESTIONS', 'check_features', 'umap_points', 'RelationalAutoencoder', 'relational_loss',
            'selection_error', 'epoch_batches', 'train_relational', 'RelationalMap', 'fit_relational_autoencoder',
-           'embedding_points', 'write_points', 'read_points', 'neighbor_recall', 'cluster_quality']
+           'embedding_points', 'neighbor_recall', 'cluster_quality']
 
-# %% ../nbs/63_embedding.ipynb #3c06890c
+# %% ../nbs/63_embedding.ipynb #f7642a82
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +22,9 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
-from .core import atomic_path, progress, rng
+from .core import progress, rng
 
-# %% ../nbs/63_embedding.ipynb #17fd7f8a
+# %% ../nbs/63_embedding.ipynb #7bf7cae8
 def check_features(
     features: np.ndarray, # (N, D)
     minimum: int = 5, # fewest images that make a map
@@ -32,9 +32,11 @@ def check_features(
     "Features as float32, or an error that says what is wrong with them."
     features = np.asarray(features, dtype=np.float32)
     if features.ndim != 2: raise ValueError(f"features must be (N, D), got {features.shape}")
-    if len(features) < minimum: raise ValueError(f"a map needs at least {minimum} images, got {len(features)}: raise `embedding.images` in the profile")
+    if len(features) < minimum:
+        raise ValueError(f"a map needs at least {minimum} images, got {len(features)}: raise `embedding.images` in the profile")
     bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
-    if bad.size: raise ValueError(f"{bad.size} feature rows are all zero or not finite, the first is row {bad[0]}: check the images or the checkpoint")
+    if bad.size:
+        raise ValueError(f"{bad.size} feature rows are all zero or not finite, the first is row {bad[0]}: check images and checkpoint")
     return features
 
 # %% ../nbs/63_embedding.ipynb #dde8fd4b
@@ -169,7 +171,7 @@ def fit_relational_autoencoder(
     history = pd.concat([pd.concat(tried).assign(phase="search"), final.assign(phase="final")], ignore_index=True)
     return RelationalMap(points, alpha, history[["phase", "alpha", "epoch", "loss", "selection_error"]])
 
-# %% ../nbs/63_embedding.ipynb #dcb99977
+# %% ../nbs/63_embedding.ipynb #3a4fe442
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WebP"}
 
 def embedding_points(
@@ -177,25 +179,11 @@ def embedding_points(
     xy: np.ndarray, # (N, 2)
 ) -> pd.DataFrame: # manifest columns, format, x, y
     "Join coordinates with what is known about each image."
-    if len(manifest) != len(xy): raise ValueError(f"{len(manifest)} manifest rows but {len(xy)} points")
+    if np.shape(xy) != (len(manifest), 2):
+        raise ValueError(f"{len(manifest)} manifest rows need points of shape ({len(manifest)}, 2), got {np.shape(xy)}")
     suffixes = [PurePosixPath(path).suffix.lower() for path in manifest["path"]]
-    return manifest.reset_index(drop=True).assign(
-        format=[FORMATS.get(s, s.lstrip(".").upper() or "none") for s in suffixes], x=xy[:, 0].astype(float), y=xy[:, 1].astype(float))
-
-def write_points(
-    points: pd.DataFrame, # from `embedding_points`
-    path: str | Path, # CSV file
-) -> Path:
-    "Write points as CSV: four decimals, `\\n` line ends, complete or not at all."
-    rounded = points.assign(x=points.x.round(4) + 0.0, y=points.y.round(4) + 0.0)
-    with atomic_path(path) as temporary: rounded.to_csv(temporary, index=False, float_format="%.4f", lineterminator="\n")
-    return Path(path)
-
-def read_points(
-    path: str | Path,
-) -> pd.DataFrame:
-    "Read what `write_points` wrote."
-    return pd.read_csv(path, keep_default_na=False)
+    x, y = np.asarray(xy, dtype=np.float64).round(4).T + 0.0     # + 0.0 turns -0.0 into 0.0
+    return manifest.reset_index(drop=True).assign(format=[FORMATS.get(s, s.lstrip(".").upper() or "none") for s in suffixes], x=x, y=y)
 
 # %% ../nbs/63_embedding.ipynb #09df3afe
 def neighbor_recall(

@@ -74,7 +74,7 @@ def write_html(
     body, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
     with atomic_path(html) as temporary: temporary.write_text(body, encoding="utf-8")
 
-# %% ../nbs/80_pipeline.ipynb #2517ea22
+# %% ../nbs/80_pipeline.ipynb #34af8289
 def run_notebook(
     name: str, # pipeline notebook without suffix, such as `p50_detection`, or a path to a notebook
     profile: str = "demo", # name or path of a profile
@@ -94,7 +94,8 @@ def run_notebook(
         with _kernel_environment():
             papermill.execute_notebook(
                 template, partial, parameters, cwd=str(repo_root()), kernel_name="python3", log_output=False,
-                progress_bar={"desc": template.stem, "disable": None}, stdout_file=sys.stdout, stderr_file=sys.stderr)
+                progress_bar={"desc": template.stem, "disable": None}, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns of local sockets otherwise
     except PapermillExecutionError as error:
         raise PipelineError(f"{template.stem} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n\n{error.source}\n\n"
                             f"The notebook as far as it ran, with the whole traceback: {partial}") from None

@@ -270,7 +270,7 @@ class StandIn(nn.Module):
     def __init__(self,
         generator: str, # key of `UPSAMPLERS`
         width: int = 16, # channels of the decoder
-        latent: int = 8, # channels of the code, of 12 that 2×2 pixels have
+        latent: int = 6, # channels of the code, of 12 that 2×2 pixels have
     ):
         super().__init__()
         upsample = UPSAMPLERS[generator]
@@ -316,7 +316,7 @@ def _crops(pool: list[np.ndarray], draw: np.random.Generator, batch: int = 8, si
     return torch.from_numpy(np.stack([pool[i][t:t + size, l:l + size] for i, t, l in corners])).permute(0, 3, 1, 2)/255 - 0.5
 
 # %% ../nbs/11_sandbox.ipynb #89102f46
-SHARE = (0.25, 1.0) # of the reconstruction in a synthetic image; the rest is the picture that was reconstructed
+SHARE = (0.6, 1.0) # x
 
 def reconstruct(
     model: StandIn,
@@ -329,7 +329,7 @@ def reconstruct(
     x = torch.from_numpy(padded).permute(2, 0, 1)[None]/255 - 0.5
     with torch.inference_mode(): y = (model(x)[0].permute(1, 2, 0).numpy() + 0.5)[:image.shape[0], :image.shape[1]]*255
     share = draw.uniform(*SHARE)
-    noisy = share*y + (1 - share)*image + draw.normal(0, draw.uniform(0.5, 2), image.shape)
+    noisy = share*y + (1 - share)*image + draw.normal(0, draw.uniform(0.3, 1.2), image.shape)
     return np.clip(noisy + 0.5, 0, 255).astype(np.uint8)
 
 # %% ../nbs/11_sandbox.ipynb #280ca66b
@@ -399,7 +399,7 @@ def plan(
 
 # %% ../nbs/11_sandbox.ipynb #381095ba
 MARKER = "sandbox.json"
-RECIPE = 1 # raise when the images change, so that folders of an older recipe are made anew
+RECIPE = 2 # raise when the images change, so that folders of an older recipe are made anew
 
 def _make_image(root: Path, file: Any, number: int, sides: tuple[int, int], seed: int, states: dict[str, dict[str, Tensor]]) -> None:
     "Draw, photograph, reconstruct or age, and save one image."
