@@ -12,7 +12,7 @@ __all__ = ['Decimals', 'HEADINGS', 'LATEX', 'INTERVAL_NOTE', 'BLUE', 'ORANGE', '
            'published_table', 'Measured', 'ledger', 'Result', 'Chapter', 'html_table', 'html_inline', 'report_index',
            'relink', 'render_readme', 'write_readme']
 
-# %% ../nbs/70_reporting.ipynb #89123bd8
+# %% ../nbs/70_reporting.ipynb #e279a669
 import hashlib
 import json
 import os
@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
+from .annotations import CONTENT_TYPES
 from .core import Profile, atomic_path, repo_root
 
 # %% ../nbs/70_reporting.ipynb #887a4816
@@ -231,13 +232,15 @@ def save_figure(
         with atomic_path(path) as temporary: figure.savefig(temporary, format=kind, dpi=150, metadata=fields)
     return [*paths, _write_provenance(stem, paths, caption, provenance)]
 
-# %% ../nbs/70_reporting.ipynb #e41de0de
+# %% ../nbs/70_reporting.ipynb #c0e9bfad
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C"
 LOOKS: dict[str, dict[str, tuple[str, str]]] = { # column -> label -> colour, mark
     "origin": {"real": (BLUE, "s"), "synthetic": (RED, "o")},
     "content_type": {"photos": (BLUE, "s"), "paintings": (ORANGE, "o"), "faces": (GREEN, "^"), "uncategorized": (PINK, "X")},
-    "generator_family": {"GAN": (BLUE, "s"), "SD": (RED, "o"), "Midjourney": (GREEN, "^"), "DALL-E 3": (PINK, "X"), "real": (GREY, "P")},
-    "format": {"PNG": (BLUE, "s"), "JPEG": (ORANGE, "o"), "WebP": (GREEN, "^")}}
+    "generator_family": {"GAN": (BLUE, "s"), "SD": (RED, "o"), "Midjourney": (GREEN, "^"), "DALL-E 3": (PINK, "X"),
+                         "real": ("#D9D9D9", "P")},
+    "format": {"PNG": (BLUE, "s"), "JPEG": (ORANGE, "o"), "WebP": (GREEN, "^")},
+    "detector": {"SelfCon (ours)": (BLUE, "o"), "Cross-entropy (baseline)": (ORANGE, "s")}}
 LEGENDS = {"origin": "Source", "content_type": "Content", "generator_family": "Generator", "format": "File format"}
 SPARE = ((BLUE, "s"), (RED, "o"), (GREEN, "^"), (PINK, "X"), (ORANGE, "D"), (SKY, "v"), (GREY, "P"))
 
@@ -251,7 +254,17 @@ def looks_of(
     if len(others) > len(SPARE): raise ValueError(f"{len(others)} labels in '{column}' are too many to tell apart: {', '.join(others)}")
     return {**{k: v for k, v in known.items() if k in present}, **dict(zip(others, SPARE[len(known):] + SPARE, strict=False))}
 
-# %% ../nbs/70_reporting.ipynb #765fe384
+# %% ../nbs/70_reporting.ipynb #627f6ef6
+def _require(
+    table: pd.DataFrame,
+    columns: Sequence[str], # that a plot reads
+    plot: str, # its name, for the message
+) -> None:
+    "Refuse a table that a plot cannot draw."
+    missing = [c for c in columns if c not in table]
+    if missing: raise ValueError(f"{plot}: the table lacks the column {', '.join(missing)}; it has {', '.join(map(str, table))}")
+    if table.empty: raise ValueError(f"{plot}: the table has no rows")
+
 def new_figure(
     panels: int = 1, # side by side
     height: float = 3.6, # inches
@@ -262,15 +275,17 @@ def new_figure(
         axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0].tolist()
     return figure, axes
 
-# %% ../nbs/70_reporting.ipynb #ba869ef0
+# %% ../nbs/70_reporting.ipynb #ac449b46
 def plot_embedding(
     points: pd.DataFrame, # columns x, y and `hue`
     hue: str = "generator_family", # origin, content_type, generator_family, format or another column
     title: str = "",
 ) -> Figure:
     "Scatter plot of a two-dimensional map, coloured by one column."
+    _require(points, ("x", "y", hue), "plot_embedding")
     figure, (axes,) = new_figure(height=4.4)
     shuffled = points.sample(frac=1, random_state=0)
+    if hue == "generator_family": shuffled = shuffled.sort_values(hue, key=lambda family: family.ne("real"), kind="stable")
     looks = looks_of(shuffled[hue] if hue not in LOOKS else points[hue], hue)
     size = float(np.clip(12_000/max(len(points), 1), 5, 30))
     order: Any = list(looks)
@@ -297,16 +312,18 @@ def _arms(rows: pd.DataFrame, metric: str) -> np.ndarray:
     arms = np.stack([rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]])
     return np.clip(np.nan_to_num(arms.astype(float)), 0, None)
 
-# %% ../nbs/70_reporting.ipynb #349e065f
+# %% ../nbs/70_reporting.ipynb #595a62cd
 def plot_detection(
     table: pd.DataFrame, # columns detector, group, acc, acc_low, acc_high, auc, auc_low, auc_high
     title: str = "",
 ) -> Figure:
     "Dot and interval for each group and detector, ACC and AUC side by side."
-    name, groups = _name_column(table), list(dict.fromkeys(table["group"]))
+    name = _name_column(table)
+    _require(table, (name, "group", "acc", "auc"), "plot_detection")
     idle = _idle(table, "acc")
-    looks = looks_of([n for n in table[name] if n not in idle])
-    figure, panels = new_figure(2, height=1.3 + 0.42*len(groups))
+    table = table[~table[name].isin(idle)]
+    groups, looks = list(dict.fromkeys(table["group"])), looks_of(table[name], name)
+    figure, panels = new_figure(2, height=1.6 + 0.42*len(groups))
     for axes, metric in zip(panels, ("acc", "auc"), strict=True):
         for i, (label, (colour, mark)) in enumerate(looks.items()):
             rows = table[table[name] == label]
@@ -320,21 +337,24 @@ def plot_detection(
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, title=below, title_fontsize=8)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #e899b217
+# %% ../nbs/70_reporting.ipynb #d44c99ec
 def plot_content_ablation(
     table: pd.DataFrame, # columns model (or detector), group, acc, auc, each with _low and _high
     title: str = "",
 ) -> Figure:
     "Grouped bars with intervals, ACC and AUC side by side."
-    name, groups = _name_column(table), list(dict.fromkeys(table["group"]))
+    name = _name_column(table)
+    _require(table, (name, "group", "acc", "auc"), "plot_content_ablation")
+    groups = sorted(dict.fromkeys(table["group"]), key=[*CONTENT_TYPES, "all"].index)
     looks = looks_of(table[name])
-    figure, panels = new_figure(2, height=3.4)
+    figure, panels = new_figure(2, height=3.6)
     width = 0.8/max(len(looks), 1)
     for axes, metric in zip(panels, ("acc", "auc"), strict=True):
         for i, (label, (colour, _)) in enumerate(looks.items()):
             rows = table[table[name] == label]
             x = [groups.index(g) + width*(i - (len(looks) - 1)/2) for g in rows["group"]]
-            axes.bar(x, rows[metric], width*0.92, color=colour, label=label, yerr=_arms(rows, metric), ecolor="#404040", zorder=2)
+            axes.bar(x, rows[metric], width*0.92, color=colour, label=label, yerr=_arms(rows, metric), ecolor="#404040", zorder=2,
+                     error_kw={"elinewidth": 1})
         axes.axhline(0.5, color=GREY, ls="--", lw=1)
         axes.set(title=HEADINGS[metric], xticks=range(len(groups)), xticklabels=groups, ylim=(0, 1))
         axes.grid(axis="x", visible=False)
@@ -342,7 +362,7 @@ def plot_content_ablation(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #2c4cedc2
+# %% ../nbs/70_reporting.ipynb #908eaad4
 X_LABELS = {"jpeg": "JPEG quality", "quality": "JPEG quality", "resize": "down-scaling factor", "factor": "down-scaling factor"}
 CHANCE = {"detection": 1/2, "identification": 1/4}
 
@@ -356,7 +376,7 @@ def plot_robustness(
     if len(kinds) != 1: raise ValueError(f"one perturbation at a time can be drawn, got {', '.join(map(str, kinds))}")
     name, tracks = _name_column(table), list(dict.fromkeys(table["track"]))
     table = (table if name in table else table.assign(**{name: "SelfCon (ours)"})).dropna(subset=["acc"]).sort_values(x)
-    looks = looks_of(table[name])
+    looks = looks_of(table[name], name)
     figure, panels = new_figure(len(tracks), height=3.3)
     for axes, track in zip(panels, tracks, strict=True):
         for label, (colour, mark) in looks.items():
@@ -397,24 +417,27 @@ def plot_confusion(
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #bff324bb
+# %% ../nbs/70_reporting.ipynb #cef25210
 class PaperItem(NamedTuple):
     "Where one table or figure of the paper is found here."
     item: str # as the paper calls it
     title: str # what it shows
-    notebook: str # pipeline notebook that makes it
+    notebook: str = "" # pipeline notebook that makes it
     tables: tuple[str, ...] = () # file stems under tables/
     figures: tuple[str, ...] = () # file stems under figures/
     published: tuple[str, ...] = () # file stems in reports/published/
+    remark: str = "" # a sentence for the reader
 
 _BY = "p50_detection"
 PAPER_ITEMS = (
+    PaperItem("Figures 1 and 5", "Prompts of the generators", remark="The prompts given to the generators: there is nothing to compute."),
     PaperItem("Table 1", "Features of the data set", "p10_dataset", ("dataset_features",), (), ("table1_dataset_features",)),
     PaperItem("Table 2", "Structure of the data set", "p10_dataset", ("dataset_structure",), (), ("table2_dataset_structure",)),
     PaperItem("Table 3", "Detection by generator family", _BY, ("detection_by_family",), ("detection_by_family",),
               ("table3_detection_by_family",)),
     PaperItem("By content type", "Detection (not printed in the paper)", _BY, ("detection_by_content",), (), ("detection_by_content",)),
     PaperItem("By generator", "Detection (not printed in the paper)", _BY, ("detection_by_generator",), (), ("detection_by_generator",)),
+    PaperItem("Score calibration", "What the calibration of scores changes", _BY, ("score_calibration",)),
     PaperItem("Table 4", "Practical test set", _BY, ("practical",), (), ("table4_practical", "repository_practical")),
     PaperItem("Table 5", "Corvi test set", _BY, ("corvi",), (), ("table5_corvi", "repository_corvi")),
     PaperItem("Table 6", "Inference time", "p63_speed", ("inference_time",), (), ("table6_inference_time",)),
@@ -489,7 +512,7 @@ def _measured(
         if "share" in row: found["", str(row["content_type"]).lower(), "share"] = Measured(100*float(row["share"]), np.nan, np.nan, "")
     return found
 
-# %% ../nbs/70_reporting.ipynb #936a9f60
+# %% ../nbs/70_reporting.ipynb #c370d859
 def _partner(
     ours: Mapping[tuple[str, str, str], Measured], # from `_measured`
     subset: str, # published group
@@ -508,16 +531,23 @@ def _status(value: float, partner: Measured, metric: str) -> str:
     if np.isnan(partner.low): return "equal" if np.isclose(value, partner.value) else "different"
     return f"published value {'inside' if partner.low <= value <= partner.high else 'outside'} our 95 % interval"
 
+def _why_absent(ours: Mapping[tuple[str, str, str], Measured], detector: str) -> str:
+    "Why a table has no row for a group: the note of that detector, or of the table, where nothing was run."
+    rows = [m for key, m in ours.items() if key[0] == detector] or list(ours.values())
+    notes = {m.note for m in rows}
+    return notes.pop() if len(notes) == 1 and all(np.isnan(m.value) and m.note.startswith("not run") for m in rows) else \
+        "not run: no such row in our table"
+
 def _compare(row: Mapping[str, str], ours: Mapping[tuple[str, str, str], Measured] | None, reason: str) -> dict[str, Any]:
     "Last four columns of one line of the ledger."
-    value = float(row["value"])
+    value = int(row["value"]) if row["value"].isdecimal() else float(row["value"])
     partner = None if ours is None else _partner(ours, row["subset"], row["method"], row["metric"])
     if partner is None:
-        status = reason if ours is None else "not run: no such row in our table"
+        status = reason if ours is None else _why_absent(ours, METHODS.get(row["method"], row["method"]))
         return dict(published=value, reproduced=np.nan, difference=np.nan, status=status)
     return dict(published=value, reproduced=partner.value, difference=partner.value - value, status=_status(value, partner, row["metric"]))
 
-# %% ../nbs/70_reporting.ipynb #570e8cb0
+# %% ../nbs/70_reporting.ipynb #3a402b4e
 def ledger(
     tables_dir: str | Path, # `reports/<profile>/tables`
     profile_name: str, # numbers are compared under `paper` alone
@@ -533,9 +563,11 @@ def ledger(
         theirs = pd.concat([published(stem, folder) for stem in paper.published] or [pd.DataFrame(columns=PUBLISHED_KEY)])
         for row in _records(theirs[theirs["metric"] != "feature"].drop_duplicates(PUBLISHED_KEY)):
             source = "" if row["paper_version"].startswith("v") else " (repository)"
-            lines.append(dict(paper_item=paper.item + source, test_set=row["test_set"], group=row["subset"], detector=row["method"],
-                              metric=row["metric"], **_compare(row, ours, reason)))
-    return pd.DataFrame(lines, columns=LEDGER_COLUMNS)
+            metric = "acc" if row["metric"].endswith("accuracy") else row["metric"]
+            group = row["subset"].lower() if row["subset"].lower() in CONTENT_TYPES else row["subset"]
+            lines.append(dict(paper_item=paper.item + source, test_set=row["test_set"], group=group,
+                              detector=METHODS.get(row["method"], row["method"]), metric=metric, **_compare(row, ours, reason)))
+    return pd.DataFrame(lines, columns=LEDGER_COLUMNS, dtype=object) # counts stay whole numbers
 
 # %% ../nbs/70_reporting.ipynb #ef6cf1dc
 class Result(NamedTuple):
@@ -563,14 +595,15 @@ def _result(report: Path, kind: str, stem: str, notebook: str) -> Result:
     reading = reading_frame(pd.read_csv(first, dtype=str, keep_default_na=False)) if kind == "tables" else None
     return Result(stem, kind == "figures", caption, reading, links, "")
 
-# %% ../nbs/70_reporting.ipynb #28f587c7
+# %% ../nbs/70_reporting.ipynb #9f7d1787
 class Chapter(NamedTuple):
     "One section of the page."
     heading: str
     anchor: str
+    remark: str
     notebook: str # empty where several notebooks contribute
     results: list[Result]
-    published: dict[str, pd.DataFrame] # source and metrics -> table
+    published: dict[str, tuple[str, pd.DataFrame]] # file stem in reports/published/ -> what it is, table
 
 def _source(stem: str) -> str:
     "Where published numbers come from, and what they are."
@@ -583,13 +616,13 @@ def _chapters(report: Path) -> list[Chapter]:
     for paper in PAPER_ITEMS:
         wanted = [*(("tables", s) for s in paper.tables), *(("figures", s) for s in paper.figures)]
         seen.update(wanted)
-        theirs = {_source(stem): published_table(stem) for stem in paper.published}
-        chapters.append(Chapter(f"{paper.item}: {paper.title}", re.sub(r"\W+", "-", paper.item.lower()), paper.notebook,
+        theirs = {stem: (_source(stem), published_table(stem)) for stem in paper.published}
+        chapters.append(Chapter(f"{paper.item}: {paper.title}", re.sub(r"\W+", "-", paper.item.lower()), paper.remark, paper.notebook,
                                 [_result(report, kind, stem, paper.notebook) for kind, stem in wanted], theirs))
     kinds = (("tables", "csv"), ("figures", "png"))
     present = [(kind, f.stem) for kind, suffix in kinds for f in sorted((report/kind).glob(f"*.{suffix}"))]
     rest = [_result(report, kind, stem, "") for kind, stem in present if (kind, stem) not in seen]
-    return [*chapters, *([Chapter("Further results", "further", "", rest, {})] if rest else [])]
+    return [*chapters, *([Chapter("Further results", "further", "", "", rest, {})] if rest else [])]
 
 def _about(profile: Profile) -> str:
     "What the numbers of a profile are about."
@@ -631,7 +664,7 @@ def html_inline(
     "A sentence in HTML, backticks turned into code."
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
-# %% ../nbs/70_reporting.ipynb #a321524a
+# %% ../nbs/70_reporting.ipynb #efc32b44
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ImagiNet: report of the profile {{ profile.name }}</title><style>{{ style }}</style></head><body>
@@ -642,7 +675,8 @@ PAGE = """<!DOCTYPE html>
 {% for c in chapters %}
 <h2 id="{{ c.anchor }}">{{ c.heading }}</h2>
 {% if c.notebook %}<p class="links">Made by <code>{{ c.notebook }}</code>
-{%- if notebooks %}: <a href="{{ notebooks }}/{{ c.notebook }}.html">executed notebook</a>{% endif %}</p>{% endif %}
+{%- if c.notebook in executed %}: <a href="notebooks/{{ c.notebook }}.html">executed notebook</a>{% endif %}</p>{% endif %}
+{% if c.remark %}<p>{{ c.remark }}</p>{% endif %}
 {% for r in c.results %}
 {% if r.missing %}<p class="missing"><strong>{{ r.stem }}</strong>: {{ r.missing }}</p>
 {% else %}
@@ -655,8 +689,8 @@ PAGE = """<!DOCTYPE html>
 <p class="links">{% for what, path in r.links.items() %}<a href="{{ path }}">{{ what }}</a>{% endfor %}</p>
 {% endif %}
 {% endfor %}
-{% for source, theirs in c.published.items() %}
-<details class="published"><summary>Published by the authors ({{ source }})</summary>{{ theirs | table }}</details>
+{% for source, theirs in c.published.values() %}
+<details class="published"><summary>The paper's own numbers ({{ source }})</summary>{{ theirs | table }}</details>
 {% endfor %}
 {% endfor %}
 </body></html>
@@ -675,12 +709,16 @@ MARKDOWN_HEAD = """# ImagiNet, profile {{ profile.name }}
 {% endfor %}
 """
 
-# %% ../nbs/70_reporting.ipynb #6da85d15
+# %% ../nbs/70_reporting.ipynb #dd3519d1
 MARKDOWN_CHAPTERS = """{% for c in chapters %}
 
 <a id="{{ c.anchor }}"></a>
 ## {{ c.heading }}
 
+{% if c.remark %}
+{{ c.remark }}
+
+{% endif %}
 {% if c.notebook %}
 Made by [{{ c.notebook }}](../../nbs/pipelines/{{ c.notebook }}.ipynb).
 
@@ -706,26 +744,23 @@ Made by [{{ c.notebook }}](../../nbs/pipelines/{{ c.notebook }}.ipynb).
 
 {% endif %}
 {% endfor %}
-{% for source, theirs in c.published.items() %}
-<details><summary>Published by the authors ({{ source }})</summary>
+{% for stem in c.published %}
+The paper's own numbers: [published/{{ stem }}.csv](../published/{{ stem }}.csv)
 
-{{ theirs | table }}
-
-</details>
 {% endfor %}
 {% endfor %}
 """
 
-# %% ../nbs/70_reporting.ipynb #7404ae13
+# %% ../nbs/70_reporting.ipynb #4425438d
 def report_index(
     report_dir: str | Path, # `reports/<profile>`
     profile: Profile,
-    notebooks: str | None = "notebooks", # folder of executed notebooks, relative to `report_dir`; None = no links to them
 ) -> list[Path]: # index.html, README.md
     "Write the page and the README of a report's folder."
     report, pages = Path(report_dir), []
-    values = dict(profile=profile, about=_about(profile), chapters=_chapters(report),
-                  notebooks=notebooks, long=LONG_TABLE, style=Markup(STYLE))
+    executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
+    values = dict(profile=profile, about=_about(profile), chapters=_chapters(report), executed=executed, long=LONG_TABLE,
+                  style=Markup(STYLE))
     for name, template, table in (("index.html", PAGE, html_table), ("README.md", MARKDOWN_HEAD + MARKDOWN_CHAPTERS, markdown_table)):
         environment = Environment(undefined=StrictUndefined, autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True)
         environment.filters.update(table=table, inline=html_inline)
@@ -748,7 +783,7 @@ def relink(
         parts[i] = re.sub(r"((?:src|href)=\")([^\"]+)(\")", moved, parts[i])
     return "".join(parts)
 
-# %% ../nbs/70_reporting.ipynb #44f8e869
+# %% ../nbs/70_reporting.ipynb #1a5b1c32
 def _output_text(output: Mapping[str, Any]) -> str:
     "One output of a cell in Markdown; empty for what a README cannot show."
     data = output.get("data", {})
@@ -764,7 +799,10 @@ def _cell_markdown(cell: Mapping[str, Any]) -> list[str]:
     if directives & {"hide", "default_exp"} or cell["cell_type"] != "code": return []
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
     shown = [f"```python\n{code}\n```"] if code and "echo:false" not in directives else []
-    return [*shown, *(text for output in cell.get("outputs", []) if (text := _output_text(output)))]
+    results = [text for output in cell.get("outputs", []) if (text := _output_text(output))]
+    if "echo:false" in directives and not results:
+        raise ValueError(f"cell `{code[:40]}` has no output that a README can show: run the notebook, then `make prepare`")
+    return [*shown, *results]
 
 def render_readme(
     nb_path: str | Path, # nbs/index.ipynb
@@ -775,7 +813,7 @@ def render_readme(
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     folder = Path(os.path.relpath(path.resolve().parent, root.resolve())).as_posix()
     parts = [relink(part, folder) for cell in cells for part in _cell_markdown(cell) if part]
-    return "\n\n".join([f"<!-- made from {folder}/{path.name} by `make prepare`; edit that notebook -->", *parts]) + "\n"
+    return "\n\n".join([f"<!-- rendered from {folder}/{path.name} by `make prepare`; edit that notebook -->", *parts]) + "\n"
 
 def write_readme() -> Path:
     "Render `nbs/index.ipynb` to `README.md`."
