@@ -29,10 +29,10 @@ def code_of(notebook):
     text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     todo, seen = modules_of(text), {}
     while todo:
-        module = todo.pop()
-        seen[module] = Path(f"imaginet_nb/{module}.py").read_text()
-        todo |= modules_of(seen[module]) - seen.keys()
-    return hashlib.sha256("\n".join([text, *(seen[m] for m in sorted(seen))]).encode()).hexdigest()
+        name = todo.pop()
+        seen[name] = Path(f"imaginet_nb/{name}.py").read_text()
+        todo |= modules_of(seen[name]) - seen.keys()
+    return hashlib.sha256("\n".join([text, *(seen[name] for name in sorted(seen))]).encode()).hexdigest()
 
 
 def settings(*sections):
@@ -99,7 +99,7 @@ rule p45_baseline:
 
 
 rule p46_ablation:
-    input: MANIFESTS + "/train.csv", MANIFESTS + "/test.csv"
+    input: MANIFESTS + "/train.csv", MANIFESTS + "/perturbed.csv"
     output: NOTEBOOK.format("p46_ablation"), PREDICTIONS + "/ablation.csv"
     params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p46_ablation")
     threads: workflow.cores

@@ -20,7 +20,7 @@ import typer
 
 from .core import ProfileError, atomic_path, load_profile, progress, repo_root
 
-# %% ../nbs/90_cli.ipynb #ef7ecdea
+# %% ../nbs/90_cli.ipynb #94c08d3c
 app = typer.Typer(help="ImagiNet in notebooks: detect synthetic images, name the family of their generator, reproduce the paper.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(help="Make data sets.", no_args_is_help=True, rich_markup_mode=None)
@@ -34,6 +34,7 @@ def command(group: typer.Typer, name: str) -> Callable:
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
             try: function(*args, **kwargs)
+            except typer.Exit: raise # which is a RuntimeError as well
             except (ValueError, RuntimeError, OSError) as error:
                 typer.secho(f"imaginet: {error}", err=True, fg="red")
                 raise typer.Exit(1) from None

@@ -228,7 +228,7 @@ def two_track_loss(
     if not synthetic.any(): return found + 0*identification.sum() # a batch of reals alone still has a gradient
     return found + F.cross_entropy(identification[synthetic], family[synthetic])
 
-# %% ../nbs/50_training.ipynb #37cd388b
+# %% ../nbs/50_training.ipynb #cdad1d0f
 def train_detector(
     model: ImagiNetClassifier, # with random weights
     manifest: pd.DataFrame, # training images
@@ -244,7 +244,7 @@ def train_detector(
 
     def step(batch: Batch) -> Tensor:
         images, origin = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-        with autocast(device, profile.pretrain.precision): logits = model(images)[1]
+        with autocast(device, profile.pretrain.precision): logits = model.detection(model.features(images)).squeeze(1)
         value = F.binary_cross_entropy_with_logits(logits.float(), origin.float())
         value.backward()
         return value
