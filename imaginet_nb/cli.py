@@ -160,11 +160,11 @@ def _score_file(path: Path, detector: Any, max_side: int) -> dict[str, Any]:
         found["family"] = FAMILIES[int(detector.identify(batch)[0].argmax())]
     return found
 
-# %% ../nbs/90_cli.ipynb #616e5e92
+# %% ../nbs/90_cli.ipynb #f40188ae
 @command(app, "predict")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Images and folders (walked through recursively).")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); without it, the one that `make reproduce` left.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
     out: Annotated[Path, typer.Option(help="CSV to write.")] = Path("preds.csv"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     max_side: Annotated[int, typer.Option(help="Larger images are cropped in the middle to this side, in pixels.")] = 512,

@@ -72,7 +72,7 @@ class ScoreCalibration:
         "Calibrated probability of being synthetic."
         return expit(self.slope*np.asarray(logit, dtype=float) + self.intercept)
 
-# %% ../nbs/62_evaluation.ipynb #67c35e80
+# %% ../nbs/62_evaluation.ipynb #1b29b17c
 def fit_score_calibration(
     predictions: pd.DataFrame, # of one detector
 ) -> ScoreCalibration:
@@ -83,7 +83,8 @@ def fit_score_calibration(
     if synthetic.all() or not synthetic.any():
         raise ValueError(f"score calibration needs real and synthetic images, got {(~synthetic).sum()} and {synthetic.sum()}")
     logit = scored["logit"].to_numpy(float)
-    center, scale = logit.mean(), logit.std() or 1.0
+    center, scale = logit.mean(), logit.std()
+    if scale == 0: raise ValueError(f"all {len(logit)} images of the score calibration have the same logit: nothing to fit")
     standard = (logit - center)[:, None]/scale
     model = LogisticRegression(C=1e10, solver="lbfgs", max_iter=1000, tol=1e-8).fit(standard, synthetic)
     slope = float(model.coef_[0, 0])/scale
@@ -104,7 +105,7 @@ def calibrated(
         result.loc[mine, "probability"] = fit_score_calibration(fits[name]).probability(predictions.loc[mine, "logit"])
     return result
 
-# %% ../nbs/62_evaluation.ipynb #f60c7cda
+# %% ../nbs/62_evaluation.ipynb #dcf450f1
 def _published_subset(
     frame: pd.DataFrame, # test predictions of one detector
     images: int, # half real
@@ -117,7 +118,8 @@ def _published_subset(
     for family in sorted(families):
         paths = np.sort(frame["path"][frame["generator_family"] == family].to_numpy(str))
         chosen += rng(seed, "as-published", family).permutation(paths)[:each].tolist()
-    reals = draw_reals(frame, min(len(chosen), int(frame["origin"].eq("real").sum())), seed, "as-published")
+    pool = frame[frame["group"] == FAMILIES[0]] if "group" in frame else frame # the published reals all lie in the GAN group
+    reals = draw_reals(pool, min(len(chosen), int(pool["origin"].eq("real").sum())), seed, "as-published")
     return frame[frame["path"].isin([*chosen, *reals["path"]])]
 
 def as_published(
@@ -163,14 +165,20 @@ def _cell(
     low, high = interval(drawn) if np.isfinite(values[0]) and len(drawn) else (np.nan, np.nan)
     return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
 
-# %% ../nbs/62_evaluation.ipynb #00fb744e
+# %% ../nbs/62_evaluation.ipynb #da0e9fbe
+def _reversed(
+    frame: pd.DataFrame, # of one detector, all scored
+) -> bool:
+    "Does the calibration turn the order of the logits round? It does where the fitted slope is negative."
+    logit, probability = frame["logit"].to_numpy(float), frame["probability"].to_numpy(float)
+    return len(logit) > 0 and bool(probability[logit.argmax()] < probability[logit.argmin()])
+
 def _score(
     frame: pd.DataFrame, # of one detector, all scored
 ) -> np.ndarray: # `(n,)`
     "Orders images as the probability does, without its ties."
-    logit, probability = frame["logit"].to_numpy(float), frame["probability"].to_numpy(float)
-    falls = len(logit) > 0 and probability[logit.argmax()] < probability[logit.argmin()]
-    return -logit if falls else logit
+    logit = frame["logit"].to_numpy(float)
+    return -logit if _reversed(frame) else logit
 
 def _detection_statistics(
     frame: pd.DataFrame, # of one detector, all scored
@@ -184,7 +192,7 @@ def _detection_statistics(
         statistics.append(_within(auc_statistic(synthetic[rows], score[rows]), rows))
     return statistics
 
-# %% ../nbs/62_evaluation.ipynb #4df7836c
+# %% ../nbs/62_evaluation.ipynb #579aa41f
 def _calibration_row(
     frame: pd.DataFrame, # test predictions of one detector
     images: pd.DataFrame, # that the calibration is fitted on
@@ -204,13 +212,14 @@ def calibration_difference(
     predictions: pd.DataFrame, # of a test set
     calibration_predictions: pd.DataFrame, # of training images
     seed: int,
+    images: int = 80, # of the test set, for the published way; half real
 ) -> pd.DataFrame: # detector, setting, slope, intercept, acc, auc, images_fitted, note
     "How much it matters which images the scores are calibrated on."
     fits, rows = dict(_detectors(calibration_predictions)), []
     for name, frame in _detectors(predictions):
         if name not in fits: raise ValueError(f"no calibration predictions of {name!r}; there are some of {', '.join(fits)}")
         rows.append(dict(detector=name, setting="training images") | _calibration_row(frame, fits[name], False))
-        rows.append(dict(detector=name, setting="as published") | _calibration_row(frame, _published_subset(frame, 80, seed), True))
+        rows.append(dict(detector=name, setting="as published") | _calibration_row(frame, _published_subset(frame, images, seed), True))
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_evaluation.ipynb #798f0c00
@@ -294,7 +303,7 @@ def _mean_values(
     if not defined.any(): return np.full(values.shape[1:], np.nan), "no group has a value"
     return values[defined].mean(axis=0), "" if defined.all() else f"mean of {defined.sum()} of {len(values)} groups"
 
-# %% ../nbs/62_evaluation.ipynb #d34224e6
+# %% ../nbs/62_evaluation.ipynb #eade92ef
 def _peer_rows(
     groups: Sequence[str], # labels of the rows
     present: Sequence[str], # detectors that did run
@@ -314,9 +323,10 @@ def _detection_table(
     for name, frame in _detectors(predictions):
         groups, strata = grouping(frame)
         values = _detection_values(frame, groups, strata, resamples, seed)
-        rows += [dict(detector=name, group=g.label) | _detection_row(frame, g.rows, v) for g, v in zip(groups, values, strict=True)]
+        turned = "the calibration reverses the order of the scores" if _reversed(frame[frame["error"].isna()]) else ""
+        rows += [dict(detector=name, group=g.label) | _detection_row(frame, g.rows, v, turned) for g, v in zip(groups, values, strict=True)]
         (mean, note), together = _mean_values(values), np.unique(np.concatenate([g.rows for g in groups]))
-        rows.append(dict(detector=name, group=MEAN) | _detection_row(frame, together, mean, note))
+        rows.append(dict(detector=name, group=MEAN) | _detection_row(frame, together, mean, note or turned))
     labels = list(dict.fromkeys(row["group"] for row in rows))
     rows += _peer_rows(labels, predictions["detector"].unique().tolist())
     return pd.DataFrame(rows, columns=list(DETECTION_COLUMNS)).astype({"n_real": "Int64", "n_synthetic": "Int64"})

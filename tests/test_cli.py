@@ -39,9 +39,9 @@ def pictures(tmp_path_factory) -> Path:
         side = 8 if "small" in name else 40 + 7*i
         save(generator.integers(0, 256, (side, side + 3, 3), dtype=np.uint8), folder/name)
     good = (folder/"a.png").read_bytes()
-    for name, content in {"empty.png": b"", "cut.png": good[:len(good)//2], "cut.jpg": (folder/"b.jpg").read_bytes()[:200], "text.txt": b"hello",
-                          "zeros.webp": bytes(500), "html.png": b"<html></html>", "flipped.png": good[:60] + bytes(40) + good[100:]}.items():
-        (folder/name).write_bytes(content)
+    bad = {"empty.png": b"", "cut.png": good[:len(good)//2], "cut.jpg": (folder/"b.jpg").read_bytes()[:200], "text.txt": b"hello",
+           "zeros.webp": bytes(500), "html.png": b"<html></html>", "flipped.png": good[:60] + bytes(40) + good[100:]}
+    for name, content in bad.items(): (folder/name).write_bytes(content)
     return folder
 
 
