@@ -783,7 +783,7 @@ def relink(
         parts[i] = re.sub(r"((?:src|href)=\")([^\"]+)(\")", moved, parts[i])
     return "".join(parts)
 
-# %% ../nbs/70_reporting.ipynb #1a5b1c32
+# %% ../nbs/70_reporting.ipynb #8b3ed4ee
 def _output_text(output: Mapping[str, Any]) -> str:
     "One output of a cell in Markdown; empty for what a README cannot show."
     data = output.get("data", {})
@@ -815,6 +815,9 @@ def render_readme(
     parts = [relink(part, folder) for cell in cells for part in _cell_markdown(cell) if part]
     return "\n\n".join([f"<!-- rendered from {folder}/{path.name} by `make prepare`; edit that notebook -->", *parts]) + "\n"
 
-def write_readme() -> Path:
+def write_readme(
+    root: str | Path | None = None, # folder that holds `nbs/index.ipynb`; None = the repository
+) -> Path:
     "Render `nbs/index.ipynb` to `README.md`."
-    return _write(repo_root()/"README.md", render_readme(repo_root()/"nbs"/"index.ipynb"))
+    folder = Path(root) if root is not None else repo_root()
+    return _write(folder/"README.md", render_readme(folder/"nbs"/"index.ipynb", folder))
