@@ -27,7 +27,7 @@ reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests
 
 # the same content before and after: what is committed is what the notebooks say

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,9 +131,12 @@ def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
     assert resume.exists(), "stage 1 left no state to go on from"
     for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert not (again/"checkpoints"/"pretrain.safetensors").exists()
+    killed_in_training = resume.exists() # it is gone if the last epoch ended in between
     result = imaginet("reproduce", "--profile", profile)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "going on after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
+    if killed_in_training: assert "going on after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
     for table in sorted((report/"tables").glob("*.csv")):
-        if table.stem != "inference_time": assert (again/"tables"/table.name).read_bytes() == table.read_bytes(), table.name
+        if table.stem not in ("inference_time", "published_vs_reproduced"): # times, and the name of the profile
+            assert (again/"tables"/table.name).read_bytes() == table.read_bytes(), table.name
+    shutil.rmtree(again)
+    shutil.rmtree(ROOT/"data"/"smoke-again")
