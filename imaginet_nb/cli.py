@@ -42,7 +42,7 @@ def command(group: typer.Typer, name: str) -> Callable:
         return function
     return register
 
-# %% ../nbs/90_cli.ipynb #1d7fcb6d
+# %% ../nbs/90_cli.ipynb #1d875aa1
 @command(app, "reproduce")
 def reproduce(
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
@@ -56,7 +56,7 @@ def reproduce(
     settings, root = load_profile(profile), repo_root()
     if not (root/"Snakefile").is_file(): raise ProfileError(f"no Snakefile in {root}: run this inside a clone of the repository")
     words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", "--nolock", "--rerun-incomplete",
-             "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "progress"]
+             "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "progress"]
     if force: words += ["--forceall"]
     elif not (root/settings.data.root).exists(): words += ["--forcerun", "p05_data"] # reports are there, the images are not
     if dry_run: words[words.index("--quiet"):words.index("progress") + 1] = ["--dry-run"]

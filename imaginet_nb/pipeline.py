@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PipelineError', 'notebook_parameters', 'check_parameters', 'write_html', 'run_notebook']
 
-# %% ../nbs/80_pipeline.ipynb #af5fd488
+# %% ../nbs/80_pipeline.ipynb #80a35991
 import ast
 import builtins
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .core import atomic_path, load_profile, repo_root
@@ -74,7 +75,7 @@ def write_html(
     body, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
     with atomic_path(html) as temporary: temporary.write_text(body, encoding="utf-8")
 
-# %% ../nbs/80_pipeline.ipynb #34af8289
+# %% ../nbs/80_pipeline.ipynb #a0b15946
 def run_notebook(
     name: str, # pipeline notebook without suffix, such as `p50_detection`, or a path to a notebook
     profile: str = "demo", # name or path of a profile
@@ -95,9 +96,11 @@ def run_notebook(
             papermill.execute_notebook(
                 template, partial, parameters, cwd=str(repo_root()), kernel_name="python3", log_output=False,
                 progress_bar={"desc": template.stem, "disable": None}, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns of local sockets otherwise
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"]) # it warns of local sockets otherwise
     except PapermillExecutionError as error:
         raise PipelineError(f"{template.stem} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n\n{error.source}\n\n"
                             f"The notebook as far as it ran, with the whole traceback: {partial}") from None
+    except DeadKernelError:
+        raise PipelineError(f"{template.stem}: its kernel died, often for lack of memory; the notebook as far as it ran: {partial}") from None
     os.replace(partial, final)
     return final

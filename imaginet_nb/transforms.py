@@ -8,7 +8,7 @@ __all__ = ['Probabilities', 'CORRUPTIONS', 'ODDS', 'BLUR_KERNELS', 'BLUR_SHARES'
            'random_compression', 'gaussian_blur', 'gaussian_noise', 'corrupt', 'rotate_flip', 'Stage1', 'Stage2',
            'Perturb', 'CenterCrop', 'JpegAt', 'ResizeAt']
 
-# %% ../nbs/21_transforms.ipynb #1a638ab6
+# %% ../nbs/21_transforms.ipynb #6d301ede
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from typing import Literal, get_args
@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 
 from .images import check_image
+
+cv2.setNumThreads(0) # images are small: OpenCV's own threads would only get in the way of torch's
 
 # %% ../nbs/21_transforms.ipynb #42be2138
 Probabilities = Literal["code", "paper"]
