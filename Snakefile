@@ -35,9 +35,12 @@ def code_of(notebook):
     return hashlib.sha256("\n".join([text, *(seen[name] for name in sorted(seen))]).encode()).hexdigest()
 
 
-def settings(*sections):
-    "The part of the profile that a notebook uses, as text."
-    return json.dumps({key: SETTINGS[key] for key in ("name", "seed", "device", *sections)}, sort_keys=True)
+def settings(*keys):
+    "The part of the profile that a notebook uses, as text: whole sections, or single values such as embedding.images."
+    def value(key):
+        section, _, name = key.partition(".")
+        return SETTINGS[section][name] if name else SETTINGS[section]
+    return json.dumps({key: value(key) for key in ("name", "seed", "device", *keys)}, sort_keys=True)
 
 
 def tables(*names): return [f"{REPORT}/tables/{name}.csv" for name in names]
@@ -113,7 +116,7 @@ rule p47_predict:
     output:
         NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy",
         expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "calibration", "robustness", "features"]),
-    params: settings=settings("data", "evaluation", "embedding", "robustness"), code=code_of("p47_predict")
+    params: settings=settings("data", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
     threads: workflow.cores
     shell: RUN
 
