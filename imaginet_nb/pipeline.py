@@ -75,7 +75,7 @@ def write_html(
     body, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
     with atomic_path(html) as temporary: temporary.write_text(body, encoding="utf-8")
 
-# %% ../nbs/80_pipeline.ipynb #a0b15946
+# %% ../nbs/80_pipeline.ipynb #389ea5d4
 def run_notebook(
     name: str, # pipeline notebook without suffix, such as `p50_detection`, or a path to a notebook
     profile: str = "demo", # name or path of a profile
@@ -101,6 +101,6 @@ def run_notebook(
         raise PipelineError(f"{template.stem} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n\n{error.source}\n\n"
                             f"The notebook as far as it ran, with the whole traceback: {partial}") from None
     except DeadKernelError:
-        raise PipelineError(f"{template.stem}: its kernel died, often for lack of memory; the notebook as far as it ran: {partial}") from None
+        raise PipelineError(f"{template.stem}: its kernel died, often for lack of memory; it ran as far as {partial}") from None
     os.replace(partial, final)
     return final
