@@ -145,7 +145,8 @@ def test_a_photograph_serves_one_split(monkeypatch):
 def test_stand_ins_learn_and_leave_a_trace(monkeypatch):
     "Catches decoders that are never trained, that only blur, and reconstructions that hand the picture through."
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(S, "SHARE", (1.0, 1.0))
+    monkeypatch.setattr(S, "STRONG", (1.0, 1.0))
+    monkeypatch.setattr(S, "STRONG_IMAGES", 1.0)
     pictures = [S.picture("faces", 64, "test", rng(i, "picture")) for i in range(6)]
 
     def error(steps: int) -> float:
@@ -154,7 +155,7 @@ def test_stand_ins_learn_and_leave_a_trace(monkeypatch):
         made = [S.reconstruct(model, image, rng(i, "made")) for i, image in enumerate(pictures)]
         return float(np.mean([np.square(a.astype(float) - b).mean() for a, b in zip(made, pictures)])**0.5)
     early, late = error(2), error(120)
-    assert late < 0.5*early and 1 < late < 20, (early, late)
+    assert late < 0.5*early and 1 < late < 25, (early, late) # the camera's noise, which is not reconstructed, is in it
 
 
 def test_failure_in_the_middle_keeps_what_was_there(tmp_path, monkeypatch):
