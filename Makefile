@@ -28,7 +28,7 @@ test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, noteboo
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # the same content before and after: what is committed is what the notebooks say
 check-notebooks: setup

@@ -47,6 +47,7 @@ def tables(*names): return [f"{REPORT}/tables/{name}.csv" for name in names]
 def figures(*names): return [f"{REPORT}/figures/{name}.png" for name in names]
 
 
+TRAINING = workflow.cores if SETTINGS["exclusive"] else 1 # cores of a notebook that trains or predicts
 RUN = f"imaginet notebook {{rule}} --profile {FILE}"
 NOTEBOOK = f"{REPORT}/notebooks/{{}}.ipynb"
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
@@ -59,7 +60,7 @@ rule all:
 rule p05_data:
     output: NOTEBOOK.format("p05_data"), expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"])
     params: settings=settings("data", "sandbox"), code=code_of("p05_data")
-    threads: workflow.cores
+    threads: TRAINING
     shell: RUN
 
 
@@ -81,7 +82,7 @@ rule p30_pretrain:
     input: MANIFESTS + "/train.csv"
     output: NOTEBOOK.format("p30_pretrain"), CHECKPOINTS + "/pretrain.safetensors"
     params: settings=settings("data", "model", "pretrain"), code=code_of("p30_pretrain")
-    threads: workflow.cores
+    threads: TRAINING
     shell: RUN
 
 
@@ -89,7 +90,7 @@ rule p40_calibrate:
     input: MANIFESTS + "/calibration.csv", CHECKPOINTS + "/pretrain.safetensors"
     output: NOTEBOOK.format("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
     params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
-    threads: workflow.cores
+    threads: TRAINING
     shell: RUN
 
 
@@ -97,7 +98,7 @@ rule p45_baseline:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/calibration.csv"
     output: NOTEBOOK.format("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
     params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
-    threads: workflow.cores
+    threads: TRAINING
     shell: RUN
 
 
@@ -105,7 +106,7 @@ rule p46_ablation:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/perturbed.csv"
     output: NOTEBOOK.format("p46_ablation"), PREDICTIONS + "/ablation.csv"
     params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p46_ablation")
-    threads: workflow.cores
+    threads: TRAINING
     shell: RUN
 
 
@@ -117,7 +118,7 @@ rule p47_predict:
         NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy",
         expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "calibration", "robustness", "features"]),
     params: settings=settings("data", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
-    threads: workflow.cores
+    threads: TRAINING
     shell: RUN
 
 
@@ -165,7 +166,7 @@ rule p62_robustness:
 rule p63_speed:
     output: NOTEBOOK.format("p63_speed"), tables("inference_time")
     params: settings=settings("speed"), code=code_of("p63_speed")
-    threads: workflow.cores # other work beside it would spoil the times
+    threads: TRAINING # other work beside it would spoil the times
     shell: RUN
 
 

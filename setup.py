@@ -7,11 +7,12 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
+peers = cfg["peers_requirements"].split()
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown", license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"],
     python_requires=f">={cfg['min_python']}", packages=find_packages(include=["imaginet_nb*"]),
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={"peers": peers, "dev": [*cfg["dev_requirements"].split(), *peers]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -6,9 +6,9 @@
 __all__ = ['Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'atomic_path', 'Section', 'DataConfig', 'SandboxConfig',
            'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig',
            'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'load_profile', 'rng', 'seed_everything',
-           'pick_device', 'progress', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
+           'pick_device', 'progress', 'worker_processes', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
 
-# %% ../nbs/00_core.ipynb #9e2ea9ef
+# %% ../nbs/00_core.ipynb #bd72a1b9
 import contextlib
 import difflib
 import hashlib
@@ -27,6 +27,8 @@ import numpy as np
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from joblib import Parallel
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 if TYPE_CHECKING: import torch # takes seconds to import, which the command line and the notebook runner do without
@@ -148,7 +150,7 @@ class SpeedConfig(Section):
     repeats: PositiveInt                       # timed calls; the median is reported
     precision: Precision
 
-# %% ../nbs/00_core.ipynb #f3e41d90
+# %% ../nbs/00_core.ipynb #13aeaad0
 class Profile(Section):
     "Everything that distinguishes one run of the pipeline from another."
     name: str                                  # equals the file's name; reports go to `reports/<name>/`
@@ -156,6 +158,7 @@ class Profile(Section):
     seed: int
     device: str                                # auto, cpu, cuda, cuda:1, ...
     num_workers: int | None                    # loader processes; None = chosen from the machine
+    exclusive: bool                            # a notebook that trains has the machine to itself
     data: DataConfig
     sandbox: SandboxConfig | None
     model: ModelConfig
@@ -233,7 +236,7 @@ def seed_everything(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # cuBLAS asks for this before it is deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# %% ../nbs/00_core.ipynb #1a1d3d0a
+# %% ../nbs/00_core.ipynb #495a2b82
 def pick_device(
     name: str = "auto", # auto, cpu, cuda, cuda:1, mps
 ) -> "torch.device":
@@ -249,6 +252,14 @@ def progress(
 ) -> Iterable:
     "A progress bar that leaves no trace; `TQDM_DISABLE=1` (set for executed notebooks) turns it off."
     return tqdm(iterable, desc=desc, total=total, leave=False, dynamic_ncols=True, mininterval=0.5)
+
+@contextlib.contextmanager
+def worker_processes(
+    jobs: int | None = None, # None = one for each core
+) -> Iterator[Parallel]: # results come in order, one by one
+    "`joblib` workers that end with the block; left idle, they would hold up the end of the program for five minutes."
+    try: yield Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")
+    finally: get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 # %% ../nbs/00_core.ipynb #ee0f7686
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "opencv-python-headless", "pillow", "umap-learn", "imaginet_nb")

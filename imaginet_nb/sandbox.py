@@ -7,9 +7,8 @@ __all__ = ['PHOTOGRAPHS', 'RECIPES', 'UPSAMPLERS', 'STEPS_UP', 'LATENT', 'STRONG
            'LISTS', 'RECIPE', 'dead_leaves', 'landscape', 'photograph', 'brush', 'flat', 'face', 'city', 'camera',
            'picture', 'StandIn', 'train_stand_in', 'reconstruct', 'age', 'Row', 'plan', 'make_sandbox']
 
-# %% ../nbs/24_sandbox.ipynb #e343cf75
+# %% ../nbs/24_sandbox.ipynb #b29ac7a9
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,12 +20,12 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .annotations import FAMILIES, Generator, balanced_calibration, write_annotations
-from .core import atomic_path, fingerprint, progress, rng
+from .core import atomic_path, fingerprint, progress, rng, worker_processes
 from .images import decode, save
 from .transforms import compress
 
@@ -463,18 +462,18 @@ def _is_complete(root: Path, mark: str) -> bool:
     needed = [*plan(facts["images"])["path"], *(f"annotations/{name}" for name in LISTS)]
     return all((root/path).is_file() for path in needed)
 
-# %% ../nbs/24_sandbox.ipynb #9dd33380
+# %% ../nbs/24_sandbox.ipynb #7045320a
 def _fill(root: Path, files: pd.DataFrame, seed: int, sides: tuple[int, int], decoder_steps: int) -> None:
     "Train the stand-ins, make every image, write the lists."
     synthetic = files[files["origin"] == "synthetic"]
     contents = synthetic.groupby("generator")["content_type"].unique().to_dict()
-    parallel = Parallel(n_jobs=os.cpu_count(), return_as="generator")
-    training = parallel(delayed(train_stand_in)(g, list(contents[g]), 96, decoder_steps, seed) for g in contents)
-    trained = list(progress(training, "training stand-in generators", total=len(contents))) # to its end: `parallel` is used again
-    states = dict(zip(contents, trained))
-    tasks = (delayed(_make_image)(root, file, number, sides, seed, states.get(file.generator))
-             for number, file in enumerate(files.itertuples(index=False)))
-    for _ in progress(parallel(tasks), "making images", total=len(files)): pass
+    with worker_processes() as parallel:
+        training = parallel(delayed(train_stand_in)(g, list(contents[g]), 96, decoder_steps, seed) for g in contents)
+        trained = list(progress(training, "training stand-in generators", total=len(contents))) # to its end: `parallel` is used again
+        states = dict(zip(contents, trained))
+        tasks = (delayed(_make_image)(root, file, number, sides, seed, states.get(file.generator))
+                 for number, file in enumerate(files.itertuples(index=False)))
+        for _ in progress(parallel(tasks), "making images", total=len(files)): pass
     train = files[files["split"] == "train"]
     parts = train, files[files["split"] == "test"], _calibration(train, seed)
     for name, rows in zip(LISTS, parts): write_annotations(rows, root/"annotations"/name)

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['LIST_NAMES', 'make_testset']
 
-# %% ../nbs/23_testset.ipynb #00a557fe
+# %% ../nbs/23_testset.ipynb #3d25c1de
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from .annotations import FAMILIES, perturbed_layout, write_annotations
-from .core import atomic_path, fingerprint, progress, rng
+from .core import atomic_path, fingerprint, progress, rng, worker_processes
 from .images import decode, save
 from .transforms import Perturb
 
@@ -25,7 +24,7 @@ def _perturb_file(source: Path, target: Path, transform: Perturb, seed: int, row
     if target.exists(): return
     save(transform(decode(source), rng(seed, "testset", 0, row)), target, lossless=True)
 
-# %% ../nbs/23_testset.ipynb #067fb10a
+# %% ../nbs/23_testset.ipynb #777566ce
 LIST_NAMES = dict(zip(FAMILIES, ("test_gan.txt", "test_sd.txt", "test_midjourney.txt", "test_dalle3.txt")))
 
 def make_testset(
@@ -40,8 +39,9 @@ def make_testset(
     _prepare(root/"testset", fingerprint(layout, transform, seed))
     paths = zip(layout["path"], layout["perturbed_path"])
     tasks = (delayed(_perturb_file)(root/a, root/b, transform, seed, row) for row, (a, b) in enumerate(paths))
-    jobs = 1 if len(layout) < 100 else jobs or os.cpu_count() or 1 # starting processes takes longer than a few images
-    for _ in progress(Parallel(n_jobs=jobs, return_as="generator")(tasks), "perturbing", total=len(layout)): pass
+    if len(layout) < 100: jobs = 1 # starting processes takes longer than a few images
+    with worker_processes(jobs) as parallel:
+        for _ in progress(parallel(tasks), "perturbing", total=len(layout)): pass
     perturbed = layout.rename(columns={"path": "source", "perturbed_path": "path"})[[*manifest.columns, "group", "source"]]
     for group, rows in perturbed.groupby("group"): write_annotations(rows, root/"testset"/LIST_NAMES[str(group)])
     write_annotations(perturbed, root/"testset"/"test_all.txt")
