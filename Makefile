@@ -21,8 +21,8 @@ setup: .venv/complete ## environment in .venv from requirements.lock, editable i
 	$(BIN)/python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb
 	@touch $@
 
-reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE=demo] [FORCE=1]
-	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(FORCE),--force)
+reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE=demo] [FORCE=1] [DRYRUN=1]
+	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(FORCE),--force) $(if $(DRYRUN),--dry-run)
 
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .

@@ -42,12 +42,12 @@ def command(group: typer.Typer, name: str) -> Callable:
         return function
     return register
 
-# %% ../nbs/90_cli.ipynb #1d875aa1
+# %% ../nbs/90_cli.ipynb #f7f7286e
 @command(app, "reproduce")
 def reproduce(
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
     force: Annotated[bool, typer.Option("--force", help="Make everything again, whether out of date or not.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run, and why.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run and why, with an estimate of the hours.")] = False,
 ) -> None:
     """Regenerate every table and figure of a profile in reports/<profile>/.
 
@@ -62,7 +62,9 @@ def reproduce(
     if dry_run: words[words.index("--quiet"):words.index("progress") + 1] = ["--dry-run"]
     code = subprocess.run(words, cwd=root, env=_environment()).returncode
     if code: raise typer.Exit(code)
-    if not dry_run: _pages(root/"reports"/settings.name)
+    if not dry_run: return _pages(root/"reports"/settings.name)
+    from imaginet_nb.plan import plan_text
+    typer.echo(plan_text(settings))
 
 # %% ../nbs/90_cli.ipynb #2387fa4a
 def _environment() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The embedded data set against the paper's counts, other readers of its files, the number of processes, and failure in the middle."""
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_no_two_images_are_alike(root):
 
 def test_one_process_makes_the_same_bytes(root, tmp_path, monkeypatch):
     "Catches random numbers, results or file names that depend on how the work is shared."
-    monkeypatch.setattr(S.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     try: again = S.make_sandbox(tmp_path/"again", **TINY)
     finally: torch.set_num_threads(threads)
