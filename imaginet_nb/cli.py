@@ -162,7 +162,7 @@ def _score_file(path: Path, detector: Any, max_side: int) -> dict[str, Any]:
         found["family"] = FAMILIES[int(detector.identify(batch)[0].argmax())]
     return found
 
-# %% ../nbs/90_cli.ipynb #f40188ae
+# %% ../nbs/90_cli.ipynb #b0401e78
 @command(app, "predict")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Images and folders (walked through recursively).")],
@@ -183,7 +183,7 @@ def predict(
         raise FileNotFoundError(f"no checkpoint {checkpoint}: `make reproduce` trains one on the embedded data set, "
                                 "`imaginet checkpoint convert` converts one of the authors; name it with --checkpoint")
     trained_on = read_header(checkpoint).get("profile")
-    if trained_on in ("smoke", "demo", "gpu"):
+    if trained_on in ("smoke", "demo", "gpu", "paper-look-alike"):
         typer.secho(f"This detector was trained on the embedded stand-ins (profile {trained_on}): do not rely on its verdicts.",
                     err=True, fg="yellow")
     rows = score_files(find_files(paths), load_detector(checkpoint, device=str(pick_device(device))), max_side)

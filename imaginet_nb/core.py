@@ -56,7 +56,7 @@ def atomic_path(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #a07bd77a
+# %% ../nbs/00_core.ipynb #0fec4a33
 class Section(BaseModel):
     "Base of all sections: strict types, no unknown keys, immutable."
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -66,8 +66,10 @@ Optimizer = Literal["sgd", "adam", "adamw"]
 
 class DataConfig(Section):
     "Which images, and the two sizes that the method uses."
-    source: Literal["sandbox", "imaginet"]     # made by code, or the real 144 GB
+    source: Literal["sandbox", "imaginet", "look-alike"] # made by code; the real 144 GB; sandbox images in its place
     root: str                                  # folder of images and lists, relative to the repository
+    weights: str                               # folder of the imported weights of other detectors
+    external: str                              # folder of the prepared test sets of others
     crop_size: PositiveInt                     # side of a stage-1 crop, pixels (paper: 96)
     image_size: PositiveInt                    # side in stage 2 and in the perturbed test set, pixels (paper: 256)
     crop_cap: PositiveInt | None               # largest crop side of the test perturbation; None = as in the paper's text
