@@ -217,12 +217,12 @@ def read_table(
     if "note" in frame: frame["note"] = frame["note"].astype(object).fillna("").astype(str)
     return frame
 
-# %% ../nbs/70_reporting.ipynb #d10f7a9d
+# %% ../nbs/70_reporting.ipynb #fd51d27e
 def save_figure(
     figure: Figure,
     stem: str | Path, # path without suffix, such as `reports/demo/figures/umap_family`
+    caption: str, # names the profile; see `Run.caption`
     provenance: Mapping[str, Any] | None = None, # from `Run.provenance`
-    caption: str = "", # names the profile; see `Run.caption`
 ) -> list[Path]: # the PNG, PDF and provenance files
     "Write a figure as PNG (150 dpi) and PDF."
     stem = Path(stem)

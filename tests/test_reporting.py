@@ -140,9 +140,9 @@ def test_tables_that_hide_something_are_refused(tmp_path):
 # figures
 
 def test_figures_are_the_same_bytes_and_hold_no_date(table, tmp_path):
-    files = save_figure(plot_detection(table), tmp_path/"f", {"seed": 1}, "A caption.")
+    files = save_figure(plot_detection(table), tmp_path/"f", "A caption.", {"seed": 1})
     before = [f.read_bytes() for f in files]
-    assert [f.read_bytes() for f in save_figure(plot_detection(table), tmp_path/"f", {"seed": 1}, "A caption.")] == before
+    assert [f.read_bytes() for f in save_figure(plot_detection(table), tmp_path/"f", "A caption.", {"seed": 1})] == before
     assert [f.name for f in files] == ["f.png", "f.pdf", "f.provenance.json"]
     assert b"CreationDate" not in before[1] and b"Matplotlib" not in before[0]
 
@@ -249,7 +249,7 @@ class Links(HTMLParser):
 def report(table, tmp_path) -> Path:
     save_table(table, tmp_path/"tables"/"detection_by_family", "Detection <by> family.", {"seed": 1})
     save_table(pd.DataFrame({"x": [1.0]}), tmp_path/"tables"/"score_calibration", "Another table.")
-    save_figure(plot_detection(table), tmp_path/"figures"/"detection_by_family", {"seed": 1}, "Dots.")
+    save_figure(plot_detection(table), tmp_path/"figures"/"detection_by_family", "Dots.", {"seed": 1})
     return tmp_path
 
 
