@@ -72,7 +72,7 @@ def test_predict_fails_only_when_all_failed(detector, pictures, tmp_path):
 @pytest.mark.parametrize("words, code, message", [
     (["predict", "x.png", "--checkpoint", "none.safetensors"], 1, "make reproduce"),
     (["predict"], 2, "Missing argument"),
-    (["reproduce", "--profile", "dmeo"], 1, "known profiles: demo, paper, smoke"),
+    (["reproduce", "--profile", "dmeo"], 1, "known profiles: demo, paper"),
     (["notebook", "p99_none", "--profile", "smoke"], 1, "there are: p05_data"),
     (["checkpoint", "convert", "none.pth", "out.safetensors"], 1, "none.pth"),
     (["data", "sandbox"], 2, "--out"),
