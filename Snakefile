@@ -7,6 +7,7 @@
 import ast
 import hashlib
 import json
+from glob import glob
 from pathlib import Path
 
 import yaml
@@ -50,6 +51,7 @@ def figures(*names): return [f"{REPORT}/figures/{name}.png" for name in names]
 TRAINING = workflow.cores if SETTINGS["exclusive"] else 1 # cores of a notebook that trains or predicts
 RUN = f"imaginet notebook {{rule}} --profile {FILE}"
 NOTEBOOK = f"{REPORT}/notebooks/{{}}.ipynb"
+IMPORTED = glob(f"{SETTINGS['data']['weights']}/*.safetensors") # weights of other detectors, supplied by the user
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
 
 
@@ -66,7 +68,9 @@ rule p05_data:
 
 rule p10_dataset:
     input: rules.p05_data.output
-    output: NOTEBOOK.format("p10_dataset"), tables("dataset_features", "dataset_structure")
+    output:
+        NOTEBOOK.format("p10_dataset"), figures("zero_pixel", "composition", "file_properties"),
+        tables("dataset_features", "dataset_structure", "zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"),
     params: settings=settings("data"), code=code_of("p10_dataset")
     shell: RUN
 
@@ -113,21 +117,31 @@ rule p46_ablation:
 rule p47_predict:
     input:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
-        expand(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]),
+        expand(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), IMPORTED,
     output:
-        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy",
-        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "calibration", "robustness", "features"]),
-    params: settings=settings("data", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
+        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json",
+        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "features"]),
+    params: settings=settings("data", "model.pretrained", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
     threads: TRAINING
     shell: RUN
 
 
 rule p50_detection:
-    input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/calibration.csv"
+    input: expand(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
     output:
         NOTEBOOK.format("p50_detection"), figures("detection_by_family"),
-        tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "practical", "corvi"),
+        tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "format_matched", "grouping_effect"),
     params: settings=settings("evaluation"), code=code_of("p50_detection")
+    shell: RUN
+
+
+rule p51_external:
+    input:
+        CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors", MANIFESTS + "/train.csv", PREDICTIONS + "/calibration.csv",
+        IMPORTED, glob(f"{SETTINGS['data']['external']}/*/prepared.json"),
+    output: NOTEBOOK.format("p51_external"), tables("practical", "corvi", "external_calibration")
+    params: settings=settings("data", "evaluation"), code=code_of("p51_external")
+    threads: TRAINING
     shell: RUN
 
 
@@ -172,7 +186,7 @@ rule p63_speed:
 
 rule p90_summary:
     input:
-        rules.p10_dataset.output, rules.p50_detection.output, rules.p52_identification.output,
+        rules.p10_dataset.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
         rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,
     output: NOTEBOOK.format("p90_summary"), f"{REPORT}/index.html", f"{REPORT}/README.md", tables("published_vs_reproduced")
     params: settings=settings(), code=code_of("p90_summary")

@@ -9,13 +9,13 @@ __all__ = ['SUFFIX_FORMATS', 'RULES', 'FOLDS', 'Fit', 'ZERO_PIXEL_COLUMNS', 'Gro
            'has_c2pa', 'image_properties', 'read_properties', 'property_table', 'learned_null', 'near_pairs',
            'duplicates', 'duplicate_table', 'overlap_table']
 
-# %% ../nbs/26_audit.ipynb #6c2fa237
+# %% ../nbs/26_audit.ipynb #47f1af19
 import hashlib
 import re
 import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -126,7 +126,7 @@ def audit_groups(
         return manifest[part] if part.dtype == bool else manifest.iloc[part]
     return {"all": manifest} | {label: rows(part) for label, part in groups.items()}
 
-# %% ../nbs/26_audit.ipynb #13d9f964
+# %% ../nbs/26_audit.ipynb #3fd573a6
 def _detection_score(frame: pd.DataFrame, posterior: pd.DataFrame) -> tuple[float, float]:
     "Balanced accuracy and AUC of a two-class score; NaN where a class is missing."
     synthetic = frame["origin"].eq("synthetic").to_numpy()
@@ -139,7 +139,8 @@ def _identification_scores(frame: pd.DataFrame, posterior: pd.DataFrame) -> dict
     families = [f for f in FAMILIES if f in posterior]
     if len(families) < 2: return dict.fromkeys(["all", *families], (np.nan, np.nan))
     truth = frame["generator_family"].to_numpy(str)
-    recall = recall_score(truth, np.array(families)[posterior[families].to_numpy().argmax(1)], labels=families, average=None, zero_division=0)
+    guess = np.array(families)[posterior[families].to_numpy().argmax(1)]
+    recall = recall_score(truth, guess, labels=families, average=None, zero_division=0)
     auc = [roc_auc_score(truth == f, posterior[f]) for f in families]
     return {"all": (float(np.mean(recall)), float(np.mean(auc)))} | {f: (float(r), float(a)) for f, r, a in zip(families, recall, auc)}
 
@@ -153,15 +154,16 @@ def _rows(
     "All groups of both tracks for one rule."
     keys = dict(rule=rule, fit=fit)
     for label, frame in groups.items():
-        acc, auc = _detection_score(frame, posterior(frame, "origin"))
+        acc, auc = _detection_score(frame, posterior(frame, "origin") if len(frame) else pd.DataFrame())
         yield dict(track="detection", group=label, **keys, balanced_accuracy=acc, auc=auc, n=len(frame))
     fakes = manifest[manifest["generator_family"].isin(FAMILIES)]
     counts = fakes["generator_family"].value_counts()
-    for label, (acc, auc) in _identification_scores(fakes, posterior(fakes, "generator_family")).items():
+    scores = posterior(fakes, "generator_family") if len(fakes) else pd.DataFrame()
+    for label, (acc, auc) in _identification_scores(fakes, scores).items():
         n = len(fakes) if label == "all" else int(counts[label])
         yield dict(track="identification", group=label, **keys, balanced_accuracy=acc, auc=auc, n=n)
 
-# %% ../nbs/26_audit.ipynb #4770ff79
+# %% ../nbs/26_audit.ipynb #0a76ef9b
 def zero_pixel_table(
     manifest: pd.DataFrame, # one row an image
     groups: Groups | None = None, # of the detection track besides `all`; None = by family
@@ -170,13 +172,8 @@ def zero_pixel_table(
     "How far format and content alone get in both tracks."
     parts = audit_groups(manifest, groups, seed)
     rows = [row for fit in ("in_sample", "cross_validated") for rule in RULES
-            for row in _rows(manifest, parts, rule, fit, lambda f, t: _posterior_or_empty(f, t, rule, fit, seed))]
-    table = pd.DataFrame(rows, columns=list(ZERO_PIXEL_COLUMNS))
-    return table.sort_values(["track"], kind="stable", ignore_index=True)
-
-def _posterior_or_empty(frame: pd.DataFrame, target: str, rule: str, fit: Any, seed: int) -> pd.DataFrame:
-    "Scores, or none for a group without images."
-    return pd.DataFrame() if frame.empty else zero_pixel_posterior(frame, target, rule, fit, seed)
+            for row in _rows(manifest, parts, rule, fit, partial(zero_pixel_posterior, rule=rule, fit=fit, seed=seed))]
+    return pd.DataFrame(rows, columns=list(ZERO_PIXEL_COLUMNS)).sort_values("track", kind="stable", ignore_index=True)
 
 # %% ../nbs/26_audit.ipynb #80c03f02
 @cache
@@ -259,7 +256,7 @@ def has_c2pa(
     private = [chunk[0] for chunk in getattr(picture, "private_chunks", ())]
     return any(b"jumb" in data[:64] for data in segments) or b"caBX" in private or "C2PA" in chunks
 
-# %% ../nbs/26_audit.ipynb #636d842f
+# %% ../nbs/26_audit.ipynb #c392734a
 PROPERTY_COLUMNS = ("path", "bytes", "format", "width", "height", "mode", "bit_depth", "frames", "jpeg_quality", "jpeg_standard", "chroma",
                     "lossless", "has_exif", "c2pa", "names_generator", "pixel_hash", "perceptual_hash", "error")
 _CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
@@ -280,7 +277,8 @@ def _header(
         yield from zip(("jpeg_quality", "jpeg_standard"), jpeg_quality(picture.quantization)) # type: ignore[attr-defined]
         yield "chroma", "grey" if picture.mode == "L" else _CHROMA.get(JpegImagePlugin.get_sampling(picture), "other")
     if decodable:
-        yield from (("names_generator", names_generator(picture)), ("has_exif", bool(picture.getexif())), ("c2pa", has_c2pa(picture, chunks)))
+        yield from (("names_generator", names_generator(picture)), ("has_exif", bool(picture.getexif())))
+        yield "c2pa", has_c2pa(picture, chunks)
 
 # %% ../nbs/26_audit.ipynb #5e2feb6e
 def image_properties(
@@ -318,7 +316,7 @@ def read_properties(
         properties = pd.DataFrame(list(progress(found, "reading files", total=len(unique))), columns=list(PROPERTY_COLUMNS[1:]))
     return unique.join(properties)
 
-# %% ../nbs/26_audit.ipynb #d5d63918
+# %% ../nbs/26_audit.ipynb #85fa4207
 def property_table(
     images: pd.DataFrame, # of `read_properties`
 ) -> pd.DataFrame: # one row a content type and generator
@@ -332,14 +330,15 @@ def property_table(
         seen = part["error"].isna()
         misnamed = seen & part["format"].ne(container_format(part["path"]))
         return dict(n=len(part), errors=int((~seen).sum()), format=most(part["format"]), misnamed=int(misnamed.sum()), size=most(size),
-                    n_sizes=size.nunique(), lossless=most(part["lossless"].map({True: "yes", False: "no"})), jpeg_quality=quality.median(),
-                    quality_lowest=quality.min(), quality_highest=quality.max(), chroma=most(part["chroma"]), mode=most(part["mode"]),
+                    sizes=size.nunique(), lossless=most(part["lossless"].map({True: "yes", False: "no"})), jpeg_quality=quality.median(),
+                    lowest_quality=quality.min(), highest_quality=quality.max(), chroma=most(part["chroma"]), mode=most(part["mode"]),
                     bit_depth=most(part["bit_depth"].astype("Int64")), c2pa=int(part["c2pa"].eq(True).sum()),
                     names_generator=int(part["names_generator"].fillna("").ne("").sum()))
-    keys = ["content_type", "generator"]
-    return pd.DataFrame([dict(zip(keys, key)) | row(part) for key, part in images.groupby(keys)]) # type: ignore[call-overload]
+    keys, whole = ["content_type", "generator"], dict.fromkeys(["jpeg_quality", "lowest_quality", "highest_quality"], "Int64")
+    rows = [dict(zip(keys, key)) | row(part) for key, part in images.groupby(keys)] # type: ignore[call-overload]
+    return pd.DataFrame(rows).astype(dict.fromkeys(whole, float)).round(dict.fromkeys(whole, 0)).astype(whole)
 
-# %% ../nbs/26_audit.ipynb #4e15f9a1
+# %% ../nbs/26_audit.ipynb #19f7c183
 NULLS = {"size": ("width", "height", "aspect"), "coding": ("format", "jpeg_quality", "jpeg_standard", "chroma", "lossless"),
          "colour": ("mode", "bit_depth"), "metadata": ("has_exif", "c2pa", "names_generator")}
 NULLS["properties"] = tuple(c for columns in NULLS.values() for c in columns)
@@ -349,8 +348,9 @@ def _null_features(images: pd.DataFrame, rule: str) -> pd.DataFrame:
     frame = images.assign(aspect=images["width"].astype(float)/images["height"].astype(float),
                           names_generator=images["names_generator"].fillna("").str.partition(":")[2])[list(NULLS[rule])]
     numbers = {"width", "height", "aspect", "jpeg_quality", "bit_depth"}
-    common = {c: frame[c].astype(str).value_counts().index[:200] for c in frame if c not in numbers} # a category costs a bin of 255
-    return pd.DataFrame({c: frame[c].astype(float) if c in numbers else pd.Categorical(frame[c].astype(str), categories=common[c]) for c in frame})
+    def category(values: pd.Series) -> pd.Series: # boosting has room for 255 values
+        return pd.Series(pd.Categorical(values, categories=values.value_counts().index[:200]), values.index)
+    return pd.DataFrame({c: frame[c].astype(float).fillna(-1) if c in numbers else category(frame[c].astype(str)) for c in frame})
 
 def _null_posterior(images: pd.DataFrame, target: str, rule: str, seed: int) -> pd.DataFrame:
     "Cross-validated class scores of one set of properties."
@@ -361,11 +361,13 @@ def _null_posterior(images: pd.DataFrame, target: str, rule: str, seed: int) -> 
     for held in (fold == k for k in range(FOLDS)):
         present = np.unique(truth[~held])
         if not held.any() or len(present) < 2: continue
-        model = HistGradientBoostingClassifier(max_iter=60, class_weight="balanced", categorical_features="from_dtype", random_state=seed)
+        leaf = int(np.clip(len(truth)/50, 2, 20)) # the default, 20 images, is too many for a small group
+        model = HistGradientBoostingClassifier(max_iter=30, learning_rate=0.2, min_samples_leaf=leaf, class_weight="balanced",
+                                               categorical_features="from_dtype", random_state=seed)
         scores[np.ix_(held, present)] = model.fit(features[~held], truth[~held]).predict_proba(features[held])
     return pd.DataFrame(scores, columns=names, index=images.index)
 
-# %% ../nbs/26_audit.ipynb #9e885041
+# %% ../nbs/26_audit.ipynb #4152e4f6
 def learned_null(
     images: pd.DataFrame, # of `read_properties`; files with an error take part with what is known
     groups: Groups | None = None, # besides `all`; None = by family
@@ -374,7 +376,7 @@ def learned_null(
 ) -> pd.DataFrame: # `ZERO_PIXEL_COLUMNS`; rule is a key of `NULLS`
     "How far a classifier gets that sees the properties of the files only."
     parts = audit_groups(images, groups, seed)
-    rows = [row for rule in rules for row in _rows(images, parts, rule, "cross_validated", lambda f, t: _null_posterior(f, t, rule, seed))]
+    rows = [row for rule in rules for row in _rows(images, parts, rule, "cross_validated", partial(_null_posterior, rule=rule, seed=seed))]
     return pd.DataFrame(rows, columns=list(ZERO_PIXEL_COLUMNS)).sort_values("track", kind="stable", ignore_index=True)
 
 # %% ../nbs/26_audit.ipynb #c321e60a
@@ -398,7 +400,7 @@ def near_pairs(
             step += 1
     return np.unique(np.concatenate(pairs), axis=0)
 
-# %% ../nbs/26_audit.ipynb #09739e63
+# %% ../nbs/26_audit.ipynb #f5b39a1a
 DUPLICATE_COLUMNS = ("kind", "group", "path", "split", "origin", "content_type", "generator")
 
 def _near_groups(hashes: pd.Series, max_distance: int) -> np.ndarray: # hexadecimal -> group number of each
@@ -432,7 +434,7 @@ def duplicate_table(
                                   mixed=groups["origin"].nunique().gt(1)))
         for splits, part in facts.groupby("splits") if len(facts) else [("any", facts)]:
             n = int(part["images"].sum())
-            rows.append(dict(kind=kind, splits=splits, groups=len(part), images=n, surplus=n - len(part), mixed_origin=int(part["mixed"].sum())))
+            rows.append(dict(kind=kind, splits=splits, groups=len(part), images=n, surplus=n - len(part), mixed_origin=part["mixed"].sum()))
     return pd.DataFrame(rows)
 
 # %% ../nbs/26_audit.ipynb #cda28f30

@@ -8,8 +8,8 @@ __all__ = ['DETECTION_COLUMNS', 'MEAN', 'IDENTIFICATION_COLUMNS', 'ROBUSTNESS_CO
            'family_rows', 'content_rows', 'generator_rows', 'detection_by_family', 'detection_by_content',
            'detection_by_generator', 'identification_table', 'robustness_table', 'content_ablation_table']
 
-# %% ../nbs/62_evaluation.ipynb #232afbd8
-from collections.abc import Callable, Iterator, Sequence
+# %% ../nbs/62_evaluation.ipynb #e252836f
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from sklearn.linear_model import LogisticRegression
 
 from .annotations import CONTENT_TYPES, FAMILIES, GENERATORS, draw_reals, family_groups, overlap
 from .core import rng
-from .detectors import PEERS
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic, bootstrap, interval, macro_auc_statistic
 from .metrics import recall_statistic
 
@@ -303,20 +302,21 @@ def _mean_values(
     if not defined.any(): return np.full(values.shape[1:], np.nan), "no group has a value"
     return values[defined].mean(axis=0), "" if defined.all() else f"mean of {defined.sum()} of {len(values)} groups"
 
-# %% ../nbs/62_evaluation.ipynb #eade92ef
-def _peer_rows(
+# %% ../nbs/62_evaluation.ipynb #4ce7c218
+def _missing_rows(
     groups: Sequence[str], # labels of the rows
-    present: Sequence[str], # detectors that did run
+    missing: Mapping[str, str], # detector -> note
 ) -> list[dict[str, Any]]:
-    "Rows for the detectors of the paper that were not run."
+    "Rows for the detectors that were not run."
     empty = {column: np.nan for column in DETECTION_COLUMNS[2:8]} | dict(n_real=pd.NA, n_synthetic=pd.NA)
-    return [dict(detector=peer, group=group, note=why) | empty for peer, why in PEERS.items() if peer not in present for group in groups]
+    return [dict(detector=name, group=group, note=note) | empty for name, note in missing.items() for group in groups]
 
 def _detection_table(
     predictions: pd.DataFrame,
     grouping: Callable[[pd.DataFrame], tuple[list[Group], pd.Series]], # of one detector's predictions -> groups, strata
     resamples: int,
     seed: int,
+    missing: Mapping[str, str], # detector -> why it was not run
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`
     "The table for one way of grouping."
     rows: list[dict[str, Any]] = []
@@ -328,10 +328,11 @@ def _detection_table(
         (mean, note), together = _mean_values(values), np.unique(np.concatenate([g.rows for g in groups]))
         rows.append(dict(detector=name, group=MEAN) | _detection_row(frame, together, mean, note or turned))
     labels = list(dict.fromkeys(row["group"] for row in rows))
-    rows += _peer_rows(labels, predictions["detector"].unique().tolist())
+    ran = set(predictions["detector"])
+    rows += _missing_rows(labels, {name: note for name, note in missing.items() if name not in ran})
     return pd.DataFrame(rows, columns=list(DETECTION_COLUMNS)).astype({"n_real": "Int64", "n_synthetic": "Int64"})
 
-# %% ../nbs/62_evaluation.ipynb #fe949448
+# %% ../nbs/62_evaluation.ipynb #a1153185
 def _labels(
     groups: Sequence[Group], # without common images
     n: int,
@@ -345,33 +346,36 @@ def detection_by_family(
     predictions: pd.DataFrame, # with calibrated `probability`
     resamples: int, # behind every interval
     seed: int, # of the groups, if there is no column `group`, and of the resamples
+    missing: Mapping[str, str] = {}, # detectors that were not run, and why: they get empty rows
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`
     "Detection for each generator family (Table 3)."
     def grouping(frame: pd.DataFrame) -> tuple[list[Group], pd.Series]:
         groups = family_rows(frame, seed)
         return groups, frame["origin"] + "|" + _labels(groups, len(frame))
-    return _detection_table(predictions, grouping, resamples, seed)
+    return _detection_table(predictions, grouping, resamples, seed, missing)
 
-# %% ../nbs/62_evaluation.ipynb #dc71c811
+# %% ../nbs/62_evaluation.ipynb #58b1ccf9
 def detection_by_content(
     predictions: pd.DataFrame, # with calibrated `probability`
     resamples: int, # behind every interval
     seed: int, # of the resamples
+    missing: Mapping[str, str] = {}, # detectors that were not run, and why: they get empty rows
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`
     "Detection for each content type."
     def grouping(frame: pd.DataFrame) -> tuple[list[Group], pd.Series]:
         return content_rows(frame), frame["generator_family"] + "|" + frame["content_type"]
-    return _detection_table(predictions, grouping, resamples, seed)
+    return _detection_table(predictions, grouping, resamples, seed, missing)
 
 def detection_by_generator(
     predictions: pd.DataFrame, # with calibrated `probability`
     resamples: int, # behind every interval
     seed: int, # of the drawn reals and of the resamples
+    missing: Mapping[str, str] = {}, # detectors that were not run, and why: they get empty rows
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`
     "Detection for each specific generator."
     def grouping(frame: pd.DataFrame) -> tuple[list[Group], pd.Series]:
         return generator_rows(frame, seed), frame["origin"] + "|" + frame["generator"]
-    return _detection_table(predictions, grouping, resamples, seed)
+    return _detection_table(predictions, grouping, resamples, seed, missing)
 
 # %% ../nbs/62_evaluation.ipynb #d30d854c
 IDENTIFICATION_COLUMNS = ("detector", "setting", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n", "note")

@@ -417,7 +417,7 @@ def plot_confusion(
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #cef25210
+# %% ../nbs/70_reporting.ipynb #f40628e9
 class PaperItem(NamedTuple):
     "Where one table or figure of the paper is found here."
     item: str # as the paper calls it
@@ -438,8 +438,8 @@ PAPER_ITEMS = (
     PaperItem("By content type", "Detection (not printed in the paper)", _BY, ("detection_by_content",), (), ("detection_by_content",)),
     PaperItem("By generator", "Detection (not printed in the paper)", _BY, ("detection_by_generator",), (), ("detection_by_generator",)),
     PaperItem("Score calibration", "What the calibration of scores changes", _BY, ("score_calibration",)),
-    PaperItem("Table 4", "Practical test set", _BY, ("practical",), (), ("table4_practical", "repository_practical")),
-    PaperItem("Table 5", "Corvi test set", _BY, ("corvi",), (), ("table5_corvi", "repository_corvi")),
+    PaperItem("Table 4", "Practical test set", "p51_external", ("practical",), (), ("table4_practical", "repository_practical")),
+    PaperItem("Table 5", "Corvi test set", "p51_external", ("corvi",), (), ("table5_corvi", "repository_corvi")),
     PaperItem("Table 6", "Inference time", "p63_speed", ("inference_time",), (), ("table6_inference_time",)),
     PaperItem("Table 7", "Identification of the generator family", "p52_identification", ("identification",),
               ("identification_confusion",), ("table7_identification",)),

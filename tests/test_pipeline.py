@@ -16,7 +16,7 @@ from imaginet_nb.core import repo_root
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
-          "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
+          "corvi", "inference_time", "zero_pixel", "overlap", "format_matched", "grouping_effect", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
           "published_vs_reproduced"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
            "content_ablation", "robustness_jpeg", "robustness_resize"]
@@ -71,9 +71,23 @@ def test_detection_tables_have_the_promised_columns_and_rows(report):
         assert set(run["detector"]) == {"SelfCon (ours)", "Cross-entropy (baseline)"} and "Mean" in set(run["group"])
         assert run[["acc", "acc_low", "acc_high", "auc"]].notna().all(axis=None)
         assert (run["acc_low"] <= run["acc"]).all() and (run["acc"] <= run["acc_high"]).all()
-        peers = table[~table["detector"].isin(run["detector"])]
-        assert {"Grag2021", "Corvi2022", "Wu2023"} <= set(peers["detector"]) and peers["acc"].isna().all()
-        assert peers["note"].str.contains("not run").all()
+        nulls = table[table["detector"].str.startswith("Zero-pixel")]
+        assert set(nulls["detector"]) == {f"Zero-pixel: {rule}" for rule in ("format", "content", "format+content")}
+        assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched").any()
+        peers = table[table["note"].str.startswith("not run", na=False)]
+        assert {"Grag2021", "Corvi2022", "Corvi2022*", "Wu2023", "Linear probe (DINOv2 ViT-S)"} == set(peers["detector"])
+        assert peers["acc"].isna().all()
+
+
+def test_tables_of_other_sets_say_what_they_need(report):
+    for name in ("practical", "corvi"):
+        notes = pd.read_csv(report/"tables"/f"{name}.csv")["note"]
+        assert notes.str.contains(f"imaginet data external {name}").all()
+
+
+def test_overlap_is_reported_and_only_calibration_lies_in_training(report):
+    shared = pd.read_csv(report/"tables"/"overlap.csv").set_index(["a", "b"])["shared"]
+    assert {pair for pair, n in shared.items() if n} == {("train", "calibration")}
 
 
 def test_identification_has_both_settings(report):
@@ -98,8 +112,8 @@ def test_a_second_run_does_nothing(report):
 @pytest.mark.parametrize("old, new, expected", [
     ("neighbors: 8", "neighbors: 9", {"p60_embeddings", "p90_summary"}),
     ("repeats: 2", "repeats: 3", {"p63_speed", "p90_summary"}),
-    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p50_detection", "p52_identification",
-                                          "p60_embeddings", "p62_robustness", "p90_summary"}),
+    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p50_detection", "p51_external",
+                                          "p52_identification", "p60_embeddings", "p62_robustness", "p90_summary"}),
 ], ids=["umap", "speed", "stage 2"])
 def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, old, new, expected):
     assert planned(edited(tmp_path, old, new)) == expected

@@ -31,7 +31,8 @@ def test_saving_twice_gives_the_same_bytes(tmp_path, table):
 
 def test_figures_have_the_same_bytes_and_no_date(tmp_path):
     points = pd.DataFrame({"x": [0.0, 1.0], "y": [0.0, 1.0], "origin": ["real", "synthetic"]})
-    saved = [[p.read_bytes() for p in R.save_figure(R.plot_embedding(points, "origin", "Title"), tmp_path/"f", "Points.")] for _ in range(2)]
+    saved = [[p.read_bytes() for p in R.save_figure(R.plot_embedding(points, "origin", "Title"), tmp_path/"f", "Points.")]
+             for _ in range(2)]
     assert saved[0] == saved[1] and b"CreationDate" not in saved[0][1]
 
 

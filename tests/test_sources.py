@@ -1,0 +1,387 @@
+"""The way of the real ImagiNet, walked on a look-alike: hub, volumes, images; and everything that can go wrong on it."""
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import py7zr
+import pytest
+from hub import COMMIT, TOKEN, serve
+from multivolumefile import MultiVolume
+from PIL import Image
+
+from imaginet_nb import sources as S
+from imaginet_nb.annotations import AnnotationError, read_annotations, write_annotations
+from imaginet_nb.images import save
+
+VOLUME = 20_000
+
+
+def pack(folder: Path, archive: Path, outer: str = "") -> None:
+    "Pack the images of a folder, not its lists, into volumes."
+    archive.mkdir(parents=True)
+    with MultiVolume(str(archive/"imaginet.7z"), "wb", volume=VOLUME, ext_digits=3) as target, py7zr.SevenZipFile(target, "w") as file:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and "annotations" not in p.parts):
+            file.write(path, f"{outer}{path.relative_to(folder).as_posix()}")
+
+
+def pictures(folder: Path, n: int = 10) -> Path:
+    "A small data set in the layout, with its list."
+    labels = {"ffhq": ("real", "faces", "real", "real"), "sd_faces_fake": ("synthetic", "faces", "SD", "SD v2.1")}
+    rows = []
+    for i in range(n):
+        for name, values in labels.items():
+            path = f"{name}/{i}.{'png' if name == 'ffhq' else 'webp'}"
+            save(np.random.default_rng([i, len(name)]).integers(0, 256, (48, 40, 3), dtype=np.uint8), folder/path, lossless=name != "ffhq")
+            rows.append(dict(zip(("path", "origin", "content_type", "generator_family", "generator", "split"), (path, *values, "test"))))
+    for name in S.LISTS[:3]: write_annotations(pd.DataFrame(rows), folder/"annotations"/name)
+    for name in S.LISTS[3:]: shutil.copy(folder/"annotations"/S.LISTS[2], folder/"annotations"/name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return pictures(tmp_path_factory.mktemp("original")/"imaginet")
+
+
+@pytest.fixture(scope="module")
+def volumes(original, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")/"volumes"
+    pack(original, folder)
+    assert len(list(folder.iterdir())) >= 4
+    return folder
+
+
+@pytest.fixture
+def archive(volumes, tmp_path) -> Path:
+    "The volumes, as if downloaded."
+    return Path(shutil.copytree(volumes, tmp_path/"archive"))
+
+
+@pytest.fixture
+def hub(volumes, original):
+    with serve(volumes, original/"annotations") as running: yield running
+
+
+def imaginet(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(["imaginet", *map(str, words)], capture_output=True, text=True, env={**os.environ, "PATH": path, **environment})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def images_of(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(folder).items() if name.startswith(("ffhq/", "sd_faces_fake/"))}
+
+
+# --- download
+
+def test_from_an_empty_folder_to_a_verified_data_set(hub, original, tmp_path):
+    """The three commands; a connection that breaks in the middle of a volume is taken up where it broke."""
+    out, environment = tmp_path/"imaginet", hub.environment()
+    hub.cut_at["imaginet.7z.002"] = [7_000]
+    result = imaginet("data", "download", "--out", out, **environment)
+    assert result.returncode == 0, result.stderr
+    assert [name for name, _ in hub.ranges].count("imaginet.7z.002") == 2 and len(hub.ranges) == len(list(hub.volumes.iterdir())) + 1
+    assert {k: v for k, v in content(out/"archive").items() if k != "volumes.json"} == content(hub.volumes)
+    asked = len(hub.ranges)
+    assert imaginet("data", "download", "--out", out, **environment).returncode == 0 and len(hub.ranges) == asked # nothing is fetched twice
+    result = imaginet("data", "unpack", out/"archive", "--out", out)
+    assert result.returncode == 0 and "20 files unpacked" in result.stdout, result.stderr
+    assert images_of(out) == images_of(original)
+    result = imaginet("data", "verify", out, "--jobs", 1)
+    assert result.returncode == 0 and "there and right" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_broken_download_goes_on_in_the_next_call(hub, tmp_path, monkeypatch):
+    """All retries of one call break: no file under its final name; the next call asks for the rest alone."""
+    for name, value in hub.environment().items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    set_endpoint(monkeypatch, hub)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1_000) # its 10 MB are more than these volumes
+    hub.cut_at["imaginet.7z.001"] = [5_000] + [0]*40
+    with pytest.raises(S.SourceError, match="goes on where it stopped"): S.download_images(tmp_path)
+    assert not (tmp_path/"archive"/"imaginet.7z.001").exists()
+    assert (tmp_path/"archive"/"imaginet.7z.001.part").stat().st_size == 5_000
+    with pytest.raises(S.SourceError, match="not complete"): S.find_volumes(tmp_path/"archive")
+    hub.cut_at.clear()
+    hub.ranges.clear()
+    S.download_images(tmp_path)
+    assert hub.ranges[0] == ("imaginet.7z.001", "bytes=5000-")
+    assert (tmp_path/"archive"/"imaginet.7z.001").read_bytes() == (hub.volumes/"imaginet.7z.001").read_bytes()
+
+
+def set_endpoint(monkeypatch, hub) -> None:
+    "The client reads its variables when it is imported; in this process it is told directly."
+    import huggingface_hub.constants as constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(S, "HfApi", lambda: __import__("huggingface_hub").HfApi(endpoint=hub.address, token=TOKEN))
+    monkeypatch.setattr(S, "build_hf_headers", lambda: {"authorization": f"Bearer {TOKEN}"})
+
+
+@pytest.mark.parametrize("refusal, token, words", [
+    (None, None, "accept the terms"),
+    (None, "hf_wrong", "accept the terms"),
+    ((403, "GatedRepo"), TOKEN, "access is not granted yet"),
+    ((401, ""), TOKEN, "HF_TOKEN"),
+    ((404, "RepoNotFound"), TOKEN, "valid token"),
+    ((404, "RevisionNotFound"), TOKEN, "--revision"),
+    ((503, ""), TOKEN, "503"),
+], ids=["no token", "wrong token", "gated", "401", "404", "revision", "503"])
+def test_a_refusal_says_what_to_do(hub, tmp_path, refusal, token, words):
+    hub.refusal = refusal
+    result = imaginet("data", "download", "--out", tmp_path, "--what", "images", **hub.environment(token))
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not list(tmp_path.rglob("*.7z.*"))
+
+
+def test_a_flipped_byte_on_the_way_is_noticed(hub, tmp_path, monkeypatch):
+    set_endpoint(monkeypatch, hub)
+    hub.flipped = {"imaginet.7z.002"}
+    with pytest.raises(S.SourceError, match="imaginet.7z.002: .*SHA-256"): S.download_images(tmp_path)
+    assert [p.name for p in sorted((tmp_path/"archive").iterdir())] == ["imaginet.7z.001", "volumes.json"]
+    hub.flipped = set()
+    S.download_images(tmp_path)
+    assert (tmp_path/"archive"/"imaginet.7z.002").read_bytes() == (hub.volumes/"imaginet.7z.002").read_bytes()
+
+
+def test_too_little_disk_is_said_before_the_start(hub, tmp_path, monkeypatch):
+    set_endpoint(monkeypatch, hub)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 10))
+    with pytest.raises(S.SourceError, match="GB are free"): S.download_images(tmp_path)
+    assert not hub.ranges
+
+
+def test_a_list_that_is_not_there(hub, tmp_path):
+    result = imaginet("data", "download", "--out", tmp_path, "--what", "annotations",
+                      **{**hub.environment(), "IMAGINET_LISTS_ENDPOINT": hub.address + "/nowhere"})
+    assert result.returncode == 1 and "404" in result.stderr and not list(tmp_path.rglob("*.txt"))
+    assert COMMIT not in result.stderr
+
+
+# --- unpack
+
+@pytest.mark.parametrize("outer", ["", "imaginet/"])
+def test_unpack_finds_the_layout_with_and_without_an_outer_folder(original, tmp_path, outer):
+    pack(original, tmp_path/"archive", outer)
+    assert S.unpack(tmp_path/"archive", tmp_path/"out") == 20
+    assert images_of(tmp_path/"out") == images_of(original)
+
+
+def test_unpack_again_writes_only_what_is_missing_or_wrong(archive, original, tmp_path):
+    out = tmp_path/"out"
+    S.unpack(archive, out)
+    (out/"ffhq"/"1.png").unlink()
+    (out/"ffhq"/"2.png").write_bytes(b"shorter")
+    data = bytearray((out/"ffhq"/"3.png").read_bytes()); data[100] ^= 1
+    (out/"ffhq"/"3.png").write_bytes(data)
+    untouched = (out/"ffhq"/"4.png").stat().st_mtime_ns
+    assert S.unpack(archive, out) == 3
+    assert images_of(out) == images_of(original) and (out/"ffhq"/"4.png").stat().st_mtime_ns == untouched
+
+
+def test_a_killed_unpack_goes_on(archive, original, tmp_path):
+    """The process dies while the sixth file is being written: five are there, and no partial one under a final name."""
+    script = ("import os, sys; from imaginet_nb import sources as S\n"
+              "def write(self, s, n=[0]):\n    n[0] += 1\n    if n[0] > 5: os._exit(9)\n    return self.file.write(s)\n"
+              "S._Target.write = write; S.unpack(sys.argv[1], sys.argv[2])")
+    assert subprocess.run([sys.executable, "-c", script, archive, tmp_path/"out"]).returncode == 9
+    before = {name: data for name, data in content(tmp_path/"out").items() if not name.endswith(".part")}
+    assert 0 < len(before) < 20 and before.items() <= images_of(original).items()
+    assert S.unpack(archive, tmp_path/"out") == 20 - len(before)
+    assert content(tmp_path/"out") == images_of(original)
+
+
+def test_a_missing_volume_is_named(archive):
+    (archive/"imaginet.7z.002").unlink()
+    with pytest.raises(S.SourceError, match="imaginet.7z.002 is missing"): S.unpack(archive, archive.parent/"out")
+
+
+def test_a_missing_last_volume_is_known_from_the_first(archive):
+    sorted(archive.iterdir())[-1].unlink()
+    with pytest.raises(S.SourceError, match="bytes too early"): S.unpack(archive, archive.parent/"out")
+
+
+def test_a_truncated_volume_is_named(archive):
+    os.truncate(archive/"imaginet.7z.002", VOLUME - 1)
+    with pytest.raises(S.SourceError, match="imaginet.7z.002 has 19,999 bytes instead of 20,000"): S.unpack(archive, archive.parent/"out")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_volume_is_named(archive, tmp_path, number):
+    """A flipped byte: the volume is named by its hash, or else the volumes it must be among; nothing partial is left."""
+    facts = {p.name: [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in archive.iterdir()}
+    path = archive/f"imaginet.7z.{number:03d}"
+    data = bytearray(path.read_bytes()); data[VOLUME//2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(S.SourceError, match="damaged is one of imaginet.7z.001 to"): S.unpack(archive, tmp_path/"out")
+    (archive/"volumes.json").write_text(json.dumps(facts))
+    with pytest.raises(S.SourceError, match=f"damaged is imaginet.7z.{number:03d}: delete it"): S.unpack(archive, tmp_path/"out")
+    assert not list((tmp_path/"out").rglob("*.part"))
+
+
+def test_a_damaged_end_is_said(archive, tmp_path):
+    last = sorted(archive.iterdir())[-1]
+    data = bytearray(last.read_bytes()); data[-20] ^= 255
+    last.write_bytes(data)
+    with pytest.raises(S.SourceError, match=last.name): S.unpack(archive, tmp_path/"out")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_not_an_archive(tmp_path):
+    with pytest.raises(S.SourceError, match="imaginet data download"): S.unpack(tmp_path, tmp_path/"out")
+    (tmp_path/"imaginet.7z.001").write_bytes(b"no archive at all, but long enough to have a head")
+    with pytest.raises(S.SourceError, match="not the first volume"): S.unpack(tmp_path, tmp_path/"out")
+
+
+def hostile(archive: Path, name: str) -> None:
+    "An archive whose list of files holds a bad name: py7zr refuses to write one, so a name of the same length is changed afterwards."
+    archive.mkdir()
+    innocent = "x"*len(name)
+    one = archive/"imaginet.7z.001"
+    with py7zr.SevenZipFile(one, "w") as file:
+        file.set_encoded_header_mode(False)
+        file.writestr(b"data", innocent)
+    data = one.read_bytes().replace(innocent.encode("utf-16-le"), name.encode("utf-16-le"))
+    offset, size = struct.unpack("<QQ", data[12:28])
+    start = data[12:28] + struct.pack("<I", zlib.crc32(data[32 + offset:32 + offset + size]))
+    one.write_bytes(data[:8] + struct.pack("<I", zlib.crc32(start)) + start + data[32:])
+
+
+@pytest.mark.parametrize("name", ["/tmp/outside.png", "../outside.png", "ffhq/../../outside.png", "C:/outside.png", "..\\outside.png"])
+def test_names_that_lead_out_are_refused(tmp_path, name):
+    hostile(tmp_path/"archive", name)
+    with pytest.raises(S.SourceError, match="nothing was unpacked"): S.unpack(tmp_path/"archive", tmp_path/"a"/"b"/"out")
+    assert not list(tmp_path.rglob("*outside*")) and not Path("/tmp/outside.png").exists()
+
+
+def test_links_are_refused(tmp_path):
+    (tmp_path/"folder").mkdir()
+    (tmp_path/"folder"/"link.png").symlink_to("/etc/hostname")
+    (tmp_path/"archive").mkdir()
+    with py7zr.SevenZipFile(tmp_path/"archive"/"imaginet.7z.001", "w") as file: file.write(tmp_path/"folder"/"link.png", "ffhq/link.png")
+    with pytest.raises(S.SourceError, match="a link or device"): S.unpack(tmp_path/"archive", tmp_path/"out")
+    assert not list(tmp_path.rglob("out/*"))
+
+
+# --- verify and build
+
+@pytest.fixture
+def there(original, tmp_path) -> Path:
+    return Path(shutil.copytree(original, tmp_path/"imaginet"))
+
+
+BAD = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no picture"),
+    "truncated PNG": lambda path: path.write_bytes(path.read_bytes()[:-1500]),
+    "30,000 x 30,000": lambda path: Image.new("1", (30_000, 30_000)).save(path, "PNG"),
+}
+RED = Image.new("RGB", (32, 32), "red")
+ODD = { # unusual, and read all the same
+    "CMYK JPEG": lambda path: Image.new("CMYK", (32, 32), (10, 20, 30, 40)).save(path, "JPEG"),
+    "16-bit PNG": lambda path: Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path, "PNG"),
+    "animated WebP": lambda path: Image.new("RGB", (32, 32)).save(path, "WEBP", save_all=True, append_images=[RED]),
+}
+
+
+@pytest.mark.parametrize("make", BAD.values(), ids=BAD)
+def test_bad_images_are_found(there, make):
+    make(there/"ffhq"/"3.png")
+    found = S.verify(there, jobs=1)
+    assert found["path"].tolist() == ["ffhq/3.png"] and found["problem"][0].startswith("damaged: ")
+    assert str(there) not in found["problem"][0]
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_odd_images_are_right(there, make):
+    make(there/"ffhq"/"3.png")
+    assert S.verify(there, jobs=1).empty
+
+
+def test_verify_from_the_command_line(there, tmp_path):
+    (there/"ffhq"/"3.png").unlink()
+    result = imaginet("data", "verify", there, "--out", tmp_path/"problems.csv", "--jobs", 1)
+    assert result.returncode == 1 and "1 missing" in result.stderr
+    assert pd.read_csv(tmp_path/"problems.csv")["path"].tolist() == ["ffhq/3.png"]
+
+
+def test_verify_reads_again_only_what_changed(there, monkeypatch):
+    S.verify(there, jobs=1)
+    looked = []
+    check = S._check_image
+    monkeypatch.setattr(S, "_check_image", lambda path, md5: looked.append(path.name) or check(path, md5))
+    assert S.verify(there, jobs=1).empty and looked == []
+    (there/"ffhq"/"5.png").write_bytes(b"changed")
+    with open(there/S._STATE, "a") as file: file.write("ffhq/5.png\t7") # a line that a kill cut short
+    assert S.verify(there, jobs=1)["path"].tolist() == ["ffhq/5.png"] and looked == ["5.png"]
+
+
+def test_parallel_verification_finds_the_same(there):
+    for n in (2, 7): (there/"ffhq"/f"{n}.png").write_bytes(b"bad")
+    one = S.verify(there, jobs=1)
+    (there/S._STATE).unlink()
+    S_chunks = S.verify(there, jobs=2)
+    pd.testing.assert_frame_equal(one, S_chunks)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("./ffhq/0.png,0,9,4,8", "line 21: unknown ContentType code"),
+    ("./../0.png,0,2,4,8", "line 21: path leaves the image folder"),
+    ("./ffhq/x.png,1,2,4,8", "line 21: .*name its generator"),
+], ids=["label", "..", "contradiction"])
+def test_a_bad_list_is_an_error_with_its_line(there, line, words):
+    with open(there/"annotations"/"test_annotations.txt", "a") as file: file.write(line + "\n")
+    with pytest.raises(AnnotationError, match=words): S.verify(there)
+
+
+def test_labels_that_do_not_fit_their_folder(there):
+    path = there/"annotations"/"test_annotations.txt"
+    path.write_text(path.read_text().replace("./ffhq/0.png,0,2,4,8", "./ffhq/0.png,1,2,1,3"))
+    for name in S.LISTS[:2]: (there/"annotations"/name).unlink()
+    found = S.verify(there, jobs=1)
+    assert found["path"].tolist() == ["ffhq/0.png"] and "holds real faces" in found["problem"][0]
+
+
+def test_published_counts_are_compared(tmp_path):
+    """40,000 lines with the published counts pass; one image moved to another folder is reported for both."""
+    counts = pd.read_csv(S.repo_root()/"data"/"test_split_counts.csv", keep_default_na=False).query("level == 'source_folder'")
+    rows = [dict(path=f"{r.source_folder}/{r.Index}-{i}.png", content_type=r.content_type, origin=r.origin)
+            for r in counts.itertuples() for i in range(int(r.test_images))]
+    test = pd.DataFrame(rows)
+    assert len(test) == 40_000 and S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv") == []
+    test.loc[0, "path"] = "val2017/moved.png"
+    assert len(S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv")) == 2
+
+
+def test_build_links_by_path_then_by_name(original, tmp_path):
+    out, elsewhere = tmp_path/"out", tmp_path/"elsewhere"/"deep"
+    shutil.copytree(original/"annotations", out/"annotations")
+    elsewhere.mkdir(parents=True)
+    for path in (original/"ffhq").iterdir(): shutil.copy(path, elsewhere)
+    (tmp_path/"elsewhere"/"twice").mkdir()
+    shutil.copy(original/"ffhq"/"0.png", tmp_path/"elsewhere"/"twice") # a name that occurs twice is not guessed at
+    faces, fakes = tmp_path/"elsewhere", original/"sd_faces_fake"
+    result = imaginet("data", "build", "--out", out, "--source", f"ffhq={faces}", "--source", f"sd_faces_fake={fakes}")
+    assert result.returncode == 0 and "ffhq: 1 missing; FFHQ" in result.stdout, result.stdout + result.stderr
+    assert (out/"ffhq"/"1.png").is_symlink() and (out/"ffhq"/"1.png").read_bytes() == (original/"ffhq"/"1.png").read_bytes()
+    assert S.verify(out, jobs=1)["problem"].tolist() == ["missing"]
+    assert imaginet("data", "build", "--out", out, "--source", "ffhq").returncode == 1
+
+
+def test_every_folder_of_the_authors_lists_is_known():
+    folder = Path(os.environ.get("IMAGINET_ANNOTATIONS", S.repo_root().parent/"shared"/"annotations"))
+    if not (folder/"test_annotations.txt").is_file(): pytest.skip("the authors' annotation lists are not there; set IMAGINET_ANNOTATIONS")
+    test = read_annotations(folder/"test_annotations.txt", "test")
+    assert not any(S._label_fault(row) for row in test.itertuples())
+    assert S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv") == []
