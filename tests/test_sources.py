@@ -6,7 +6,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image
 
 from imaginet_nb import sources as S
 from imaginet_nb.annotations import AnnotationError, read_annotations, write_annotations
-from imaginet_nb.images import save
+from imaginet_nb.images import decode, save
 
 VOLUME = 20_000
 
@@ -41,8 +43,10 @@ def pictures(folder: Path, n: int = 10) -> Path:
             path = f"{name}/{i}.{'png' if name == 'ffhq' else 'webp'}"
             save(np.random.default_rng([i, len(name)]).integers(0, 256, (48, 40, 3), dtype=np.uint8), folder/path, lossless=name != "ffhq")
             rows.append(dict(zip(("path", "origin", "content_type", "generator_family", "generator", "split"), (path, *values, "test"))))
-    for name in S.LISTS[:3]: write_annotations(pd.DataFrame(rows), folder/"annotations"/name)
-    for name in S.LISTS[3:]: shutil.copy(folder/"annotations"/S.LISTS[2], folder/"annotations"/name)
+    for name, part in zip(S.LISTS, (rows[4:], rows[4:12], rows[:4])): write_annotations(pd.DataFrame(part), folder/"annotations"/name)
+    (folder/"annotations"/S.FFHQ_LIST).write_text("".join(
+        f"drive{i},{i}.png,{hashlib.md5(decode(folder/'ffhq'/f'{i}.png').tobytes()).hexdigest()}\n" for i in range(n)))
+    for name in (*S.LISTS[3:], *S.EXTERNAL_LISTS): shutil.copy(folder/"annotations"/S.LISTS[2], folder/"annotations"/name)
     return folder
 
 
@@ -193,7 +197,7 @@ def test_unpack_again_writes_only_what_is_missing_or_wrong(archive, original, tm
 def test_a_killed_unpack_goes_on(archive, original, tmp_path):
     """The process dies while the sixth file is being written: five are there, and no partial one under a final name."""
     script = ("import os, sys; from imaginet_nb import sources as S\n"
-              "def write(self, s, n=[0]):\n    n[0] += 1\n    if n[0] > 5: os._exit(9)\n    return self.file.write(s)\n"
+              "def write(self, s, n=[0], real=S._Target.write):\n    n[0] += 1\n    if n[0] > 5: os._exit(9)\n    return real(self, s)\n"
               "S._Target.write = write; S.unpack(sys.argv[1], sys.argv[2])")
     assert subprocess.run([sys.executable, "-c", script, archive, tmp_path/"out"]).returncode == 9
     before = {name: data for name, data in content(tmp_path/"out").items() if not name.endswith(".part")}
@@ -305,7 +309,7 @@ def test_bad_images_are_found(there, make):
 
 @pytest.mark.parametrize("make", ODD.values(), ids=ODD)
 def test_odd_images_are_right(there, make):
-    make(there/"ffhq"/"3.png")
+    make(there/"sd_faces_fake"/"3.webp") # what a file holds is told by its content
     assert S.verify(there, jobs=1).empty
 
 
@@ -336,9 +340,9 @@ def test_parallel_verification_finds_the_same(there):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("./ffhq/0.png,0,9,4,8", "line 21: unknown ContentType code"),
-    ("./../0.png,0,2,4,8", "line 21: path leaves the image folder"),
-    ("./ffhq/x.png,1,2,4,8", "line 21: .*name its generator"),
+    ("./ffhq/0.png,0,9,4,8", "line 5: unknown ContentType code"),
+    ("./../0.png,0,2,4,8", "line 5: path leaves the image folder"),
+    ("./ffhq/x.png,1,2,4,8", "line 5: .*name its generator"),
 ], ids=["label", "..", "contradiction"])
 def test_a_bad_list_is_an_error_with_its_line(there, line, words):
     with open(there/"annotations"/"test_annotations.txt", "a") as file: file.write(line + "\n")
@@ -366,7 +370,7 @@ def test_published_counts_are_compared(tmp_path):
 
 def test_build_links_by_path_then_by_name(original, tmp_path):
     out, elsewhere = tmp_path/"out", tmp_path/"elsewhere"/"deep"
-    shutil.copytree(original/"annotations", out/"annotations")
+    shutil.copytree(original/"annotations", out/"annotations", ignore=shutil.ignore_patterns(S.FFHQ_LIST))
     elsewhere.mkdir(parents=True)
     for path in (original/"ffhq").iterdir(): shutil.copy(path, elsewhere)
     (tmp_path/"elsewhere"/"twice").mkdir()
@@ -385,3 +389,111 @@ def test_every_folder_of_the_authors_lists_is_known():
     test = read_annotations(folder/"test_annotations.txt", "test")
     assert not any(S._label_fault(row) for row in test.itertuples())
     assert S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv") == []
+
+
+# --- what was found in review
+
+def test_a_folder_between_files_does_not_shift_their_names(tmp_path):
+    """Two solid blocks with a folder entry inside the first: py7zr's own numbering wrote one image under another's name."""
+    for n in range(4): save(np.full((8, 8, 3), n, np.uint8), tmp_path/"ffhq"/f"{n}.png")
+    (tmp_path/"archive").mkdir()
+    one = tmp_path/"archive"/"imaginet.7z.001"
+    with py7zr.SevenZipFile(one, "w") as file:
+        file.write(tmp_path/"ffhq"/"0.png", "ffhq/0.png")
+        file.write(tmp_path/"ffhq", "ffhq/empty")
+        for n in (1, 2): file.write(tmp_path/"ffhq"/f"{n}.png", f"ffhq/{n}.png")
+    with py7zr.SevenZipFile(one, "a") as file: file.write(tmp_path/"ffhq"/"3.png", "ffhq/3.png")
+    assert S.unpack(tmp_path/"archive", tmp_path/"out") == 4
+    assert content(tmp_path/"out"/"ffhq") == content(tmp_path/"ffhq")
+    assert S.unpack(tmp_path/"archive", tmp_path/"out") == 0
+
+
+def test_content_under_a_wrong_name_is_refused(archive, tmp_path, monkeypatch):
+    """A target takes only what has the checksum of its own name."""
+    monkeypatch.setattr(S, "_Target", lambda path, crc32, count, real=S._Target: real(path, crc32 ^ 1, count))
+    with pytest.raises(S.SourceError, match="cannot be unpacked"): S.unpack(archive, tmp_path/"out")
+    assert not [p for p in (tmp_path/"out").rglob("*") if p.is_file()]
+
+
+def test_a_file_named_like_a_volume_is_not_read_as_one(archive, tmp_path):
+    (archive/"imaginet.7z.002.bak").write_bytes(b"x")
+    with pytest.raises(S.SourceError, match="imaginet.7z.002.bak is no volume"): S.unpack(archive, tmp_path/"out")
+
+
+def test_a_damaged_start_is_said(archive, tmp_path):
+    data = bytearray((archive/"imaginet.7z.001").read_bytes()); data[14] ^= 255
+    (archive/"imaginet.7z.001").write_bytes(data)
+    with pytest.raises(S.SourceError, match="imaginet.7z.001: damaged in its first 32 bytes"): S.unpack(archive, tmp_path/"out")
+
+
+def test_an_encrypted_archive_is_said(tmp_path):
+    (tmp_path/"archive").mkdir()
+    with py7zr.SevenZipFile(tmp_path/"archive"/"imaginet.7z.001", "w", password="x") as file: file.writestr(b"data", "ffhq/0.png")
+    with pytest.raises(S.SourceError, match="encrypted"): S.unpack(tmp_path/"archive", tmp_path/"out")
+
+
+def test_a_list_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    class Answer(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: pass
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"./ffhq/0.png,0,2,4,8")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("IMAGINET_LISTS_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(S.SourceError, match="run the command again"): S.download_lists(tmp_path, ["test_all.txt"])
+        server.shutdown()
+    assert not list(tmp_path.rglob("*.txt"))
+
+
+def test_one_absent_list_does_not_block_the_others(hub, original, tmp_path, monkeypatch):
+    for name, value in hub.environment().items(): monkeypatch.setenv(name, value)
+    (original/"annotations"/"lasted_anchor.txt").rename(original/"gone.txt")
+    try:
+        with pytest.raises(S.SourceError, match="404 for lasted_anchor.txt; the other lists are there"): S.download_lists(tmp_path)
+    finally: (original/"gone.txt").rename(original/"annotations"/"lasted_anchor.txt")
+    assert {p.name for p in (tmp_path/"annotations").iterdir()} == {*S.LISTS, S.FFHQ_LIST, *S.EXTERNAL_LISTS} - {"lasted_anchor.txt"}
+
+
+def test_a_new_revision_replaces_its_volumes_only(hub, tmp_path, monkeypatch):
+    set_endpoint(monkeypatch, hub)
+    S.download_images(tmp_path)
+    facts = json.loads((tmp_path/"archive"/"volumes.json").read_text())
+    facts["imaginet.7z.002"][1] = "0"*64 # as if an earlier revision had had another second volume
+    (tmp_path/"archive"/"volumes.json").write_text(json.dumps(facts))
+    hub.ranges.clear()
+    S.download_images(tmp_path)
+    assert [name for name, _ in hub.ranges] == ["imaginet.7z.002"]
+
+
+def test_ffhq_is_recognised_by_its_pixels(original, tmp_path):
+    """The authors renamed FFHQ: the original names say nothing, and a foreign image in the folder is not taken."""
+    out, faces = tmp_path/"out", tmp_path/"ffhq"
+    shutil.copytree(original/"annotations", out/"annotations")
+    faces.mkdir()
+    for i in range(9): shutil.copy(original/"ffhq"/f"{i}.png", faces/f"{69_999 - i:05d}.png")
+    save(np.zeros((9, 9, 3), np.uint8), faces/"99999.png")
+    report = S.build({"ffhq": faces}, out, jobs=1).set_index("folder")
+    assert report.loc["ffhq", ["there", "missing"]].tolist() == [9, 1]
+    assert all((out/"ffhq"/f"{i}.png").resolve().name == f"{69_999 - i:05d}.png" for i in range(9))
+
+
+def test_a_wrong_face_is_found_also_if_the_list_comes_later(there):
+    hashes = (there/"annotations"/S.FFHQ_LIST).read_text()
+    (there/"annotations"/S.FFHQ_LIST).unlink()
+    save(np.zeros((48, 40, 3), np.uint8), there/"ffhq"/"3.png")
+    assert S.verify(there, jobs=1).empty
+    (there/"annotations"/S.FFHQ_LIST).write_text(hashes)
+    found = S.verify(there, jobs=1)
+    assert found["path"].tolist() == ["ffhq/3.png"] and found["problem"][0].startswith("pixels: MD5")
+
+
+def test_lists_that_contradict_each_other(there):
+    lists = {"train_annotations.txt": "./ffhq/0.png,0,2,4,8\n./ffhq/1.png,0,2,4,8\n", "calibration.txt": "./ffhq/0.png,0,0,4,8\n",
+             "test_annotations.txt": "./ffhq/1.png,0,2,4,8\n"}
+    for name, lines in lists.items(): (there/"annotations"/name).write_text(lines)
+    found = S.verify(there, jobs=1)
+    assert found[["path", "split"]].to_numpy().tolist() == [["ffhq/0.png", "calibration"], ["ffhq/1.png", "test"]]
+    assert found["problem"].str.split(":").str[0].tolist() == ["label", "split"]
