@@ -77,7 +77,7 @@ rule p10_dataset:
 
 rule p20_testset:
     input: MANIFESTS + "/test.csv"
-    output: NOTEBOOK.format("p20_testset"), MANIFESTS + "/perturbed.csv"
+    output: NOTEBOOK.format("p20_testset"), MANIFESTS + "/perturbed.csv", tables("grouping_difference")
     params: settings=settings("data"), code=code_of("p20_testset")
     shell: RUN
 
