@@ -85,6 +85,7 @@ rule p20_testset:
 rule p30_pretrain:
     input: MANIFESTS + "/train.csv"
     output: NOTEBOOK.format("p30_pretrain"), CHECKPOINTS + "/pretrain.safetensors"
+    priority: 1 # on the longest way
     params: settings=settings("data", "model", "pretrain"), code=code_of("p30_pretrain")
     threads: TRAINING
     shell: RUN
@@ -93,6 +94,7 @@ rule p30_pretrain:
 rule p40_calibrate:
     input: MANIFESTS + "/calibration.csv", CHECKPOINTS + "/pretrain.safetensors"
     output: NOTEBOOK.format("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
+    priority: 1 # on the longest way
     params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
     threads: TRAINING
     shell: RUN
@@ -119,8 +121,9 @@ rule p47_predict:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
         expand(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), IMPORTED,
     output:
-        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json",
+        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
         expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "features"]),
+    priority: 1 # on the longest way
     params: settings=settings("data", "model.pretrained", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
     threads: TRAINING
     shell: RUN
@@ -157,6 +160,7 @@ rule p60_embeddings:
     output:
         NOTEBOOK.format("p60_embeddings"), tables("embedding_quality", "umap_points", "relational_autoencoder_points"),
         figures("umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family"),
+    priority: 1 # on the longest way
     params: settings=settings("embedding"), code=code_of("p60_embeddings")
     shell: RUN
 

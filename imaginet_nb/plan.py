@@ -42,14 +42,15 @@ def _seconds(step: Callable[[], object], device: torch.device, repeats: int) -> 
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../nbs/81_plan.ipynb #d6e871b2
+# %% ../nbs/81_plan.ipynb #b1baa6e2
 def seconds_per_image(
     profile: Profile,
-    batch_size: int = 8, # images in a timed step
-    repeats: int = 2, # timed steps; the shortest counts
+    batch_size: int | None = None, # images in a timed step; None = 2 on a CPU, 8 elsewhere
+    repeats: int = 1, # timed steps; the shortest counts
 ) -> dict[str, float]: # pretrain (a crop forward and back), infer (an image forward), ablation (an image forward and back)
     "Time each kind of work on the profile's device."
     device, data, model = pick_device(profile.device), profile.data, profile.model
+    batch_size = batch_size or (2 if device.type == "cpu" else 8)
     def pixels(side: int) -> torch.Tensor: return torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8, device=device)
     origin = torch.arange(batch_size, device=device) % 2
     batch = pixels(data.crop_size), origin, torch.where(origin == 1, 0, 4), origin
@@ -66,7 +67,7 @@ def seconds_per_image(
     work = dict(pretrain=lambda: (step(batch), optimizer.step()), infer=lambda: large.score(images), ablation=ablation)
     return {name: _seconds(once, device, repeats)/batch_size for name, once in work.items()}
 
-# %% ../nbs/81_plan.ipynb #cf4a99ee
+# %% ../nbs/81_plan.ipynb #863f2f02
 def estimate(
     profile: Profile,
     seconds: dict[str, float], # of `seconds_per_image`
@@ -77,7 +78,7 @@ def estimate(
     stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", calibrate),
               ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", calibrate),
               ("p46_ablation", "ablation", 4*cfg.ablation.train_images*cfg.ablation.epochs),
-              ("p47_predict", "infer", 2*2*n["test"] + 24*min(cfg.robustness.images, n["test"]) + cfg.embedding.images)]
+              ("p47_predict", "infer", 2*3*n["test"] + 24*min(cfg.robustness.images, n["test"]) + cfg.embedding.images)]
     table = pd.DataFrame(stages, columns=["notebook", "work", "images"])
     table["seconds_per_image"] = table["work"].map(seconds)
     return table.assign(hours=table["images"]*table["seconds_per_image"]/3600)

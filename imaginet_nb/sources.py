@@ -216,7 +216,7 @@ def download(
     if "weights" in what: raise SourceError(WEIGHTS_HELP)
     return found
 
-# %% ../nbs/25_sources.ipynb #1eced278
+# %% ../nbs/25_sources.ipynb #fc889d77
 _SIGNATURE = b"7z\xbc\xaf'\x1c"
 
 def find_volumes(
@@ -248,6 +248,7 @@ def _facts(archive: Path) -> dict[str, tuple[int, str | None]]:
     "Size and SHA-256 of each volume, if the download wrote them down."
     return json.loads((archive/_FACTS).read_text()) if (archive/_FACTS).is_file() else {}
 
+# %% ../nbs/25_sources.ipynb #e8893caa
 def _check_end(volumes: Sequence[Path], total: int) -> None:
     "Compare the length that the archive claims with the length that is there."
     with open(volumes[0], "rb") as file: head = file.read(32)
@@ -497,7 +498,7 @@ def _known_good(root: Path, hashes: Mapping[str, str]) -> set[str]:
         return file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == state[path]
     return {path for path in state if unchanged(path)}
 
-# %% ../nbs/25_sources.ipynb #98c2681b
+# %% ../nbs/25_sources.ipynb #b9acfdac
 def _count_faults(test: pd.DataFrame, counts: Path) -> list[str]:
     "Differences between a test list of the published length and the published counts."
     if len(test) != 40_000 or not counts.is_file(): return []
@@ -517,6 +518,7 @@ def _contradictions(rows: pd.DataFrame) -> list[tuple[str, str, str]]: # path, s
     return ([(path, split, "label: another list labels this image differently") for path, split in differ]
             + [(path, "test", "split: also in a list of training images") for path in test[test.isin(train)]])
 
+# %% ../nbs/25_sources.ipynb #7233990a
 def verify(
     root: str | Path, # folder of the data set
     lists: Iterable[str | Path] | None = None, # other lists than the three in `annotations/`
