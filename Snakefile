@@ -103,6 +103,7 @@ rule p40_calibrate:
 rule p45_baseline:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/calibration.csv"
     output: NOTEBOOK.format("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
+    priority: 1 # on the longest way
     params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
     threads: TRAINING
     shell: RUN

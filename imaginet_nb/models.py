@@ -7,17 +7,15 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Architecture', 'HeadKind', 'Normali
            'WeightsError', 'load_imagenet_weights', 'projection_head', 'SelfConNet', 'L2Normalize', 'detection_head',
            'identification_head', 'evaluation_mode', 'MissingHead', 'PixelDetector', 'ImagiNetClassifier']
 
-# %% ../nbs/30_models.ipynb #9f53ac8e
+# %% ../nbs/30_models.ipynb #5287659a
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, ResNet50_Weights
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 # %% ../nbs/30_models.ipynb #c212ce60
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # of RGB in [0, 1]
@@ -45,14 +43,12 @@ class Normalize(nn.Module):
         else: raise ValueError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
         return (scaled - self.mean)/self.std
 
-# %% ../nbs/30_models.ipynb #08cd4ed5
+# %% ../nbs/30_models.ipynb #d49072d4
 Architecture = Literal["resnet18", "resnet50"]
-_LAYOUTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3))}
+_LAYOUTS = {"resnet18": ("BasicBlock", (2, 2, 2, 2)), "resnet50": ("Bottleneck", (3, 4, 6, 3))} # torchvision's block, blocks a stage
 
 def _stage(
-    block: type[BasicBlock] | type[Bottleneck],
+    block: Any, # torchvision's BasicBlock or Bottleneck
     inputs: int, # channels that come in
     planes: int, # channels inside a block; it puts out `planes*block.expansion`
     depth: int, # number of blocks
@@ -61,7 +57,8 @@ def _stage(
     "One of the four stages: `depth` residual blocks, the first of which changes size and channels."
     outputs = planes*block.expansion
     shortcut = None
-    if stride != 1 or inputs != outputs: shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     return nn.Sequential(block(inputs, planes, stride, shortcut), *(block(outputs, planes) for _ in range(depth - 1)))
 
 # %% ../nbs/30_models.ipynb #761864a8
@@ -71,7 +68,7 @@ def _check_backbone(name: str, width: float, stem_stride: int) -> None:
     if stem_stride not in (1, 2): raise ValueError(f"stem_stride must be 1 (no-down) or 2 (strided), got {stem_stride!r}")
     if round(64*width) < 4: raise ValueError(f"width must leave at least 4 channels (1/16), got {width!r}")
 
-# %% ../nbs/30_models.ipynb #ef12aa16
+# %% ../nbs/30_models.ipynb #274374dd
 class Backbone(nn.Module):
     "ResNet without classifier, under torchvision's parameter names; normalised pixels in, one feature vector out."
     def __init__(self,
@@ -82,7 +79,9 @@ class Backbone(nn.Module):
         super().__init__()
         _check_backbone(name, width, stem_stride)
         self.name, self.width, self.stem_stride = name, float(width), int(stem_stride)
-        (block, depths), first = _LAYOUTS[name], round(64*width)
+        from torchvision.models import resnet # takes as long to import as torch, and those who only read tables do without
+        (block_name, depths), first = _LAYOUTS[name], round(64*width)
+        block = getattr(resnet, block_name)
         self.stage_channels = [first*2**i*block.expansion for i in range(4)]
         self.num_features = self.stage_channels[-1]
         self.conv1 = nn.Conv2d(3, first, kernel_size=7, stride=stem_stride, padding=3, bias=False)
@@ -118,19 +117,20 @@ def create_backbone(
     "Build a backbone; `load_imagenet_weights` fills it."
     return Backbone(name, width, stem_stride)
 
-# %% ../nbs/30_models.ipynb #38c4a735
-_IMAGENET = {"resnet18": ResNet18_Weights.IMAGENET1K_V1, "resnet50": ResNet50_Weights.IMAGENET1K_V2}
+# %% ../nbs/30_models.ipynb #3e2e2404
+_IMAGENET = {"resnet18": "ResNet18_Weights.IMAGENET1K_V1", "resnet50": "ResNet50_Weights.IMAGENET1K_V2"} # names in torchvision
 
 class WeightsError(ValueError):
     "Pretrained weights that are missing or do not fit; the message says which file goes where."
 
-# %% ../nbs/30_models.ipynb #a89ca6b8
+# %% ../nbs/30_models.ipynb #bc60f8f6
 def _torchvision_state(
     name: str, # resnet18 or resnet50
     path: str | Path | None, # torchvision's file; None = torchvision's cache or download
 ) -> dict[str, Tensor]:
     "Torchvision's state dict, from a file or from torchvision itself."
-    weights = _IMAGENET[name]
+    from torchvision.models import get_weight
+    weights = get_weight(_IMAGENET[name])
     file_name = weights.url.rsplit("/", 1)[-1]
     cached = Path(torch.hub.get_dir())/"checkpoints"/file_name
     if path is not None and not Path(path).is_file(): raise WeightsError(f"{path}: no such file; expected torchvision's {weights.url}")
@@ -144,7 +144,7 @@ def _torchvision_state(
         kind = type(error).__name__
         raise WeightsError(f"{path or cached}: not a weights file that torch can read ({kind}); fetch {weights.url} anew") from error
 
-# %% ../nbs/30_models.ipynb #245c5277
+# %% ../nbs/30_models.ipynb #70fda03e
 def load_imagenet_weights(
     backbone: Backbone, # filled in place; width must be 1
     path: str | Path | None = None, # local copy of torchvision's file; None = torchvision's cache or download
@@ -155,8 +155,9 @@ def load_imagenet_weights(
     for classifier in ("fc.weight", "fc.bias"): state.pop(classifier, None) # the 1000 ImageNet classes: not needed here
     try: backbone.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
-        url = _IMAGENET[backbone.name].url
-        raise WeightsError(f"{path or url}: does not fit {backbone.name}, expected the content of {url}: {str(error)[:300]}") from None
+        weights = _IMAGENET[backbone.name]
+        why = str(error)[:300]
+        raise WeightsError(f"{path or weights}: does not fit {backbone.name}, expected torchvision's {weights}: {why}") from None
     return backbone
 
 # %% ../nbs/30_models.ipynb #d5ed3359
