@@ -231,7 +231,7 @@ def two_track_loss(
     if not synthetic.any(): return found + 0*identification.sum() # a batch of reals alone still has a gradient
     return found + F.cross_entropy(identification[synthetic], family[synthetic])
 
-# %% ../nbs/50_training.ipynb #95b5b962
+# %% ../nbs/50_training.ipynb #30961eae
 def train_detector(
     model: ImagiNetClassifier, # with random weights
     manifest: pd.DataFrame, # training images
@@ -241,7 +241,7 @@ def train_detector(
 ) -> pd.DataFrame: # history, one row an epoch
     "Train backbone and detection head together with sigmoid cross-entropy (Figure 3)."
     cfg = profile.ablation
-    model.to(device, memory_format=torch.channels_last) # type: ignore[call-overload]
+    model.to(device) # not channels-last: with so few channels torch 2.15 corrupts the heap in bfloat16 on a CPU
     optimizer = make_optimizer(model.parameters(), "adamw", cfg.learning_rate, weight_decay=1e-4)
     scheduler = warmup_cosine(optimizer, cfg.epochs, warmup_epochs=0, warmup_factor=1, final_learning_rate=0)
 
