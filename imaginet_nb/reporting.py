@@ -417,7 +417,7 @@ def plot_confusion(
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #f40628e9
+# %% ../nbs/70_reporting.ipynb #da161037
 class PaperItem(NamedTuple):
     "Where one table or figure of the paper is found here."
     item: str # as the paper calls it
@@ -450,6 +450,13 @@ PAPER_ITEMS = (
     PaperItem("Figure 3", "One content type left out of training", "p61_content_ablation", ("content_ablation",), ("content_ablation",)),
     PaperItem("Figure 4a", "Accuracy against JPEG quality", "p62_robustness", ("robustness_jpeg",), ("robustness_jpeg",)),
     PaperItem("Figure 4b", "Accuracy against resizing", "p62_robustness", ("robustness_resize",), ("robustness_resize",)),
+    PaperItem("Audit", "What formats, contents and files give away (not in the paper)", "p10_dataset",
+              ("zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"), ("zero_pixel", "composition", "file_properties")),
+    PaperItem("Format-matched", "The detectors when all images went through one codec (not in the paper)", _BY, ("format_matched",)),
+    PaperItem("Grouping", "Which reals stand against which family", "p20_testset", ("grouping_difference",)),
+    PaperItem("Grouping effect", "What matching the reals by content changes", _BY, ("grouping_effect",)),
+    PaperItem("Overlaps", "Calibration images and anchors against the test set", "p47_predict", ("calibration_overlap",)),
+    PaperItem("External calibration", "Score calibration on the sets of others", "p51_external", ("external_calibration",)),
     PaperItem("Ledger", "Published and reproduced, side by side", "p90_summary", ("published_vs_reproduced",)))
 
 # %% ../nbs/70_reporting.ipynb #0e434a55
