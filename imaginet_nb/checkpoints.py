@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'Model', 'CheckpointError', 'save_checkpoint', 'read_header', 'load_checkpoint',
-           'convert_authors_checkpoint', 'load_detector']
+           'read_torch_file', 'convert_authors_checkpoint', 'load_detector']
 
-# %% ../nbs/31_checkpoints.ipynb #ee6bd5e4
+# %% ../nbs/31_checkpoints.ipynb #0d46f92e
 import argparse
 import hashlib
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +176,18 @@ def _rename(
         if name.startswith(theirs): return (ours + name[len(theirs):]).replace(".shortcut.", ".downsample.")
     return name
 
-# %% ../nbs/31_checkpoints.ipynb #254d20de
+# %% ../nbs/31_checkpoints.ipynb #96f347ad
 _reconstruct = np.empty(0).__reduce__()[0] # numpy's own function that rebuilds an array
 _ALLOWED: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, type(np.dtype(np.uint32)),
     (_reconstruct, "numpy.core.multiarray._reconstruct"), (_reconstruct, "numpy._core.multiarray._reconstruct")]
 
-def _read_pickle(
-    path: str | Path,
-) -> dict[str, Any]: # what the file holds
-    "Read the authors' file without running anything in it."
+def read_torch_file(
+    path: str | Path, # written by `torch.save`
+    allowed: Sequence[Any] = (), # types that may be in it besides tensors and plain containers
+) -> Any: # what the file holds
+    "Read a published file without running anything in it; `CheckpointError` if it asks for more, or is damaged."
     try:
-        with torch.serialization.safe_globals(_ALLOWED): content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)): return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error: raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -195,6 +196,12 @@ def _read_pickle(
                               "Nothing was run.") from None
     except Exception as error: # a damaged file makes torch raise almost anything
         raise CheckpointError(f"{path}: damaged or not a file of torch ({type(error).__name__}); download it anew") from None
+
+def _read_authors_file(
+    path: str | Path,
+) -> dict[str, Any]: # its entries; `model` is there
+    "The content of a checkpoint of the ImagiNet authors."
+    content = read_torch_file(path, _ALLOWED)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path}: no entry 'model' with weights, so not a checkpoint of the ImagiNet authors")
     return content
@@ -215,14 +222,14 @@ def _recognise_head(
                               "known are the current head (layers 0, 1, 4) and the older one (1, 3), with 1 or 4 logits")
     return track, form
 
-# %% ../nbs/31_checkpoints.ipynb #66bab7e9
+# %% ../nbs/31_checkpoints.ipynb #06cb5994
 def convert_authors_checkpoint(
     src: str | Path, # the authors' .pth
     dst: str | Path, # our .safetensors
     stem_stride: int = 1, # of the network that the weights were trained in: 1 = no-down, 2 = strided; the file does not say
 ) -> dict[str, Any]: # header of the new file: kind `classifier`, or `selfcon` where the file has no classifier
     "Convert a checkpoint of the ImagiNet authors; anything unknown in it is refused."
-    content, remedy = _read_pickle(src), "expected the 328 tensors of the authors' ResNet-50 with SelfCon exit"
+    content, remedy = _read_authors_file(src), "expected the 328 tensors of the authors' ResNet-50 with SelfCon exit"
     net = SelfConNet(Backbone("resnet50", stem_stride=stem_stride))
     _fill(net, {_rename(name): t for name, t in content["model"].items()}, src, remedy)
     left_out = sorted(content.keys() - {"model", "classifier"})

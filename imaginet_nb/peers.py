@@ -7,9 +7,8 @@ __all__ = ['WEIGHTS', 'PEERS', 'CLIP_RN50X64', 'PeerWeights', 'weights_folder', 
            'LastedNetwork', 'create_peer_architecture', 'import_weights', 'load_peer', 'draw_anchors', 'add_anchors',
            'available_peers', 'missing_peers', 'weights_table']
 
-# %% ../nbs/64_peers.ipynb #999d8a7c
+# %% ../nbs/64_peers.ipynb #7ac80c6c
 import json
-import pickle
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .annotations import draw_reals
-from .checkpoints import FORMAT, VERSION, CheckpointError, _digest, _fill, _verified_tensors, read_header
+from .checkpoints import FORMAT, VERSION, CheckpointError, _digest, _fill, _verified_tensors, read_header, read_torch_file
 from .core import atomic_path, file_sha256, pick_device, repo_root
 from .detectors import embed
 from .models import L2Normalize, MissingHead, Normalize, PixelDetector, create_backbone
@@ -160,17 +159,12 @@ def create_peer_architecture(
     parts = [PeerNetwork(name) for _ in PEERS[name]]
     return parts[0] if len(parts) == 1 else MeanDetector(name, parts)
 
-# %% ../nbs/64_peers.ipynb #87a5ec72
+# %% ../nbs/64_peers.ipynb #21ac0d57
 def _read_published(
     path: str | Path,
 ) -> dict[str, Tensor]: # state dict
     "Read a published file without running anything in it."
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error: raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: refused, it is not a file of plain weights. Nothing was run.") from None
-    except Exception as error: # a damaged file makes torch raise almost anything
-        raise CheckpointError(f"{path}: damaged or not a file of torch ({type(error).__name__}); download it anew") from None
+    content = read_torch_file(path)
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{path}: holds no state dict, neither as a whole nor as its entry 'model'; download it anew")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_counts', 'seconds_per_image', 'estimate', 'plan_text']
 
-# %% ../nbs/81_plan.ipynb #fd90ce66
+# %% ../nbs/81_plan.ipynb #714042c7
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from .core import Profile, pick_device, repo_root
 from .losses import ImagiNetLoss
-from .models import ImagiNetClassifier, SelfConNet, create_backbone
+from .models import ImagiNetClassifier, SelfConNet, create_backbone, to_device
 from .training import autocast, make_optimizer, selfcon_step
 
 # %% ../nbs/81_plan.ipynb #9e9d9599
@@ -42,7 +42,7 @@ def _seconds(step: Callable[[], object], device: torch.device, repeats: int) -> 
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../nbs/81_plan.ipynb #b1baa6e2
+# %% ../nbs/81_plan.ipynb #2f929829
 def seconds_per_image(
     profile: Profile,
     batch_size: int | None = None, # images in a timed step; None = 2 on a CPU, 8 elsewhere
@@ -55,11 +55,11 @@ def seconds_per_image(
     origin = torch.arange(batch_size, device=device) % 2
     batch = pixels(data.crop_size), origin, torch.where(origin == 1, 0, 4), origin
 
-    net = SelfConNet(create_backbone(model.name, model.width), model.exit_stage, model.projection_size).to(device)
+    net = to_device(SelfConNet(create_backbone(model.name, model.width), model.exit_stage, model.projection_size), device)
     optimizer = make_optimizer(net.parameters(), profile.pretrain.optimizer, 1e-6, 0)
     step = selfcon_step(net, ImagiNetLoss(profile.pretrain.temperature), device, profile.pretrain.precision, None)
-    small = ImagiNetClassifier(create_backbone("resnet18", profile.ablation.width)).to(device)
-    large, images = ImagiNetClassifier(net.backbone).to(device).eval(), pixels(data.image_size)
+    small = to_device(ImagiNetClassifier(create_backbone("resnet18", profile.ablation.width)), device)
+    large, images = to_device(ImagiNetClassifier(net.backbone), device).eval(), pixels(data.image_size)
     large.precision = profile.evaluation.precision
     def ablation() -> None:
         with autocast(device, profile.pretrain.precision): value = small.detection(small.features(images)).sum()
@@ -83,14 +83,14 @@ def estimate(
     table["seconds_per_image"] = table["work"].map(seconds)
     return table.assign(hours=table["images"]*table["seconds_per_image"]/3600)
 
-# %% ../nbs/81_plan.ipynb #5bb0894f
+# %% ../nbs/81_plan.ipynb #a94e6934
 def _disk(profile: Profile) -> str:
     "What the images take, and whether they are there."
-    root = Path(profile.data.root)
-    there = (repo_root()/root/"annotations").is_dir()
-    if profile.sandbox is not None: return f"images in {root}: {'there' if there else 'made by code, some MB'}"
-    if there: return f"images in {root}: lists are there; check the images with `imaginet data verify {root}`"
-    return (f"images in {root}: not there; get them with `imaginet data download --out {root}` and `imaginet data unpack` "
+    folder = Path(profile.data.root)
+    there = (repo_root()/folder/"annotations").is_dir()
+    if profile.sandbox is not None: return f"images in {folder}: {'there' if there else 'made by code, some MB'}"
+    if there: return f"images in {folder}: lists are there; check the images with `imaginet data verify {folder}`"
+    return (f"images in {folder}: not there; get them with `imaginet data download --out {folder}` and `imaginet data unpack` "
             "(144 GB, and as much again for the archive until it is unpacked)")
 
 def plan_text(

@@ -105,13 +105,14 @@ def _as_logits(
     if not ((value < 0) | (value > 1)).any(): return value.logit(eps=1e-6)
     raise PluginError(f"{source}: output: probability, but the network gives {value.min():.3g} to {value.max():.3g}; is it a logit?")
 
-# %% ../nbs/65_plugins.ipynb #7810b718
+# %% ../nbs/65_plugins.ipynb #9f545316
 class _Network(NamedTuple):
     "A loaded file."
     run: Callable[[Tensor], Sequence[Tensor]] # float `(B, 3, H, W)` -> outputs on the CPU
     sides: Sequence[int | None] = () # height and width that it was made for; None = any
     batch: int | None = None # number of images that it takes at once; None = any
 
+# %% ../nbs/65_plugins.ipynb #acd66824
 class FileDetector:
     "A network in a file, fed and read as its YAML says."
     def __init__(self,

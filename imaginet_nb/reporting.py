@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Decimals', 'HEADINGS', 'LATEX', 'INTERVAL_NOTE', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PINK', 'SKY', 'GREY', 'LOOKS',
            'LEGENDS', 'SPARE', 'X_LABELS', 'CHANCE', 'PAPER_ITEMS', 'METRICS', 'METHODS', 'LEDGER_COLUMNS',
-           'PUBLISHED_KEY', 'LONG_TABLE', 'STYLE', 'PAGE', 'MARKDOWN_HEAD', 'MARKDOWN_CHAPTERS', 'cell_text',
-           'text_frame', 'reading_frame', 'markdown_escape', 'markdown_table', 'latex_escape', 'latex_table',
-           'save_table', 'read_table', 'save_figure', 'looks_of', 'new_figure', 'plot_embedding', 'plot_detection',
-           'plot_content_ablation', 'plot_robustness', 'confusion', 'plot_confusion', 'PaperItem', 'published',
-           'published_table', 'Measured', 'ledger', 'Result', 'Chapter', 'html_table', 'html_inline', 'report_index',
-           'relink', 'render_readme', 'write_readme']
+           'PUBLISHED_KEY', 'LONG_TABLE', 'STYLE', 'PAGE', 'MARKDOWN_HEAD', 'MARKDOWN_RESULT', 'MARKDOWN_CHAPTERS',
+           'cell_text', 'text_frame', 'reading_frame', 'markdown_escape', 'markdown_table', 'latex_escape',
+           'latex_table', 'save_table', 'read_table', 'save_figure', 'looks_of', 'new_figure', 'plot_embedding',
+           'plot_detection', 'plot_content_ablation', 'plot_robustness', 'confusion', 'plot_confusion', 'PaperItem',
+           'published', 'published_table', 'Measured', 'ledger', 'Result', 'Chapter', 'html_table', 'html_inline',
+           'report_index', 'relink', 'render_readme', 'write_readme']
 
 # %% ../nbs/70_reporting.ipynb #e279a669
 import hashlib
@@ -417,7 +417,7 @@ def plot_confusion(
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #da161037
+# %% ../nbs/70_reporting.ipynb #c378b6bd
 class PaperItem(NamedTuple):
     "Where one table or figure of the paper is found here."
     item: str # as the paper calls it
@@ -428,6 +428,7 @@ class PaperItem(NamedTuple):
     published: tuple[str, ...] = () # file stems in reports/published/
     remark: str = "" # a sentence for the reader
 
+# %% ../nbs/70_reporting.ipynb #296dc073
 _BY = "p50_detection"
 PAPER_ITEMS = (
     PaperItem("Figures 1 and 5", "Prompts of the generators", remark="The prompts given to the generators: there is nothing to compute."),
@@ -716,22 +717,8 @@ MARKDOWN_HEAD = """# ImagiNet, profile {{ profile.name }}
 {% endfor %}
 """
 
-# %% ../nbs/70_reporting.ipynb #dd3519d1
-MARKDOWN_CHAPTERS = """{% for c in chapters %}
-
-<a id="{{ c.anchor }}"></a>
-## {{ c.heading }}
-
-{% if c.remark %}
-{{ c.remark }}
-
-{% endif %}
-{% if c.notebook %}
-Made by [{{ c.notebook }}](../../nbs/pipelines/{{ c.notebook }}.ipynb).
-
-{% endif %}
-{% for r in c.results %}
-{% if r.missing %}
+# %% ../nbs/70_reporting.ipynb #9b7f96d3
+MARKDOWN_RESULT = """{% if r.missing %}
 **{{ r.stem }}**: {{ r.missing }}
 
 {% else %}
@@ -750,7 +737,24 @@ Made by [{{ c.notebook }}](../../nbs/pipelines/{{ c.notebook }}.ipynb).
 
 
 {% endif %}
-{% endfor %}
+"""
+
+# %% ../nbs/70_reporting.ipynb #5f971a5d
+MARKDOWN_CHAPTERS = """{% for c in chapters %}
+
+<a id="{{ c.anchor }}"></a>
+## {{ c.heading }}
+
+{% if c.remark %}
+{{ c.remark }}
+
+{% endif %}
+{% if c.notebook %}
+Made by [{{ c.notebook }}](../../nbs/pipelines/{{ c.notebook }}.ipynb).
+
+{% endif %}
+{% for r in c.results %}
+""" + MARKDOWN_RESULT + """{% endfor %}
 {% for stem in c.published %}
 The paper's own numbers: [published/{{ stem }}.csv](../published/{{ stem }}.csv)
 

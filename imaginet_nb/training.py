@@ -6,7 +6,7 @@
 __all__ = ['Batch', 'make_optimizer', 'warmup_cosine', 'fit', 'autocast', 'training_loader', 'selfcon_step', 'pretrain',
            'pretrain_cross_entropy', 'calibrate', 'two_track_loss', 'train_detector']
 
-# %% ../nbs/50_training.ipynb #4089cddd
+# %% ../nbs/50_training.ipynb #d0bd35b8
 import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ from .core import Profile, atomic_path, fingerprint, progress
 from .datasets import ManifestDataset, make_loader
 from .grad_cache import cached_step
 from .losses import ImagiNetLoss
-from .models import Backbone, ImagiNetClassifier, Normalize, SelfConNet
+from .models import Backbone, ImagiNetClassifier, Normalize, SelfConNet, to_device
 from .transforms import Stage1, Stage2
 
 # %% ../nbs/50_training.ipynb #c1a86e34
@@ -149,7 +149,7 @@ def selfcon_step(
         return value
     return step
 
-# %% ../nbs/50_training.ipynb #a247e045
+# %% ../nbs/50_training.ipynb #69eacd87
 def pretrain(
     model: SelfConNet,
     manifest: pd.DataFrame, # training images
@@ -159,7 +159,7 @@ def pretrain(
     resume: Path | None = None, # state file that survives a kill
 ) -> pd.DataFrame: # history, one row an epoch
     "Stage 1 (section 2.3 of the fact sheet): train all weights with the two-label self-contrastive loss."
-    model.to(device, memory_format=torch.channels_last) # type: ignore[call-overload]
+    to_device(model, device)
     step = selfcon_step(model, ImagiNetLoss(profile.pretrain.temperature), device, profile.pretrain.precision, profile.pretrain.chunk_size)
     return _fit_stage1(model, step, manifest, root, profile, resume)
 
@@ -173,7 +173,7 @@ def _fit_stage1(model: nn.Module, step: Callable[[Batch], Tensor], manifest: pd.
     loader = training_loader(manifest, root, profile, "pretrain", cfg.batch_size)
     return fit(model, loader, step, optimizer, cfg.epochs, scheduler, resume, mark)
 
-# %% ../nbs/50_training.ipynb #278daa5f
+# %% ../nbs/50_training.ipynb #cddd5170
 def pretrain_cross_entropy(
     backbone: Backbone,
     manifest: pd.DataFrame, # training images
@@ -183,8 +183,7 @@ def pretrain_cross_entropy(
     resume: Path | None = None, # state file that survives a kill
 ) -> pd.DataFrame: # history, one row an epoch
     "The baseline's stage 1: the backbone and a linear layer, five classes (four families and real), cross-entropy."
-    net = nn.Sequential(Normalize(), backbone, nn.Linear(backbone.num_features, 5))
-    net.to(device, memory_format=torch.channels_last) # type: ignore[call-overload]
+    net = to_device(nn.Sequential(Normalize(), backbone, nn.Linear(backbone.num_features, 5)), device)
 
     def step(batch: Batch) -> Tensor:
         images, family = batch[0].to(device, non_blocking=True), batch[2].to(device, non_blocking=True)
@@ -193,7 +192,7 @@ def pretrain_cross_entropy(
         return value
     return _fit_stage1(net, step, manifest, root, profile, resume)
 
-# %% ../nbs/50_training.ipynb #568b9fe8
+# %% ../nbs/50_training.ipynb #9fff3687
 def calibrate(
     model: ImagiNetClassifier, # its backbone comes from stage 1
     manifest: pd.DataFrame, # balanced calibration images
@@ -204,7 +203,7 @@ def calibrate(
 ) -> pd.DataFrame: # history, one row an epoch
     "Stage 2 (section 2.4 of the fact sheet): train both heads on a frozen backbone whose BatchNorm statistics adapt."
     cfg = profile.calibrate
-    model.to(device, memory_format=torch.channels_last) # type: ignore[call-overload]
+    to_device(model, device)
     model.backbone.requires_grad_(False)
     optimizer = make_optimizer(model.parameters(), cfg.optimizer, cfg.learning_rate, cfg.weight_decay, (cfg.betas[0], cfg.betas[1]))
 
@@ -231,7 +230,7 @@ def two_track_loss(
     if not synthetic.any(): return found + 0*identification.sum() # a batch of reals alone still has a gradient
     return found + F.cross_entropy(identification[synthetic], family[synthetic])
 
-# %% ../nbs/50_training.ipynb #30961eae
+# %% ../nbs/50_training.ipynb #6832b46c
 def train_detector(
     model: ImagiNetClassifier, # with random weights
     manifest: pd.DataFrame, # training images
@@ -241,7 +240,7 @@ def train_detector(
 ) -> pd.DataFrame: # history, one row an epoch
     "Train backbone and detection head together with sigmoid cross-entropy (Figure 3)."
     cfg = profile.ablation
-    model.to(device) # not channels-last: with so few channels torch 2.15 corrupts the heap in bfloat16 on a CPU
+    to_device(model, device)
     optimizer = make_optimizer(model.parameters(), "adamw", cfg.learning_rate, weight_decay=1e-4)
     scheduler = warmup_cosine(optimizer, cfg.epochs, warmup_epochs=0, warmup_factor=1, final_learning_rate=0)
 
