@@ -302,7 +302,7 @@ def image_properties(
         found["error"] = found["error"] or f"{type(error).__name__}: {error}".replace(str(file), Path(file).name)
     return found
 
-# %% ../nbs/26_audit.ipynb #3174b261
+# %% ../nbs/26_audit.ipynb #220609f4
 def read_properties(
     manifest: pd.DataFrame,
     root: str | Path, # folder of the images
@@ -310,7 +310,7 @@ def read_properties(
 ) -> pd.DataFrame: # the manifest's columns, then `PROPERTY_COLUMNS`; one row a path
     "Properties of every file of a manifest."
     unique = manifest.drop_duplicates("path", ignore_index=True)
-    if len(unique) < 100: jobs = 1 # starting processes takes longer than a few images
+    if len(unique) < 1000: jobs = 1 # starting processes takes longer
     with worker_processes(jobs) as parallel:
         found = parallel(delayed(image_properties)(Path(root)/path) for path in unique["path"])
         properties = pd.DataFrame(list(progress(found, "reading files", total=len(unique))), columns=list(PROPERTY_COLUMNS[1:]))

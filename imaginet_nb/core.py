@@ -226,7 +226,7 @@ def rng(
     "A `numpy` generator that depends on `seed` and `keys` alone."
     return np.random.default_rng([seed, *(zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys)])
 
-# %% ../nbs/00_core.ipynb #2389ed14
+# %% ../nbs/00_core.ipynb #473a3ad1
 def seed_everything(
     seed: int,
 ) -> None:
@@ -236,7 +236,7 @@ def seed_everything(
     np.random.seed(seed)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # cuBLAS asks for this before it is deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn") # `use_deterministic_algorithms` would first import a compiler, for two seconds
 
 # %% ../nbs/00_core.ipynb #495a2b82
 def pick_device(
