@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import py7zr
 import pytest
+from bad_images import BAD, ODD
 from hub import COMMIT, TOKEN, serve
 from multivolumefile import MultiVolume
-from PIL import Image
 
 from imaginet_nb import sources as S
 from imaginet_nb.annotations import AnnotationError, read_annotations, write_annotations
@@ -283,20 +283,6 @@ def test_links_are_refused(tmp_path):
 @pytest.fixture
 def there(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path/"imaginet"))
-
-
-BAD = {
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no picture"),
-    "truncated PNG": lambda path: path.write_bytes(path.read_bytes()[:-1500]),
-    "30,000 x 30,000": lambda path: Image.new("1", (30_000, 30_000)).save(path, "PNG"),
-}
-RED = Image.new("RGB", (32, 32), "red")
-ODD = { # unusual, and read all the same
-    "CMYK JPEG": lambda path: Image.new("CMYK", (32, 32), (10, 20, 30, 40)).save(path, "JPEG"),
-    "16-bit PNG": lambda path: Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path, "PNG"),
-    "animated WebP": lambda path: Image.new("RGB", (32, 32)).save(path, "WEBP", save_all=True, append_images=[RED]),
-}
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)
