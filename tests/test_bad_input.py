@@ -33,10 +33,11 @@ def manifest(names) -> pd.DataFrame:
 
 def test_predict_scores_the_odd_and_says_why_it_cannot_the_bad(folder, tmp_path):
     seed_everything(0)
-    save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"d.safetensors")
-    result = CliRunner().invoke(app, ["predict", str(folder), "--checkpoint", str(tmp_path/"d.safetensors"), "--out", str(tmp_path/"p.csv")])
+    checkpoint, out = tmp_path/"random.safetensors", tmp_path/"predictions.csv"
+    save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), checkpoint)
+    result = CliRunner().invoke(app, ["predict", str(folder), "--checkpoint", str(checkpoint), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    table = pd.read_csv(tmp_path/"p.csv").set_index("path")
+    table = pd.read_csv(out).set_index("path")
     for name, file in NAMES.items():
         row = table.loc[str(folder/file)]
         assert pd.isna(row["error"]) == (name in ODD) and pd.notna(row["logit"]) == (name in ODD), name
