@@ -7,7 +7,8 @@ __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'repro
            'unpack', 'verify', 'build', 'perturb', 'external', 'audit', 'convert', 'weights_import', 'weights_list',
            'find_files', 'score_files', 'predict', 'main']
 
-# %% ../nbs/90_cli.ipynb #82eb516e
+# %% ../nbs/90_cli.ipynb #c9a279ec
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from .core import ProfileError, atomic_path, load_profile, progress, repo_root
+from .core import ProfileError, atomic_path, load_profile, only_run, progress, repo_root
 
-# %% ../nbs/90_cli.ipynb #518c4188
+# %% ../nbs/90_cli.ipynb #c043a21a
 app = typer.Typer(help="ImagiNet in notebooks: detect synthetic images, name the family of their generator, reproduce the paper.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(help="Make, fetch and check data sets.", no_args_is_help=True, rich_markup_mode=None)
@@ -29,21 +30,29 @@ checkpoint_app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True, 
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-def command(group: typer.Typer, name: str) -> Callable:
-    "Register a command whose expected errors end in one line on standard error and exit code 1."
+def command(
+    group: typer.Typer,
+    name: str,
+    alone: str | None = None, # option whose folder belongs to one run at a time
+) -> Callable:
+    "Register a command; expected errors end in one line on standard error and exit code 1, Ctrl-C in 130."
     def register(function: Callable) -> Callable:
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
-            try: function(*args, **kwargs)
+            try:
+                with only_run(kwargs[alone]) if alone else contextlib.nullcontext(): function(*args, **kwargs)
             except typer.Exit: raise # which is a RuntimeError as well
             except (ValueError, RuntimeError, OSError) as error:
                 typer.secho(f"imaginet: {error}", err=True, fg="red")
                 raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                typer.secho("imaginet: stopped; nothing half-written is left. To go on, run the same command again.", err=True, fg="yellow")
+                raise typer.Exit(130) from None
         group.command(name)(guarded)
         return function
     return register
 
-# %% ../nbs/90_cli.ipynb #f7f7286e
+# %% ../nbs/90_cli.ipynb #4165d87d
 @command(app, "reproduce")
 def reproduce(
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
@@ -61,13 +70,21 @@ def reproduce(
     if force: words += ["--forceall"]
     elif not (root/settings.data.root).exists(): words += ["--forcerun", "p05_data"] # reports are there, the images are not
     if dry_run: words[words.index("--quiet"):words.index("progress") + 1] = ["--dry-run"]
-    code = subprocess.run(words, cwd=root, env=_environment()).returncode
-    if code: raise typer.Exit(code)
+    with only_run(root/"reports"/settings.name): _run(words, root)
     if not dry_run: return _pages(root/"reports"/settings.name)
     from imaginet_nb.plan import plan_text
     typer.echo(plan_text(settings))
 
-# %% ../nbs/90_cli.ipynb #2387fa4a
+# %% ../nbs/90_cli.ipynb #2fb215e9
+def _run(words: list[str], folder: Path) -> None:
+    "Run a program; on Ctrl-C, which it hears as well, wait until it has ended what it started."
+    with subprocess.Popen(words, cwd=folder, env=_environment()) as process:
+        try: code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    if code: raise typer.Exit(code)
+
 def _environment() -> dict[str, str]:
     "This process's environment, with the programs of its Python first."
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -108,8 +125,8 @@ def sandbox(
                  sides=(cfg.sides[0], cfg.sides[1]), decoder_steps=cfg.decoder_steps)
     typer.echo(f"{out}: lists in {out/'annotations'}")
 
-# %% ../nbs/90_cli.ipynb #1b36d845
-@command(data_app, "download")
+# %% ../nbs/90_cli.ipynb #91a0e53e
+@command(data_app, "download", alone="out")
 def download(
     out: Annotated[Path, typer.Option(help="Folder of the data set, such as data/imaginet.")],
     what: Annotated[str, typer.Option(help="Any of annotations, images, weights, separated by commas.")] = "annotations,images",
@@ -123,8 +140,8 @@ def download(
     files = fetch(out, [w.strip() for w in what.split(",") if w.strip()], revision)
     typer.echo(f"{out}: {len(files)} files there; next: imaginet data unpack {out/'archive'} --out {out}")
 
-# %% ../nbs/90_cli.ipynb #407d8661
-@command(data_app, "unpack")
+# %% ../nbs/90_cli.ipynb #65b0027f
+@command(data_app, "unpack", alone="out")
 def unpack(
     archive: Annotated[Path, typer.Argument(help="Folder with the volumes imaginet.7z.001, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the data set, such as data/imaginet.")],
@@ -136,8 +153,8 @@ def unpack(
     from imaginet_nb.sources import unpack as extract
     typer.echo(f"{out}: {extract(archive, out):,} files unpacked; next: imaginet data verify {out}")
 
-# %% ../nbs/90_cli.ipynb #89370ca4
-@command(data_app, "verify")
+# %% ../nbs/90_cli.ipynb #58b19abc
+@command(data_app, "verify", alone="root")
 def verify(
     root: Annotated[Path, typer.Argument(help="Folder of the data set.")],
     out: Annotated[Path | None, typer.Option(help="CSV for the problems; if not given, the first ten are shown.")] = None,
@@ -157,8 +174,8 @@ def verify(
     raise ValueError(f"{root}: {len(problems):,} problems ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})"
                      + (f"; all of them are in {out}" if out else "; --out FILE writes all of them"))
 
-# %% ../nbs/90_cli.ipynb #c823ba30
-@command(data_app, "build")
+# %% ../nbs/90_cli.ipynb #67d23005
+@command(data_app, "build", alone="out")
 def build(
     out: Annotated[Path, typer.Option(help="Folder of the data set, with the lists in annotations/.")],
     source: Annotated[list[str], typer.Option(help="FOLDER=PATH, such as ffhq=/data/ffhq: data for a folder of the layout; repeat it.")],
@@ -172,8 +189,8 @@ def build(
     typer.echo(report[["folder", "holds", "listed", "there", "missing"]].to_string(index=False))
     for row in report[report["missing"] > 0].itertuples(): typer.echo(f"{row.folder}: {row.missing:,} missing; {row.get}")
 
-# %% ../nbs/90_cli.ipynb #518906ee
-@command(data_app, "perturb")
+# %% ../nbs/90_cli.ipynb #f3f5b4e0
+@command(data_app, "perturb", alone="root")
 def perturb(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images; the set goes to FOLDER/testset.")],
     manifest: Annotated[Path | None, typer.Option("--list", help="Manifest (CSV) or list of the authors; if not given, "

@@ -7,7 +7,7 @@ __all__ = ['PHOTOGRAPHS', 'RECIPES', 'UPSAMPLERS', 'STEPS_UP', 'LATENT', 'STRONG
            'LISTS', 'RECIPE', 'dead_leaves', 'landscape', 'photograph', 'brush', 'flat', 'face', 'city', 'camera',
            'picture', 'StandIn', 'train_stand_in', 'reconstruct', 'age', 'Row', 'plan', 'make_sandbox']
 
-# %% ../nbs/24_sandbox.ipynb #b29ac7a9
+# %% ../nbs/24_sandbox.ipynb #4038f94f
 import json
 import shutil
 import tempfile
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .annotations import FAMILIES, Generator, balanced_calibration, write_annotations
-from .core import atomic_path, fingerprint, progress, rng, worker_processes
+from .core import atomic_path, fingerprint, only_run, progress, rng, worker_processes
 from .images import decode, save
 from .transforms import compress
 
@@ -426,7 +426,7 @@ def _calibration(train: pd.DataFrame, seed: int) -> pd.DataFrame:
     "The stage-2 set: equally many images of each family, as many reals as synthetics."
     return balanced_calibration(train, int(train["generator_family"].value_counts().loc[list(FAMILIES)].min()), seed)
 
-# %% ../nbs/24_sandbox.ipynb #3aec9872
+# %% ../nbs/24_sandbox.ipynb #7ca1c02a
 def make_sandbox(
     root: str | Path, # folder to make
     images: int = 2500, # real and synthetic together
@@ -436,12 +436,18 @@ def make_sandbox(
 ) -> Path: # the folder
     "Make the embedded data set; returns at once if `root` holds it already, refuses a folder that it did not make."
     root, mark = Path(root), fingerprint(RECIPE, images, seed, tuple(sides), decoder_steps)
-    if _is_complete(root, mark): return root
+    with only_run(root):
+        if not _is_complete(root, mark): _make(root, mark, images, seed, (sides[0], sides[1]), decoder_steps)
+    return root
+
+def _make(root: Path, mark: str, images: int, seed: int, sides: tuple[int, int], decoder_steps: int) -> None:
+    "Make it beside its place and move it there."
     files = plan(images)
     root.parent.mkdir(parents=True, exist_ok=True)
+    for left in root.parent.glob(f".{root.name}-????????"): shutil.rmtree(left) # by a run that was killed
     building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        with torch.random.fork_rng(devices=[]): _fill(building, files, seed, (sides[0], sides[1]), decoder_steps)
+        with torch.random.fork_rng(devices=[]): _fill(building, files, seed, sides, decoder_steps)
         facts = dict(fingerprint=mark, images=images, files=len(files), seed=seed, sides=list(sides), decoder_steps=decoder_steps,
                      recipe=RECIPE, about="Embedded data set of imaginet_nb; its generators are stand-ins.")
         with atomic_path(building/MARKER) as temporary: temporary.write_text(json.dumps(facts, indent=1))
@@ -449,7 +455,6 @@ def make_sandbox(
         building.rename(root)
         root.chmod(0o755)
     finally: shutil.rmtree(building, ignore_errors=True)
-    return root
 
 def _is_complete(root: Path, mark: str) -> bool:
     "Is the data set there? Raises if `root` holds something else."
