@@ -72,7 +72,7 @@ def only_run(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/00_core.ipynb #0fec4a33
+# %% ../nbs/00_core.ipynb #c7c6ce4c
 class Section(BaseModel):
     "Base of all sections: strict types, no unknown keys, immutable."
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -90,6 +90,7 @@ class DataConfig(Section):
     image_size: PositiveInt                    # side in stage 2 and in the perturbed test set, pixels (paper: 256)
     crop_cap: PositiveInt | None               # largest crop side of the test perturbation; None = as in the paper's text
     probabilities: Literal["code", "paper"]    # augmentation probabilities of the authors' code or of the paper's text
+    store: str | None = None                   # folder made by `imaginet data pack`, to train from; None = the image files
 
 class SandboxConfig(Section):
     "How much of the embedded data set to make."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Transform', 'ManifestDataset', 'EpochSampler', 'default_workers', 'make_loader']
 
-# %% ../nbs/22_datasets.ipynb #c7b8032c
+# %% ../nbs/22_datasets.ipynb #faf4c373
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .annotations import UNKNOWN, Family, Label, Origin
 from .core import rng
-from .images import ImageError, decode
+from .images import ImageError, LazyImage, Picture, decode
 
 # %% ../nbs/22_datasets.ipynb #9484dd19
 def _codes(
@@ -33,8 +33,8 @@ def _codes(
         if label not in known: raise ValueError(f"manifest row {row}: {labels.name} {label!r} is none of {', '.join(known)}")
     return [known[label] for label in labels]
 
-# %% ../nbs/22_datasets.ipynb #f8049690
-Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+# %% ../nbs/22_datasets.ipynb #541cbc44
+Transform = Callable[[Picture, np.random.Generator], np.ndarray]
 
 class ManifestDataset(Dataset):
     "The images of a manifest, transformed, with their labels."
@@ -45,8 +45,9 @@ class ManifestDataset(Dataset):
         seed: int, # of the run
         stage: str, # name of the random stream; stages with different names draw differently
         cache: bool = False, # keep decoded images in memory
+        store: Mapping[str, Picture] | None = None, # packed images by path; None = the files under `root`
     ):
-        self.root, self.transform, self.seed, self.stage, self.epoch = Path(root), transform, seed, stage, 0
+        self.root, self.transform, self.seed, self.stage, self.epoch, self.store = Path(root), transform, seed, stage, 0, store
         self.paths: list[str] = manifest["path"].tolist()
         self.origins, self.families = _codes(manifest["origin"], Origin), _codes(manifest["generator_family"], Family)
         self._images: dict[int, np.ndarray] | None = {} if cache else None
@@ -59,18 +60,19 @@ class ManifestDataset(Dataset):
         "Draw anew; call it before each pass over the loader."
         self.epoch = epoch
 
-    def image(self, row: int) -> np.ndarray:
-        "Row `row` as decoded, before the transform."
-        if self._images is not None and row in self._images: return self._images[row]
-        try: image = decode(self.root/self.paths[row])
-        except ImageError as error: raise ImageError(f"manifest row {row}: {error}") from error
-        if self._images is not None: self._images[row] = image
-        return image
+    def image(self, row: int) -> Picture:
+        "The image of a row, before the transform."
+        path = self.paths[row]
+        if self.store is not None: return self.store[path]
+        if self._images is None: return LazyImage(self.root/path)
+        if row not in self._images: self._images[row] = decode(self.root/path)
+        return self._images[row]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int, int]:
         epoch, row = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= row < len(self): raise IndexError(f"row {row} of {len(self)}")
-        image = self.transform(self.image(row), rng(self.seed, self.stage, epoch, row))
+        try: image = self.transform(self.image(row), rng(self.seed, self.stage, epoch, row))
+        except ImageError as error: raise ImageError(f"manifest row {row}: {error}") from error
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.origins[row], self.families[row], row
 
 # %% ../nbs/22_datasets.ipynb #b8da57f6

@@ -8,7 +8,7 @@ __all__ = ['Probabilities', 'CORRUPTIONS', 'ODDS', 'BLUR_KERNELS', 'BLUR_SHARES'
            'random_compression', 'gaussian_blur', 'gaussian_noise', 'corrupt', 'rotate_flip', 'Stage1', 'Stage2',
            'Perturb', 'CenterCrop', 'JpegAt', 'ResizeAt']
 
-# %% ../nbs/21_transforms.ipynb #6d301ede
+# %% ../nbs/21_transforms.ipynb #05850fcd
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
-from .images import check_image
+from .images import Picture, check_image
 
 cv2.setNumThreads(0) # images are small: OpenCV's own threads would only get in the way of torch's
 
@@ -46,21 +46,27 @@ def odds(
     if probabilities not in ODDS: raise ValueError(f"probabilities must be one of {get_args(Probabilities)}, got {probabilities!r}")
     return ODDS[probabilities]
 
-# %% ../nbs/21_transforms.ipynb #af49afbc
+# %% ../nbs/21_transforms.ipynb #c0ffed5c
+def _sides(image: Picture) -> tuple[int, int]:
+    "Height and width; an array must be an image."
+    if isinstance(image, np.ndarray): check_image(image)
+    return image.shape[0], image.shape[1]
+
+# %% ../nbs/21_transforms.ipynb #67a0e29d
 def pad_to(
-    image: np.ndarray, # `(H, W, 3)` uint8
+    image: Picture, # `(H, W, 3)`
     size: int, # smallest height and width wanted, pixels
-) -> np.ndarray: # at least `(size, size, 3)`
+) -> Picture: # at least `(size, size, 3)`; the same one if it is large enough
     "Mirror the borders outwards until both sides measure `size` or more."
-    height, width = check_image(image).shape[:2]
+    height, width = _sides(image)
     if size < 1: raise ValueError(f"size must be positive, got {size}")
     down, right = max(size - height, 0), max(size - width, 0)
     if not down and not right: return image
-    return cv2.copyMakeBorder(image, down//2, down - down//2, right//2, right - right//2, cv2.BORDER_REFLECT_101)
+    return cv2.copyMakeBorder(image[:, :], down//2, down - down//2, right//2, right - right//2, cv2.BORDER_REFLECT_101)
 
-# %% ../nbs/21_transforms.ipynb #faec7da6
+# %% ../nbs/21_transforms.ipynb #6e3e6396
 def center_crop(
-    image: np.ndarray, # `(H, W, 3)` uint8
+    image: Picture, # `(H, W, 3)`
     size: int, # side, pixels
 ) -> np.ndarray: # `(size, size, 3)`
     "The middle of the image."
@@ -68,9 +74,9 @@ def center_crop(
     top, left = (image.shape[0] - size)//2, (image.shape[1] - size)//2
     return image[top:top + size, left:left + size]
 
-# %% ../nbs/21_transforms.ipynb #4037267e
+# %% ../nbs/21_transforms.ipynb #b221d5a1
 def random_crop(
-    image: np.ndarray, # `(H, W, 3)` uint8
+    image: Picture, # `(H, W, 3)`
     size: int, # side, pixels
     rng: np.random.Generator,
 ) -> np.ndarray: # `(size, size, 3)`
@@ -96,14 +102,14 @@ def resized_crop_box(
     h, w = min(height, round(width/ratio[0])), min(width, round(height*ratio[1]))
     return (height - h)//2, (width - w)//2, h, w
 
-# %% ../nbs/21_transforms.ipynb #f8dc7d8c
+# %% ../nbs/21_transforms.ipynb #70384864
 def random_resized_crop(
-    image: np.ndarray, # `(H, W, 3)` uint8
+    image: Picture, # `(H, W, 3)`
     size: int, # side of the result, pixels
     rng: np.random.Generator,
 ) -> np.ndarray: # `(size, size, 3)`
     "A random rectangle, scaled to a square (bilinear, no smoothing before)."
-    top, left, h, w = resized_crop_box(check_image(image).shape[0], image.shape[1], rng)
+    top, left, h, w = resized_crop_box(*_sides(image), rng)
     return cv2.resize(image[top:top + h, left:left + w], (size, size), interpolation=cv2.INTER_LINEAR)
 
 # %% ../nbs/21_transforms.ipynb #df2a89ba
@@ -189,7 +195,7 @@ def _check_settings(size: int, probabilities: Probabilities = "code") -> None:
     if size < 1: raise ValueError(f"size must be positive, got {size}")
     odds(probabilities)
 
-# %% ../nbs/21_transforms.ipynb #9d9d21aa
+# %% ../nbs/21_transforms.ipynb #6b278987
 @dataclass(frozen=True)
 class Stage1:
     "Augmentation of the contrastive stage: crop, damage, turn."
@@ -199,14 +205,14 @@ class Stage1:
     def __post_init__(self) -> None: _check_settings(self.size, self.probabilities)
 
     def __call__(self,
-        image: np.ndarray, # `(H, W, 3)` uint8
+        image: Picture, # `(H, W, 3)`
         rng: np.random.Generator,
     ) -> np.ndarray: # `(size, size, 3)`
         image = random_crop(image, self.size, rng)
         if rng.random() < 0.5: image = corrupt(image, rng, self.probabilities)
         return rotate_flip(image, rng, self.probabilities)
 
-# %% ../nbs/21_transforms.ipynb #15a8e13d
+# %% ../nbs/21_transforms.ipynb #502c4338
 @dataclass(frozen=True)
 class Stage2:
     "Augmentation of the calibration stage: sometimes rescale, sometimes damage, always crop and turn."
@@ -215,18 +221,18 @@ class Stage2:
 
     def __post_init__(self) -> None: _check_settings(self.size, self.probabilities)
 
-    def branch_a(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def branch_a(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         "Rescaled, perhaps compressed."
         image = random_resized_crop(pad_to(image, self.size), self.size, rng)
         return random_compression(image, rng) if rng.random() < 0.5 else image
 
-    def branch_b(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def branch_b(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         "Full resolution, usually corrupted."
         image = random_crop(image, self.size, rng)
         return corrupt(image, rng, self.probabilities) if rng.random() < odds(self.probabilities).corrupted else image
 
     def __call__(self,
-        image: np.ndarray, # `(H, W, 3)` uint8
+        image: Picture, # `(H, W, 3)`
         rng: np.random.Generator,
     ) -> np.ndarray: # `(size, size, 3)`
         if rng.random() < 0.5:
@@ -234,7 +240,7 @@ class Stage2:
             image = branch(image, rng)
         return rotate_flip(random_crop(image, self.size, rng), rng, self.probabilities)
 
-# %% ../nbs/21_transforms.ipynb #c29cb64c
+# %% ../nbs/21_transforms.ipynb #cce427a7
 @dataclass(frozen=True)
 class Perturb:
     "Perturbation of the test set: crop of random side, shrink, compress."
@@ -246,10 +252,10 @@ class Perturb:
         if self.crop_cap is not None and self.crop_cap < 1: raise ValueError(f"crop_cap must be positive or None, got {self.crop_cap}")
 
     def __call__(self,
-        image: np.ndarray, # `(H, W, 3)` uint8
+        image: Picture, # `(H, W, 3)`
         rng: np.random.Generator,
     ) -> np.ndarray: # `(size, size, 3)`
-        shorter = min(check_image(image).shape[:2])
+        shorter = min(_sides(image))
         largest = max(self.size, shorter if self.crop_cap is None else min(shorter, self.crop_cap))
         side = int(rng.integers(self.size, largest + 1))
         image = cv2.resize(random_crop(image, side, rng), (self.size, self.size), interpolation=cv2.INTER_LANCZOS4)
@@ -259,7 +265,7 @@ class Perturb:
 JPEG_QUALITIES = range(40, 101, 5)
 RESIZE_STEPS = range(12, 1, -1)
 
-# %% ../nbs/21_transforms.ipynb #56383f20
+# %% ../nbs/21_transforms.ipynb #8e71cebc
 @dataclass(frozen=True)
 class CenterCrop:
     "The middle of the image, mirrored where the image is smaller."
@@ -268,12 +274,12 @@ class CenterCrop:
     def __post_init__(self) -> None: _check_settings(self.size)
 
     def __call__(self,
-        image: np.ndarray, # `(H, W, 3)` uint8
+        image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
         return center_crop(image, self.size)
 
-# %% ../nbs/21_transforms.ipynb #562dfc98
+# %% ../nbs/21_transforms.ipynb #fecae55c
 @dataclass(frozen=True)
 class JpegAt:
     "Centre crop, then JPEG at one quality."
@@ -286,14 +292,14 @@ class JpegAt:
         if not (1 <= self.quality <= 100 and 0 <= self.p <= 1): raise ValueError(f"quality must lie in 1..100 and p in 0..1: {self}")
 
     def __call__(self,
-        image: np.ndarray, # `(H, W, 3)` uint8
+        image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # needed if p < 1
     ) -> np.ndarray: # `(size, size, 3)`
         image = center_crop(image, self.size)
         if self.p < 1 and rng is None: raise ValueError("p < 1 needs a generator")
         return compress(image, "jpeg", self.quality) if rng is None or rng.random() < self.p else image
 
-# %% ../nbs/21_transforms.ipynb #3efda2a4
+# %% ../nbs/21_transforms.ipynb #e358b7b6
 @dataclass(frozen=True)
 class ResizeAt:
     "Centre crop of `size*12/step` pixels, shrunk to `size`."
@@ -310,7 +316,7 @@ class ResizeAt:
         return 12/self.step
 
     def __call__(self,
-        image: np.ndarray, # `(H, W, 3)` uint8
+        image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
         cropped = center_crop(image, int(self.size*12/self.step))
