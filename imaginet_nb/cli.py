@@ -43,12 +43,13 @@ def command(group: typer.Typer, name: str) -> Callable:
         return function
     return register
 
-# %% ../nbs/90_cli.ipynb #f7f7286e
+# %% ../nbs/90_cli.ipynb #03885f26
 @command(app, "reproduce")
 def reproduce(
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
     force: Annotated[bool, typer.Option("--force", help="Make everything again, whether out of date or not.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run and why, with an estimate of the hours.")] = False,
+    processes: Annotated[int, typer.Option(help="Processes that train together, one a GPU.")] = 1,
 ) -> None:
     """Regenerate every table and figure of a profile in reports/<profile>/.
 
@@ -56,7 +57,7 @@ def reproduce(
     """
     settings, root = load_profile(profile), repo_root()
     if not (root/"Snakefile").is_file(): raise ProfileError(f"no Snakefile in {root}: run this inside a clone of the repository")
-    words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", "--nolock", "--rerun-incomplete",
+    words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", f"processes={processes}", "--nolock", "--rerun-incomplete",
              "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "progress"]
     if force: words += ["--forceall"]
     elif not (root/settings.data.root).exists(): words += ["--forcerun", "p05_data"] # reports are there, the images are not
@@ -67,7 +68,7 @@ def reproduce(
     from imaginet_nb.plan import plan_text
     typer.echo(plan_text(settings))
 
-# %% ../nbs/90_cli.ipynb #2387fa4a
+# %% ../nbs/90_cli.ipynb #1d57a1d0
 def _environment() -> dict[str, str]:
     "This process's environment, with the programs of its Python first."
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -83,10 +84,11 @@ def _pages(report: Path) -> None:
 def notebook(
     name: Annotated[str, typer.Argument(help="Pipeline notebook, such as p50_detection.")],
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
+    processes: Annotated[int | None, typer.Option(help="Processes that train together, one a GPU; for notebooks that train.")] = None,
 ) -> None:
     "Execute one pipeline notebook; its result goes to reports/<profile>/notebooks/."
     from imaginet_nb.pipeline import run_notebook
-    run_notebook(name, profile)
+    run_notebook(name, profile, **({} if processes is None else dict(processes=processes)))
 
 # %% ../nbs/90_cli.ipynb #8e3cf46e
 @command(data_app, "sandbox")
