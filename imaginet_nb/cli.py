@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'reproduce', 'notebook', 'sandbox', 'download',
            'unpack', 'verify', 'build', 'perturb', 'external', 'audit', 'convert', 'weights_import', 'weights_list',
-           'find_files', 'score_files', 'predict', 'main']
+           'find_files', 'score_files', 'predict', 'score', 'merge', 'main']
 
 # %% ../nbs/90_cli.ipynb #82eb516e
 import os
@@ -324,19 +324,29 @@ def _score_file(path: Path, detector: Any, max_side: int) -> dict[str, Any]:
         found["family"] = FAMILIES[int(detector.identify(batch)[0].argmax())]
     return found
 
-# %% ../nbs/90_cli.ipynb #4e4d1226
+# %% ../nbs/90_cli.ipynb #2449f0e8
+def _trained_here() -> Path:
+    "The checkpoint that `make reproduce` writes."
+    return repo_root()/"reports"/"demo"/"checkpoints"/"selfcon.safetensors"
+
+def _detector(checkpoint: Path | None, spec: str | None, device: str, trust: bool) -> Any:
+    "The detector that a command line names."
+    if checkpoint and spec: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
+    return _foreign_detector(spec, device, trust) if spec else _own_detector(checkpoint, device)
+
 def _own_detector(
     checkpoint: Path | None, # None = the one that `make reproduce` trains
     device: str, # cpu, cuda, ...
 ) -> Any: # a `Detector`
     "The detector of a checkpoint, with a warning where it has seen nothing but stand-ins."
     from imaginet_nb.checkpoints import load_detector, read_header
-    checkpoint = checkpoint or repo_root()/"reports"/"demo"/"checkpoints"/"selfcon.safetensors"
+    from imaginet_nb.processes import rank_and_size
+    checkpoint = checkpoint or _trained_here()
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint {checkpoint}: `make reproduce` trains one on the embedded data set, "
                                 "`imaginet checkpoint convert` converts one of the authors; name it with --checkpoint")
     trained_on = read_header(checkpoint).get("profile")
-    if trained_on in ("smoke", "demo", "gpu", "paper-look-alike"):
+    if trained_on in ("smoke", "demo", "gpu", "paper-look-alike") and rank_and_size()[0] == 0:
         typer.secho(f"This detector was trained on the embedded stand-ins (profile {trained_on}): do not rely on its verdicts.",
                     err=True, fg="yellow")
     return load_detector(checkpoint, device=device)
@@ -353,7 +363,7 @@ def _foreign_detector(
     from imaginet_nb.plugins import load_plugin
     return load_plugin(spec, device, trust)
 
-# %% ../nbs/90_cli.ipynb #265f7439
+# %% ../nbs/90_cli.ipynb #bdd82a2b
 @command(app, "predict")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Images and folders (walked through recursively).")],
@@ -371,9 +381,7 @@ def predict(
     with its error. Exits with 1 only if no file could be scored.
     """
     from imaginet_nb.core import pick_device
-    if checkpoint and detector: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
-    place = str(pick_device(device))
-    scorer = _foreign_detector(detector, place, trust) if detector else _own_detector(checkpoint, place)
+    scorer = _detector(checkpoint, detector, str(pick_device(device)), trust)
     rows = score_files(find_files(paths), scorer, max_side)
     with atomic_path(out) as temporary: rows.to_csv(temporary, index=False, lineterminator="\n")
     failed = int(rows["error"].notna().sum())
@@ -381,7 +389,60 @@ def predict(
     typer.echo(f"{out}: {len(rows) - failed} scored, {synthetic} of them synthetic; {failed} with an error")
     if failed == len(rows): raise ValueError(f"none of {failed} files could be scored; see the column error of {out}")
 
-# %% ../nbs/90_cli.ipynb #2bb9c3ef
+# %% ../nbs/90_cli.ipynb #ea155886
+@command(app, "score")
+def score(
+    manifest: Annotated[Path, typer.Argument(help="CSV with a column path; other columns, such as labels, are passed on.")],
+    root: Annotated[Path, typer.Option(help="Folder that the paths are relative to.")],
+    out: Annotated[Path, typer.Option(help="CSV to write; slices get names of their own beside it.")] = Path("preds.csv"),
+    slice_: Annotated[str, typer.Option("--slice", help="NUMBER/OF, such as 3/16: score this slice of the manifest alone.")] = "1/1",
+    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Instead: somebody else's, as for predict.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
+    size: Annotated[int | None, typer.Option(help="Score the middle of each image, this wide in pixels; if not given, the whole.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
+) -> None:
+    """Score the images of a manifest; damaged ones get a row with their error.
+
+    Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
+    what the predictions were made from.
+    """
+    from imaginet_nb.core import file_sha256, pick_device
+    from imaginet_nb.detectors import score_manifest, slice_path
+    from imaginet_nb.processes import joined, rank_and_size
+    from imaginet_nb.transforms import CenterCrop
+    number, slices = _slice(slice_)
+    with joined(pick_device(device)) as place:
+        scorer = _detector(checkpoint, detector, str(place), trust)
+        weights = checkpoint or _trained_here() if detector is None else Path(detector)
+        rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
+                              weights=file_sha256(weights) if weights.is_file() else str(weights))
+        failed = int(rows["error"].notna().sum())
+        if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
+
+def _slice(text: str) -> tuple[int, int]:
+    "3/16 as numbers."
+    number, _, slices = text.partition("/")
+    if not (number.isdecimal() and slices.isdecimal()): raise ValueError(f"--slice {text}: write NUMBER/OF, such as 3/16")
+    return int(number), int(slices)
+
+# %% ../nbs/90_cli.ipynb #0d76f035
+@command(app, "merge")
+def merge(
+    out: Annotated[Path, typer.Argument(help="CSV to write, as given to score; its slices lie beside it.")],
+) -> None:
+    """Put the slices that score wrote together, in order.
+
+    The result is byte for byte that of one run. A missing slice, or one made from other files or settings, is an error.
+    """
+    from imaginet_nb.detectors import merge_slices
+    typer.echo(f"{out}: {merge_slices(out)} rows")
+
+# %% ../nbs/90_cli.ipynb #03c653ab
 def main() -> None:
     "Entry point of `imaginet`."
     app()
+
+if __name__ == "__main__" and "__file__" in globals(): main() # a notebook has no __file__

@@ -73,13 +73,13 @@ def gather_objects(
     if len(found) > 1: dist.all_gather_object(found, x)
     return found
 
-# %% ../nbs/29_processes.ipynb #f57bd788
+# %% ../nbs/29_processes.ipynb #5da518f1
 class SyncBatchNorm(nn.SyncBatchNorm):
     "BatchNorm over the images of all processes: torch's on a GPU; on a CPU, where torch has none, by definition."
     def forward(self, x: Tensor) -> Tensor: # type: ignore[override]
         if x.is_cuda or not self.training: return super().forward(x)
         def mean(t: Tensor) -> Tensor: return gather(t.mean((0, 2, 3))[None]).mean(0)
-        y = x.float()
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
         centre = mean(y)
         y = y - centre.view(-1, 1, 1)
         variance = mean(y**2)
