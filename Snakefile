@@ -50,6 +50,7 @@ def figures(*names): return [f"{REPORT}/figures/{name}.png" for name in names]
 
 TRAINING = workflow.cores if SETTINGS["exclusive"] else 1 # cores of a notebook that trains or predicts
 RUN = f"imaginet notebook {{rule}} --profile {FILE}"
+TRAIN = f"{RUN} --processes {config.get('processes', 1)}" # of a notebook that several processes can train
 NOTEBOOK = f"{REPORT}/notebooks/{{}}.ipynb"
 IMPORTED = glob(f"{SETTINGS['data']['weights']}/*.safetensors") # weights of other detectors, supplied by the user
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
@@ -88,7 +89,7 @@ rule p30_pretrain:
     priority: 1 # on the longest way
     params: settings=settings("data", "model", "pretrain"), code=code_of("p30_pretrain")
     threads: TRAINING
-    shell: RUN
+    shell: TRAIN
 
 
 rule p40_calibrate:
@@ -97,7 +98,7 @@ rule p40_calibrate:
     priority: 1 # on the longest way
     params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
     threads: TRAINING
-    shell: RUN
+    shell: TRAIN
 
 
 rule p45_baseline:
@@ -106,7 +107,7 @@ rule p45_baseline:
     priority: 1 # on the longest way
     params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
     threads: TRAINING
-    shell: RUN
+    shell: TRAIN
 
 
 rule p46_ablation:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'reproduce', 'notebook', 'sandbox', 'download',
-           'unpack', 'verify', 'build', 'perturb', 'external', 'audit', 'convert', 'weights_import', 'weights_list',
-           'find_files', 'score_files', 'predict', 'main']
+           'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'convert', 'weights_import',
+           'weights_list', 'find_files', 'score_files', 'predict', 'score', 'merge', 'main']
 
 # %% ../nbs/90_cli.ipynb #c9a279ec
 import contextlib
@@ -52,12 +52,13 @@ def command(
         return function
     return register
 
-# %% ../nbs/90_cli.ipynb #4165d87d
+# %% ../nbs/90_cli.ipynb #e3cf6af3
 @command(app, "reproduce")
 def reproduce(
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
     force: Annotated[bool, typer.Option("--force", help="Make everything again, whether out of date or not.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run and why, with an estimate of the hours.")] = False,
+    processes: Annotated[int, typer.Option(help="Processes that train together, one a GPU.")] = 1,
 ) -> None:
     """Regenerate every table and figure of a profile in reports/<profile>/.
 
@@ -65,7 +66,7 @@ def reproduce(
     """
     settings, root = load_profile(profile), repo_root()
     if not (root/"Snakefile").is_file(): raise ProfileError(f"no Snakefile in {root}: run this inside a clone of the repository")
-    words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", "--nolock", "--rerun-incomplete",
+    words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", f"processes={processes}", "--nolock", "--rerun-incomplete",
              "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "progress"]
     if force: words += ["--forceall"]
     elif not (root/settings.data.root).exists(): words += ["--forcerun", "p05_data"] # reports are there, the images are not
@@ -75,7 +76,7 @@ def reproduce(
     from imaginet_nb.plan import plan_text
     typer.echo(plan_text(settings))
 
-# %% ../nbs/90_cli.ipynb #2fb215e9
+# %% ../nbs/90_cli.ipynb #e1ddb19d
 def _run(words: list[str], folder: Path) -> None:
     "Run a program; on Ctrl-C, which it hears as well, wait until it has ended what it started."
     with subprocess.Popen(words, cwd=folder, env=_environment()) as process:
@@ -100,10 +101,11 @@ def _pages(report: Path) -> None:
 def notebook(
     name: Annotated[str, typer.Argument(help="Pipeline notebook, such as p50_detection.")],
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
+    processes: Annotated[int | None, typer.Option(help="Processes that train together, one a GPU; for notebooks that train.")] = None,
 ) -> None:
     "Execute one pipeline notebook; its result goes to reports/<profile>/notebooks/."
     from imaginet_nb.pipeline import run_notebook
-    run_notebook(name, profile)
+    run_notebook(name, profile, **({} if processes is None else dict(processes=processes)))
 
 # %% ../nbs/90_cli.ipynb #8e3cf46e
 @command(data_app, "sandbox")
@@ -212,6 +214,31 @@ def perturb(
     images = read_manifest_csv(manifest) if manifest.suffix == ".csv" else read_annotations(manifest, "test")
     made = make_testset(images, root, Perturb(size=size, crop_cap=crop_cap or None), seed, jobs, authors_lists)
     typer.echo(f"{root/'testset'}: {len(made)} images of {made['source'].nunique()} files; lists beside them")
+
+# %% ../nbs/90_cli.ipynb #7d5adba1
+@command(data_app, "pack", alone="out")
+def pack(
+    root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images.")],
+    out: Annotated[Path, typer.Option(help="Folder of the store.")],
+    manifest: Annotated[list[Path] | None, typer.Option("--list", help="Manifest (CSV) or list of the authors; repeat it. If not given, "
+                                                                       "FOLDER/annotations/{train_annotations,calibration}.txt.")] = None,
+    check: Annotated[bool, typer.Option("--verify", help="Only compare a store that is there with its check sums.")] = False,
+) -> None:
+    """Pack the images of lists into a few large files, from which a training crop is read some twenty times faster.
+
+    Goes on where a stopped run ended. Set data.store in a profile to the folder to train from it.
+    """
+    from imaginet_nb.annotations import read_annotations, read_manifest_csv
+    from imaginet_nb.store import StoreError, pack, verify_store
+    if check:
+        damaged = verify_store(out)
+        if damaged: raise StoreError(f"{out}: missing or damaged: {', '.join(damaged)}; delete them and pack again")
+        return typer.echo(f"{out}: whole")
+    lists = manifest or [root/"annotations"/name for name in ("train_annotations.txt", "calibration.txt")]
+    rows = pd.concat([read_manifest_csv(p) if p.suffix == ".csv" else read_annotations(p, "train") for p in lists], ignore_index=True)
+    store = pack(rows, root, out)
+    size = sum(p.stat().st_size for p in out.iterdir())
+    typer.echo(f"{out}: {len(store)} images, {size/1e6:,.0f} MB")
 
 # %% ../nbs/90_cli.ipynb #55d9f4a0
 @command(data_app, "external")
@@ -339,19 +366,29 @@ def _score_file(path: Path, detector: Any, max_side: int) -> dict[str, Any]:
         found["family"] = FAMILIES[int(detector.identify(batch)[0].argmax())]
     return found
 
-# %% ../nbs/90_cli.ipynb #4e4d1226
+# %% ../nbs/90_cli.ipynb #2449f0e8
+def _trained_here() -> Path:
+    "The checkpoint that `make reproduce` writes."
+    return repo_root()/"reports"/"demo"/"checkpoints"/"selfcon.safetensors"
+
+def _detector(checkpoint: Path | None, spec: str | None, device: str, trust: bool) -> Any:
+    "The detector that a command line names."
+    if checkpoint and spec: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
+    return _foreign_detector(spec, device, trust) if spec else _own_detector(checkpoint, device)
+
 def _own_detector(
     checkpoint: Path | None, # None = the one that `make reproduce` trains
     device: str, # cpu, cuda, ...
 ) -> Any: # a `Detector`
     "The detector of a checkpoint, with a warning where it has seen nothing but stand-ins."
     from imaginet_nb.checkpoints import load_detector, read_header
-    checkpoint = checkpoint or repo_root()/"reports"/"demo"/"checkpoints"/"selfcon.safetensors"
+    from imaginet_nb.processes import rank_and_size
+    checkpoint = checkpoint or _trained_here()
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint {checkpoint}: `make reproduce` trains one on the embedded data set, "
                                 "`imaginet checkpoint convert` converts one of the authors; name it with --checkpoint")
     trained_on = read_header(checkpoint).get("profile")
-    if trained_on in ("smoke", "demo", "gpu", "paper-look-alike"):
+    if trained_on in ("smoke", "demo", "gpu", "paper-look-alike") and rank_and_size()[0] == 0:
         typer.secho(f"This detector was trained on the embedded stand-ins (profile {trained_on}): do not rely on its verdicts.",
                     err=True, fg="yellow")
     return load_detector(checkpoint, device=device)
@@ -368,7 +405,7 @@ def _foreign_detector(
     from imaginet_nb.plugins import load_plugin
     return load_plugin(spec, device, trust)
 
-# %% ../nbs/90_cli.ipynb #265f7439
+# %% ../nbs/90_cli.ipynb #bdd82a2b
 @command(app, "predict")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Images and folders (walked through recursively).")],
@@ -386,9 +423,7 @@ def predict(
     with its error. Exits with 1 only if no file could be scored.
     """
     from imaginet_nb.core import pick_device
-    if checkpoint and detector: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
-    place = str(pick_device(device))
-    scorer = _foreign_detector(detector, place, trust) if detector else _own_detector(checkpoint, place)
+    scorer = _detector(checkpoint, detector, str(pick_device(device)), trust)
     rows = score_files(find_files(paths), scorer, max_side)
     with atomic_path(out) as temporary: rows.to_csv(temporary, index=False, lineterminator="\n")
     failed = int(rows["error"].notna().sum())
@@ -396,7 +431,60 @@ def predict(
     typer.echo(f"{out}: {len(rows) - failed} scored, {synthetic} of them synthetic; {failed} with an error")
     if failed == len(rows): raise ValueError(f"none of {failed} files could be scored; see the column error of {out}")
 
-# %% ../nbs/90_cli.ipynb #2bb9c3ef
+# %% ../nbs/90_cli.ipynb #ea155886
+@command(app, "score")
+def score(
+    manifest: Annotated[Path, typer.Argument(help="CSV with a column path; other columns, such as labels, are passed on.")],
+    root: Annotated[Path, typer.Option(help="Folder that the paths are relative to.")],
+    out: Annotated[Path, typer.Option(help="CSV to write; slices get names of their own beside it.")] = Path("preds.csv"),
+    slice_: Annotated[str, typer.Option("--slice", help="NUMBER/OF, such as 3/16: score this slice of the manifest alone.")] = "1/1",
+    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Instead: somebody else's, as for predict.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
+    size: Annotated[int | None, typer.Option(help="Score the middle of each image, this wide in pixels; if not given, the whole.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
+) -> None:
+    """Score the images of a manifest; damaged ones get a row with their error.
+
+    Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
+    what the predictions were made from.
+    """
+    from imaginet_nb.core import file_sha256, pick_device
+    from imaginet_nb.detectors import score_manifest, slice_path
+    from imaginet_nb.processes import joined, rank_and_size
+    from imaginet_nb.transforms import CenterCrop
+    number, slices = _slice(slice_)
+    with joined(pick_device(device)) as place:
+        scorer = _detector(checkpoint, detector, str(place), trust)
+        weights = checkpoint or _trained_here() if detector is None else Path(detector)
+        rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
+                              weights=file_sha256(weights) if weights.is_file() else str(weights))
+        failed = int(rows["error"].notna().sum())
+        if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
+
+def _slice(text: str) -> tuple[int, int]:
+    "3/16 as numbers."
+    number, _, slices = text.partition("/")
+    if not (number.isdecimal() and slices.isdecimal()): raise ValueError(f"--slice {text}: write NUMBER/OF, such as 3/16")
+    return int(number), int(slices)
+
+# %% ../nbs/90_cli.ipynb #0d76f035
+@command(app, "merge")
+def merge(
+    out: Annotated[Path, typer.Argument(help="CSV to write, as given to score; its slices lie beside it.")],
+) -> None:
+    """Put the slices that score wrote together, in order.
+
+    The result is byte for byte that of one run. A missing slice, or one made from other files or settings, is an error.
+    """
+    from imaginet_nb.detectors import merge_slices
+    typer.echo(f"{out}: {merge_slices(out)} rows")
+
+# %% ../nbs/90_cli.ipynb #03c653ab
 def main() -> None:
     "Entry point of `imaginet`."
     app()
+
+if __name__ == "__main__" and "__file__" in globals(): main() # a notebook has no __file__

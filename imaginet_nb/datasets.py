@@ -75,7 +75,7 @@ class ManifestDataset(Dataset):
         except ImageError as error: raise ImageError(f"manifest row {row}: {error}") from error
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.origins[row], self.families[row], row
 
-# %% ../nbs/22_datasets.ipynb #b8da57f6
+# %% ../nbs/22_datasets.ipynb #19e5daa4
 class EpochSampler(Sampler[tuple[int, int]]):
     "Keys `(epoch, row)` of one pass over a data set."
     def __init__(self,
@@ -83,11 +83,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         shuffle: bool, # a new order each epoch, or the manifest's
         rank: int = 0, # number of this process
         world_size: int = 1, # number of processes
+        drop_last: bool = False, # leave out what does not go round, instead of repeating some
     ):
         if not 0 <= rank < world_size: raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
-        self.dataset, self.shuffle, self.rank, self.world_size = dataset, shuffle, rank, world_size
+        self.dataset, self.shuffle, self.rank, self.world_size, self.drop_last = dataset, shuffle, rank, world_size, drop_last
 
-    def __len__(self) -> int: return -(-len(self.dataset)//self.world_size)
+    def __len__(self) -> int: return (len(self.dataset) + (0 if self.drop_last else self.world_size - 1))//self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         data, rows = self.dataset, np.arange(len(self.dataset))
@@ -103,7 +104,7 @@ def default_workers(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if images < 500 else min(cores - 1, 4)
 
-# %% ../nbs/22_datasets.ipynb #d0a77742
+# %% ../nbs/22_datasets.ipynb #011dde0d
 def _start_worker(worker: int) -> None:
     "One thread for each worker; torch's own threads are limited by the loader already."
     cv2.setNumThreads(0)
@@ -120,6 +121,6 @@ def make_loader(
     "Batches whose content depends on seed, stage and epoch alone."
     workers = default_workers(len(dataset)) if num_workers is None else num_workers
     return DataLoader(
-        dataset, batch_size, sampler=EpochSampler(dataset, shuffle, rank, world_size), num_workers=workers, drop_last=drop_last,
-        persistent_workers=workers > 0, worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(),
+        dataset, batch_size, sampler=EpochSampler(dataset, shuffle, rank, world_size, drop_last), num_workers=workers,
+        drop_last=drop_last, persistent_workers=workers > 0, worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(dataset.seed))

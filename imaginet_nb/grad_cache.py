@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Note', 'one_statistics_update', 'RandomState', 'cached_step']
 
-# %% ../nbs/41_grad_cache.ipynb #25128762
+# %% ../nbs/41_grad_cache.ipynb #c00f06f2
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# %% ../nbs/41_grad_cache.ipynb #87101e48
+from .processes import gather, rank_and_size
+
+# %% ../nbs/41_grad_cache.ipynb #456278c8
 Note = tuple[int, Tensor, Tensor] # number of values a channel, their mean, their biased variance; `(C,)` each
 
 def _note(layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> Note:
@@ -22,6 +24,13 @@ def _note(layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> Note:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(x, dim=[i for i in range(x.ndim) if i != 1], correction=0)
     return x.numel()//x.shape[1], mean, variance
+
+def _notes_of_all(notes: list[Note]) -> list[Note]:
+    "The notes that all processes took; each has chunks of the same sizes."
+    size = rank_and_size()[1]
+    if size == 1: return notes
+    counts, means, variances = zip(*notes, strict=True)
+    return list(zip([n for n in counts for _ in range(size)], gather(torch.stack(means)), gather(torch.stack(variances)), strict=True))
 
 # %% ../nbs/41_grad_cache.ipynb #7e029036
 @torch.no_grad()
@@ -37,7 +46,7 @@ def _update(layer: _BatchNorm, notes: list[Note]) -> None:
     layer.running_mean.lerp_(mean.to(layer.running_mean), momentum)
     layer.running_var.lerp_(variance.to(layer.running_var), momentum)
 
-# %% ../nbs/41_grad_cache.ipynb #059baa0b
+# %% ../nbs/41_grad_cache.ipynb #596bb01a
 @contextlib.contextmanager
 def one_statistics_update(
     model: nn.Module,
@@ -56,7 +65,7 @@ def one_statistics_update(
         stop_noting()
         for layer in layers: layer.track_running_stats = True
     for layer in layers:
-        if notes[layer]: _update(layer, notes[layer])
+        if notes[layer]: _update(layer, _notes_of_all(notes[layer]))
 
 # %% ../nbs/41_grad_cache.ipynb #b9e12426
 class RandomState:

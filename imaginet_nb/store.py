@@ -93,7 +93,7 @@ class Store(Mapping[str, Picture]):
                 raise StoreError(f"{path}: missing or damaged ({error}); `imaginet data pack` with the same words makes it again") from None
         return self._shards[here]
 
-# %% ../nbs/28_store.ipynb #f1dc4321
+# %% ../nbs/28_store.ipynb #1a6269bf
 def _pixels(path: Path) -> np.ndarray:
     "A whole image; runs in a worker process."
     return LazyImage(path)[:, :]
@@ -103,8 +103,8 @@ _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filte
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
     "Stands for the files of a shard as they are now."
-    try: states = [(p, s.st_size, s.st_mtime_ns) for p in paths for s in [(root/p).stat()]]
-    except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists all that is missing") from None
+    try: states = [(p, (root/p).stat().st_size, (root/p).stat().st_mtime_ns) for p in paths]
+    except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
 def _append(canvas: blosc2.NDArray, rows: np.ndarray) -> None:
