@@ -1,5 +1,7 @@
 # Which notebook reads and writes what. `make reproduce` runs it; by hand:
 #   snakemake --cores all --config profile=demo --rerun-incomplete --nolock
+# Several profiles, separated by commas, are one plan: the points of a sweep run side by side, on this machine or
+# on a cluster (cluster/slurm).
 #
 # A notebook runs again when a file that it reads is newer, when a section of the profile that it uses has
 # changed, or when its own text or that of a library module that it imports has changed (compared by content,
@@ -12,10 +14,14 @@ from pathlib import Path
 
 import yaml
 
-NAME = config.get("profile", "demo")                    # a name in profiles/ or a path to a YAML file
-FILE = Path(NAME if str(NAME).endswith((".yaml", ".yml")) else f"profiles/{NAME}.yaml")
-SETTINGS = yaml.safe_load(FILE.read_text())
-REPORT = f"reports/{SETTINGS['name']}"
+NAMES = str(config.get("profile", "demo")).split(",")   # each a name in profiles/ or a path to a YAML file
+FILES = [Path(name if name.endswith((".yaml", ".yml")) else f"profiles/{name}.yaml") for name in NAMES]
+SETTINGS = {path.stem: yaml.safe_load(path.read_text()) for path in FILES}
+REPORT = "reports/{profile}"                            # everywhere below, {profile} is the name of one of them
+
+
+wildcard_constraints:
+    profile="|".join(SETTINGS),
 
 
 def modules_of(source):
@@ -38,39 +44,53 @@ def code_of(notebook):
 
 def settings(*keys):
     "The part of the profile that a notebook uses, as text: whole sections, or single values such as embedding.images."
-    def value(key):
+    def value(profile, key):
         section, _, name = key.partition(".")
-        return SETTINGS[section][name] if name else SETTINGS[section]
-    return json.dumps({key: value(key) for key in ("name", "seed", "device", *keys)}, sort_keys=True)
+        return SETTINGS[profile][section][name] if name else SETTINGS[profile][section]
+    return lambda wildcards: json.dumps({key: value(wildcards.profile, key) for key in ("name", "seed", "device", *keys)}, sort_keys=True)
+
+
+def training_threads(wildcards):
+    "Cores of a notebook that trains or predicts."
+    return workflow.cores if SETTINGS[wildcards.profile]["exclusive"] else 1
+
+
+def imported(wildcards):
+    "Weights of other detectors, supplied by the user."
+    return glob(f"{SETTINGS[wildcards.profile]['data']['weights']}/*.safetensors")
+
+
+def external_sets(wildcards): return glob(f"{SETTINGS[wildcards.profile]['data']['external']}/*/prepared.json")
 
 
 def tables(*names): return [f"{REPORT}/tables/{name}.csv" for name in names]
 def figures(*names): return [f"{REPORT}/figures/{name}.png" for name in names]
+def notebook(name): return f"{REPORT}/notebooks/{name}.ipynb"
+def every(pattern, **values): return expand(pattern, **values, allow_missing=True) # leaves {profile} alone
 
 
-TRAINING = workflow.cores if SETTINGS["exclusive"] else 1 # cores of a notebook that trains or predicts
-RUN = f"imaginet notebook {{rule}} --profile {FILE}"
+# the shell looks up the profile's file: as a parameter of the rules, another spelling of it would run everything again
+FILE_OF = " ".join(f"({name}) echo '{path}';;" for name, path in zip(SETTINGS, FILES))
+RUN = f"imaginet notebook {{rule}} --profile $(case {{wildcards.profile}} in {FILE_OF} esac)"
 TRAIN = f"{RUN} --processes {config.get('processes', 1)}" # of a notebook that several processes can train
-NOTEBOOK = f"{REPORT}/notebooks/{{}}.ipynb"
-IMPORTED = glob(f"{SETTINGS['data']['weights']}/*.safetensors") # weights of other detectors, supplied by the user
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
 
 
 rule all:
-    input: f"{REPORT}/index.html"
+    input: expand(REPORT + "/index.html", profile=SETTINGS)
 
 
 rule p05_data:
-    output: NOTEBOOK.format("p05_data"), expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"])
+    output: notebook("p05_data"), every(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"])
     params: settings=settings("data", "sandbox"), code=code_of("p05_data")
-    threads: TRAINING
+    threads: training_threads
     shell: RUN
 
 
 rule p10_dataset:
     input: rules.p05_data.output
     output:
-        NOTEBOOK.format("p10_dataset"), figures("zero_pixel", "composition", "file_properties"),
+        notebook("p10_dataset"), figures("zero_pixel", "composition", "file_properties"),
         tables("dataset_features", "dataset_structure", "zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"),
     params: settings=settings("data"), code=code_of("p10_dataset")
     shell: RUN
@@ -78,63 +98,63 @@ rule p10_dataset:
 
 rule p20_testset:
     input: MANIFESTS + "/test.csv"
-    output: NOTEBOOK.format("p20_testset"), MANIFESTS + "/perturbed.csv", tables("grouping_difference")
+    output: notebook("p20_testset"), MANIFESTS + "/perturbed.csv", tables("grouping_difference")
     params: settings=settings("data"), code=code_of("p20_testset")
     shell: RUN
 
 
 rule p30_pretrain:
     input: MANIFESTS + "/train.csv"
-    output: NOTEBOOK.format("p30_pretrain"), CHECKPOINTS + "/pretrain.safetensors"
+    output: notebook("p30_pretrain"), CHECKPOINTS + "/pretrain.safetensors"
     priority: 1 # on the longest way
     params: settings=settings("data", "model", "pretrain"), code=code_of("p30_pretrain")
-    threads: TRAINING
+    threads: training_threads
     shell: TRAIN
 
 
 rule p40_calibrate:
     input: MANIFESTS + "/calibration.csv", CHECKPOINTS + "/pretrain.safetensors"
-    output: NOTEBOOK.format("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
+    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
     priority: 1 # on the longest way
     params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
-    threads: TRAINING
+    threads: training_threads
     shell: TRAIN
 
 
 rule p45_baseline:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/calibration.csv"
-    output: NOTEBOOK.format("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
+    output: notebook("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
     priority: 1 # on the longest way
     params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
-    threads: TRAINING
+    threads: training_threads
     shell: TRAIN
 
 
 rule p46_ablation:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/perturbed.csv"
-    output: NOTEBOOK.format("p46_ablation"), PREDICTIONS + "/ablation.csv"
+    output: notebook("p46_ablation"), PREDICTIONS + "/ablation.csv"
     params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p46_ablation")
-    threads: TRAINING
+    threads: training_threads
     shell: RUN
 
 
 rule p47_predict:
     input:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
-        expand(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), IMPORTED,
+        every(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), imported,
     output:
-        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
-        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "features"]),
+        notebook("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
+        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "features"]),
     priority: 1 # on the longest way
     params: settings=settings("data", "model.pretrained", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
-    threads: TRAINING
+    threads: training_threads
     shell: RUN
 
 
 rule p50_detection:
-    input: expand(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
+    input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
     output:
-        NOTEBOOK.format("p50_detection"), figures("detection_by_family"),
+        notebook("p50_detection"), figures("detection_by_family"),
         tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "format_matched", "grouping_effect"),
     params: settings=settings("evaluation"), code=code_of("p50_detection")
     shell: RUN
@@ -143,16 +163,16 @@ rule p50_detection:
 rule p51_external:
     input:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors", MANIFESTS + "/train.csv", PREDICTIONS + "/calibration.csv",
-        IMPORTED, glob(f"{SETTINGS['data']['external']}/*/prepared.json"),
-    output: NOTEBOOK.format("p51_external"), tables("practical", "corvi", "external_calibration")
+        imported, external_sets,
+    output: notebook("p51_external"), tables("practical", "corvi", "external_calibration")
     params: settings=settings("data", "evaluation"), code=code_of("p51_external")
-    threads: TRAINING
+    threads: training_threads
     shell: RUN
 
 
 rule p52_identification:
     input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/clean.csv"
-    output: NOTEBOOK.format("p52_identification"), tables("identification"), figures("identification_confusion")
+    output: notebook("p52_identification"), tables("identification"), figures("identification_confusion")
     params: settings=settings("evaluation"), code=code_of("p52_identification")
     shell: RUN
 
@@ -160,7 +180,7 @@ rule p52_identification:
 rule p60_embeddings:
     input: PREDICTIONS + "/features.npy", PREDICTIONS + "/features.csv"
     output:
-        NOTEBOOK.format("p60_embeddings"), tables("embedding_quality", "umap_points", "relational_autoencoder_points"),
+        notebook("p60_embeddings"), tables("embedding_quality", "umap_points", "relational_autoencoder_points"),
         figures("umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family"),
     priority: 1 # on the longest way
     params: settings=settings("embedding"), code=code_of("p60_embeddings")
@@ -169,7 +189,7 @@ rule p60_embeddings:
 
 rule p61_content_ablation:
     input: PREDICTIONS + "/ablation.csv"
-    output: NOTEBOOK.format("p61_content_ablation"), tables("content_ablation"), figures("content_ablation")
+    output: notebook("p61_content_ablation"), tables("content_ablation"), figures("content_ablation")
     params: settings=settings("evaluation"), code=code_of("p61_content_ablation")
     shell: RUN
 
@@ -177,16 +197,16 @@ rule p61_content_ablation:
 rule p62_robustness:
     input: PREDICTIONS + "/robustness.csv", PREDICTIONS + "/calibration.csv"
     output:
-        NOTEBOOK.format("p62_robustness"), tables("robustness_jpeg", "robustness_resize"),
+        notebook("p62_robustness"), tables("robustness_jpeg", "robustness_resize"),
         figures("robustness_jpeg", "robustness_resize"),
     params: settings=settings("evaluation", "robustness"), code=code_of("p62_robustness")
     shell: RUN
 
 
 rule p63_speed:
-    output: NOTEBOOK.format("p63_speed"), tables("inference_time")
+    output: notebook("p63_speed"), tables("inference_time")
     params: settings=settings("speed"), code=code_of("p63_speed")
-    threads: TRAINING # other work beside it would spoil the times
+    threads: training_threads # other work beside it would spoil the times
     shell: RUN
 
 
@@ -194,6 +214,6 @@ rule p90_summary:
     input:
         rules.p10_dataset.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
         rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,
-    output: NOTEBOOK.format("p90_summary"), f"{REPORT}/index.html", f"{REPORT}/README.md", tables("published_vs_reproduced")
+    output: notebook("p90_summary"), REPORT + "/index.html", REPORT + "/README.md", tables("published_vs_reproduced")
     params: settings=settings(), code=code_of("p90_summary")
     shell: RUN

@@ -318,7 +318,7 @@ def _baseline_stage(run: Run, device: torch.device) -> None:
     second = calibrate(model, balanced, run.data, run.profile, device, resume=run.checkpoints/"baseline2.resume.pt")
     _write(run, model, "baseline", fingerprint(train, balanced), pretrain_history=first, history=second)
 
-# %% ../nbs/50_training.ipynb #49bf4cfa
+# %% ../nbs/50_training.ipynb #937ecfd1
 Stage = Callable[[Run, torch.device], None]
 STAGES: dict[str, Stage] = dict(pretrain=_pretrain_stage, calibrate=_calibrate_stage, baseline=_baseline_stage)
 
@@ -333,9 +333,10 @@ def train_stage(
 def launch(
     stage: str, # pretrain, calibrate or baseline
     profile: str, # name or path of a profile
-    processes: int = 1, # on this machine, one a GPU; 1 = in the process that calls
+    processes: int = 1, # on this machine, one a GPU; 1 = in the process that calls; 0 = none, the checkpoint comes from elsewhere
 ) -> None:
     "Train one stage of a profile from a notebook."
+    if processes == 0: return print(f"{stage}: trained elsewhere")
     if processes == 1: return train_stage(stage, profile)
     from accelerate import notebook_launcher
     with socket.socket() as free: # of a port, so that two launches on one machine do not meet
