@@ -93,13 +93,14 @@ class Store(Mapping[str, Picture]):
                 raise StoreError(f"{path}: missing or damaged ({error}); `imaginet data pack` with the same words makes it again") from None
         return self._shards[here]
 
-# %% ../nbs/28_store.ipynb #1a6269bf
+# %% ../nbs/28_store.ipynb #9282ef19
 def _pixels(path: Path) -> np.ndarray:
     "A whole image; runs in a worker process."
     return LazyImage(path)[:, :]
 
 _CHUNK, _BLOCK = 512, 64 # sides, pixels: found in one step, and decompressed in one step
-_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "filters_meta": [0]}
+_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "filters_meta": [0],
+                "nthreads": 1} # several threads write blocks in the order in which they end
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
     "Stands for the files of a shard as they are now."
@@ -117,7 +118,7 @@ def _write_shard(images: Iterator[np.ndarray], paths: Sequence[str], width: int,
     "Write some images to one file."
     part, rows, waiting = np.zeros(len(paths), INDEX), 0, np.empty((0, width, 3), np.uint8)
     with atomic_path(out/f"shard-{number:05d}.b2nd") as temporary:
-        canvas = blosc2.empty(waiting.shape, dtype=np.uint8, chunks=(_CHUNK, _CHUNK, 3), blocks=(_BLOCK, _BLOCK, 3), urlpath=str(temporary),
+        canvas = blosc2.zeros(waiting.shape, dtype=np.uint8, chunks=(_CHUNK, _CHUNK, 3), blocks=(_BLOCK, _BLOCK, 3), urlpath=str(temporary),
                               mode="w", cparams=_COMPRESSION)
         for row, (image, path) in enumerate(zip(images, paths)): # in this order, so that `images` comes to its end
             h, w = image.shape[:2]
@@ -142,7 +143,7 @@ def _finish(out: Path, parts: list[Path]) -> Store:
     with atomic_path(out/_MARKER) as temporary: temporary.write_text(json.dumps(facts, indent=1))
     return Store(out)
 
-# %% ../nbs/28_store.ipynb #3fd1d186
+# %% ../nbs/28_store.ipynb #2e677b60
 def pack(
     manifest: pd.DataFrame, # needs `path`
     root: str | Path, # folder that the paths are relative to
@@ -158,6 +159,7 @@ def pack(
     if len({_key(p) for p in paths}) < len(paths): raise StoreError("two paths have the same hash; rename one of them")
     shards = [paths[i:i + shard_images] for i in range(0, len(paths), shard_images)]
     marks = [_mark(root, shard) for shard in shards]
+    for left in out.glob(".shard-*"): left.unlink() # by a run that was killed
     parts = []
     with worker_processes(1 if len(paths) < 100 else jobs) as parallel:
         for number, shard in enumerate(shards):
