@@ -45,4 +45,5 @@ lab: setup ## JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 clean-reports: ## remove what `make reproduce` wrote for PROFILE; data and environment stay
+	@test -d reports/$(PROFILE) || { echo "no reports/$(PROFILE)"; exit 1; }
 	rm -rf reports/$(PROFILE) .snakemake

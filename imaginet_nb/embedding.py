@@ -195,21 +195,21 @@ def neighbor_recall(
     votes = np.eye(len(names))[codes[neighbors]].sum(1)           # (N, classes)
     return float(balanced_accuracy_score(codes, votes.argmax(1)))
 
-# %% ../nbs/63_embedding.ipynb #7a9357c5
+# %% ../nbs/63_embedding.ipynb #33edc783
 QUESTIONS = (("origin", "all"), ("generator_family", "synthetic"), ("content_type", "all"), ("format", "all"), ("format", "real"))
 
 def cluster_quality(
     features: np.ndarray, # (N, D)
     points: pd.DataFrame, # from `embedding_points`, same order
     k: int = 15,
-) -> pd.DataFrame: # columns label, images, classes, n_images, silhouette, neighbor_recall, chance, note
+) -> pd.DataFrame: # columns label, among, classes, n_images, silhouette, neighbor_recall, chance, note
     "How well each label explains the map and the features behind it."
     rows = []
     for label, images in QUESTIONS:
         chosen = np.ones(len(points), bool) if images == "all" else (points.origin == images).to_numpy()
         values, xy = points.loc[chosen, label].to_numpy(), points.loc[chosen, ["x", "y"]].to_numpy()
         classes = len(np.unique(values.astype(str)))
-        row = dict(label=label, images=images, classes=classes, n_images=len(values), silhouette=np.nan, neighbor_recall=np.nan,
+        row = dict(label=label, among=images, classes=classes, n_images=len(values), silhouette=np.nan, neighbor_recall=np.nan,
                    chance=1/classes if classes else np.nan, note="")
         if 2 <= classes < len(values):
             row.update(silhouette=silhouette_score(xy, values), neighbor_recall=neighbor_recall(features[chosen], values, k))

@@ -31,22 +31,21 @@ def image_counts(
         if manifest.is_file(): counts[split] = len(pd.read_csv(manifest, usecols=["path"]))
     return counts
 
-# %% ../nbs/81_plan.ipynb #c4b9e2fb
-def _seconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    "Shortest time of a step, after one that is not counted."
-    times = []
-    for _ in range(1 + repeats):
+# %% ../nbs/81_plan.ipynb #4b6255fc
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    "Shortest time of a step, after one that is not counted: of as many as go into a second."
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < 1:
         start = time.perf_counter()
         step()
         if device.type == "cuda": torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../nbs/81_plan.ipynb #2f929829
+# %% ../nbs/81_plan.ipynb #7cec5e21
 def seconds_per_image(
     profile: Profile,
     batch_size: int | None = None, # images in a timed step; None = 2 on a CPU, 8 elsewhere
-    repeats: int = 1, # timed steps; the shortest counts
 ) -> dict[str, float]: # pretrain (a crop forward and back), infer (an image forward), ablation (an image forward and back)
     "Time each kind of work on the profile's device."
     device, data, model = pick_device(profile.device), profile.data, profile.model
@@ -65,7 +64,7 @@ def seconds_per_image(
         with autocast(device, profile.pretrain.precision): value = small.detection(small.features(images)).sum()
         value.backward()
     work = dict(pretrain=lambda: (step(batch), optimizer.step()), infer=lambda: large.score(images), ablation=ablation)
-    return {name: _seconds(once, device, repeats)/batch_size for name, once in work.items()}
+    return {name: _seconds(once, device)/batch_size for name, once in work.items()}
 
 # %% ../nbs/81_plan.ipynb #863f2f02
 def estimate(

@@ -392,7 +392,7 @@ def plot_robustness(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
-# %% ../nbs/70_reporting.ipynb #84f77cc3
+# %% ../nbs/70_reporting.ipynb #8e599726
 def confusion(
     predictions: pd.DataFrame, # of one detector; columns origin, generator_family, predicted_family
 ) -> pd.DataFrame: # rows true family, columns predicted family, shares
@@ -409,7 +409,7 @@ def plot_confusion(
     "Confusion of families, one panel for each detector that identifies."
     tables = {name: confusion(rows) for name, rows in predictions.groupby("detector", sort=False) if rows["predicted_family"].notna().any()}
     if not tables: raise ValueError("no detector in these predictions identifies families")
-    figure, panels = new_figure(len(tables), height=3.4)
+    figure, panels = new_figure(len(tables), height=4.2)
     for axes, (name, shares) in zip(panels, tables.items(), strict=True):
         sns.heatmap(shares, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", cbar=False, square=True, linewidths=1, ax=axes)
         axes.set(title=name, xlabel="predicted", ylabel="true" if axes is panels[0] else "")
@@ -603,7 +603,7 @@ def _result(report: Path, kind: str, stem: str, notebook: str) -> Result:
     reading = reading_frame(pd.read_csv(first, dtype=str, keep_default_na=False)) if kind == "tables" else None
     return Result(stem, kind == "figures", caption, reading, links, "")
 
-# %% ../nbs/70_reporting.ipynb #9f7d1787
+# %% ../nbs/70_reporting.ipynb #98fc92d6
 class Chapter(NamedTuple):
     "One section of the page."
     heading: str
@@ -636,7 +636,7 @@ def _about(profile: Profile) -> str:
     "What the numbers of a profile are about."
     if profile.data.source == "imaginet": return "Every number under “measured” was measured on ImagiNet."
     return ("Every number under “measured” was measured on the embedded sandbox. Its generators are small autoencoders, stand-ins that "
-            "bear the names of the paper's generators and are none of them. These numbers show that the method works; they say nothing "
+            "bear the names of the paper's generators and are none of them. These numbers show that the pipeline runs; they say nothing "
             "about ImagiNet and cannot be compared with the published ones.")
 
 # %% ../nbs/70_reporting.ipynb #52fbc008
