@@ -27,8 +27,8 @@ ROOT, CPU = repo_root(), torch.device("cpu")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def make_images(root: Path, n: int = 38) -> pd.DataFrame:
-    "Noise, and noise doubled in size; 38 images make two batches of 16 and a remainder that an uneven split could make a third of."
+def make_images(root: Path, n: int = 47) -> pd.DataFrame:
+    "Noise, and noise doubled in size. Of 47, one process makes two batches of 16; 24 for each of two would make a third."
     rows = []
     for i in range(n):
         synthetic, draw = i % 2, np.random.default_rng(i)
