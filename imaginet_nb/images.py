@@ -163,7 +163,7 @@ def save(
     except ImageError as error: raise ImageError(f"{path}: {error}") from error
     with atomic_path(path) as temporary: temporary.write_bytes(content)
 
-# %% ../nbs/20_images.ipynb #fc69932f
+# %% ../nbs/20_images.ipynb #ee0e83e8
 class Picture(Protocol):
     "Whatever has the shape of an image, `(H, W, 3)`, and gives `uint8` RGB when sliced by rows and columns."
     @property
@@ -182,6 +182,7 @@ def _png_chunks(
         yield kind, content[place + 8:place + 8 + length]
         place += 12 + length
 
+# %% ../nbs/20_images.ipynb #9e477839
 def _is_plain(
     picture: Image.Image, # opened, not loaded
     content: bytes, # of the whole file
@@ -196,6 +197,7 @@ def _is_plain(
     if picture.format == "JPEG" and not content.endswith(b"\xff\xd9"): return False
     return picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
+# %% ../nbs/20_images.ipynb #646a9b67
 def _shortened_png(
     content: bytes, # a whole file, not interlaced
     rows: int, # how many, from the top
@@ -220,7 +222,16 @@ def _shortened_webp(
         place = data + size + size % 2
     return content
 
-# %% ../nbs/20_images.ipynb #fa4bd2e7
+def _upper_rows(content: bytes, format: str | None, rows: int) -> np.ndarray:
+    "The first rows at least of a plain file, the quick way."
+    if format == "PNG":
+        with Image.open(io.BytesIO(_shortened_png(content, rows)), formats=("PNG",)) as picture: return np.asarray(picture)
+    if format == "WEBP": content = _shortened_webp(content, rows)
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if pixels is None: raise ValueError("not decoded")
+    return pixels.astype(np.uint8, copy=False)
+
+# %% ../nbs/20_images.ipynb #7a66d280
 class LazyImage:
     "An image file whose pixels are decoded when they are asked for, no more of them than needed; a `Picture`."
     def __init__(self,
@@ -248,17 +259,8 @@ class LazyImage:
         if self._pixels is None:
             (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(key, self.shape))
             try:
-                part = self._upper(bottom)[top:bottom, left:right]
+                part = _upper_rows(self._content, self._format, bottom)[top:bottom, left:right]
                 if part.shape == (bottom - top, right - left, 3): return part
             except (OSError, SyntaxError, ValueError, cv2.error): pass # `decode` says what is wrong
             self._whole()
         return self._pixels[key] # type: ignore[index]
-
-    def _upper(self, rows: int) -> np.ndarray:
-        "The first rows at least, the quick way."
-        if self._format == "PNG":
-            with Image.open(io.BytesIO(_shortened_png(self._content, rows)), formats=("PNG",)) as picture: return np.asarray(picture)
-        content = _shortened_webp(self._content, rows) if self._format == "WEBP" else self._content
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if pixels is None: raise ValueError("not decoded")
-        return pixels.astype(np.uint8, copy=False)

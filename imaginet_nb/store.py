@@ -40,7 +40,7 @@ class StoredImage:
         (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(key, self.shape))
         return self.canvas[self.top + top:self.top + bottom, left:right]
 
-# %% ../nbs/28_store.ipynb #79bc4349
+# %% ../nbs/28_store.ipynb #550cc1c1
 INDEX = np.dtype([("path", "<u8"), ("top", "<u8"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")])
 _MARKER, _VERSION = "store.json", 1
 
@@ -48,6 +48,20 @@ def _key(path: str) -> int:
     "64 bits that stand for a path."
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "little")
 
+def _find(index: np.ndarray, path: str) -> np.void | None:
+    "Entry of an image in the sorted index."
+    key = np.uint64(_key(path))
+    place = int(np.searchsorted(index["path"], key))
+    return index[place] if place < len(index) and index["path"][place] == key else None
+
+def _open_shard(path: Path) -> blosc2.NDArray:
+    "The canvas in a file."
+    blosc2.set_nthreads(1) # a loader has a process for each core already
+    try: return blosc2.open(str(path), mode="r", mmap_mode="r")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"{path}: missing or damaged ({error}); `imaginet data pack` with the same words makes it again") from None
+
+# %% ../nbs/28_store.ipynb #d284ebdb
 class Store(Mapping[str, Picture]):
     "Packed images by their path in the manifest."
     def __init__(self,
@@ -67,33 +81,22 @@ class Store(Mapping[str, Picture]):
 
     def __iter__(self) -> Iterator[str]: raise StoreError(f"{self.path} knows hashes of paths only; take the paths from the manifest")
 
-    def __contains__(self, path: object) -> bool: return isinstance(path, str) and self._row(path) is not None
-
-    def _row(self, path: str) -> np.void | None:
-        "Entry of the index."
-        key = np.uint64(_key(path))
-        place = int(np.searchsorted(self.index["path"], key))
-        return self.index[place] if place < len(self.index) and self.index["path"][place] == key else None
+    def __contains__(self, path: object) -> bool: return isinstance(path, str) and _find(self.index, path) is not None
 
     def __getitem__(self,
         path: str, # as in the manifest that was packed
     ) -> StoredImage:
-        row = self._row(path)
+        row = _find(self.index, path)
         if row is None: raise StoreError(f"{path}: not in the store {self.path}; pack the manifest that names it")
         return StoredImage(self._shard(int(row["shard"])), int(row["top"]), int(row["height"]), int(row["width"]))
 
     def _shard(self, number: int) -> blosc2.NDArray:
-        "The canvas of a shard."
+        "The canvas of a shard, opened once in each process."
         here = os.getpid(), number
-        if here not in self._shards:
-            blosc2.set_nthreads(1) # a loader has a process for each core already
-            path = self.path/f"shard-{number:05d}.b2nd"
-            try: self._shards[here] = blosc2.open(str(path), mode="r", mmap_mode="r")
-            except (OSError, RuntimeError, ValueError) as error:
-                raise StoreError(f"{path}: missing or damaged ({error}); `imaginet data pack` with the same words makes it again") from None
+        if here not in self._shards: self._shards[here] = _open_shard(self.path/f"shard-{number:05d}.b2nd")
         return self._shards[here]
 
-# %% ../nbs/28_store.ipynb #9282ef19
+# %% ../nbs/28_store.ipynb #b599a171
 def _pixels(path: Path) -> np.ndarray:
     "A whole image; runs in a worker process."
     return LazyImage(path)[:, :]
@@ -108,6 +111,7 @@ def _mark(root: Path, paths: Sequence[str]) -> str:
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
+# %% ../nbs/28_store.ipynb #8de75fc5
 def _append(canvas: blosc2.NDArray, rows: np.ndarray) -> None:
     "Write rows below those that are there."
     start = canvas.shape[0]
@@ -132,6 +136,7 @@ def _write_shard(images: Iterator[np.ndarray], paths: Sequence[str], width: int,
         del canvas
     return part
 
+# %% ../nbs/28_store.ipynb #73aefb0a
 def _finish(out: Path, parts: list[Path]) -> Store:
     "Write the index of all shards, and the mark of a finished store."
     with atomic_path(out/"index.npy") as temporary: np.save(temporary, np.sort(np.concatenate([np.load(p) for p in parts]), order="path"))
