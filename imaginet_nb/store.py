@@ -111,7 +111,7 @@ def _mark(root: Path, paths: Sequence[str]) -> str:
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
-# %% ../nbs/28_store.ipynb #8de75fc5
+# %% ../nbs/28_store.ipynb #ba0de4ae
 def _append(canvas: blosc2.NDArray, rows: np.ndarray) -> None:
     "Write rows below those that are there."
     start = canvas.shape[0]
@@ -132,7 +132,7 @@ def _write_shard(images: Iterator[np.ndarray], paths: Sequence[str], width: int,
             full = len(waiting)//_CHUNK*_CHUNK # a chunk that is not full would be compressed again with the next image
             _append(canvas, waiting[:full])
             waiting = waiting[full:]
-        _append(canvas, waiting)
+        _append(canvas, np.pad(waiting, ((0, -len(waiting) % _CHUNK), (0, 0), (0, 0)))) # the rest of a chunk would be left to chance
         del canvas
     return part
 
@@ -148,7 +148,7 @@ def _finish(out: Path, parts: list[Path]) -> Store:
     with atomic_path(out/_MARKER) as temporary: temporary.write_text(json.dumps(facts, indent=1))
     return Store(out)
 
-# %% ../nbs/28_store.ipynb #2e677b60
+# %% ../nbs/28_store.ipynb #ea0d76b2
 def pack(
     manifest: pd.DataFrame, # needs `path`
     root: str | Path, # folder that the paths are relative to
@@ -174,7 +174,7 @@ def pack(
                 images = parallel(delayed(_pixels)(root/p) for p in shard)
                 found = progress(images, f"packing {number + 1}/{len(shards)}", total=len(shard))
                 widest = max(LazyImage(root/p).shape[1] for p in shard)
-                entries = _write_shard(iter(found), shard, widest, number, out)
+                entries = _write_shard(iter(found), shard, widest + -widest % _CHUNK, number, out)
                 with atomic_path(part) as temporary: np.save(temporary, entries)
                 known = json.dumps({"mark": marks[number], "sha256": file_sha256(canvas)})
                 with atomic_path(facts) as temporary: temporary.write_text(known)

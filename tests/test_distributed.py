@@ -24,7 +24,8 @@ from imaginet_nb.processes import joined, rank_and_size
 from imaginet_nb.transforms import Perturb
 
 ROOT, CPU = repo_root(), torch.device("cpu")
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+               "TQDM_DISABLE": "1"}
 
 
 def make_images(root: Path, n: int = 47) -> pd.DataFrame:
