@@ -96,14 +96,13 @@ class Store(Mapping[str, Picture]):
         if here not in self._shards: self._shards[here] = _open_shard(self.path/f"shard-{number:05d}.b2nd")
         return self._shards[here]
 
-# %% ../nbs/28_store.ipynb #b599a171
+# %% ../nbs/28_store.ipynb #473f3382
 def _pixels(path: Path) -> np.ndarray:
     "A whole image; runs in a worker process."
     return LazyImage(path)[:, :]
 
 _CHUNK, _BLOCK = 512, 64 # sides, pixels: found in one step, and decompressed in one step
-_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "filters_meta": [0],
-                "nthreads": 1} # several threads write blocks in the order in which they end
+_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "filters_meta": [0], "nthreads": 1}
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
     "Stands for the files of a shard as they are now."
@@ -111,7 +110,7 @@ def _mark(root: Path, paths: Sequence[str]) -> str:
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
-# %% ../nbs/28_store.ipynb #ba0de4ae
+# %% ../nbs/28_store.ipynb #7c89ca50
 def _append(canvas: blosc2.NDArray, rows: np.ndarray) -> None:
     "Write rows below those that are there."
     start = canvas.shape[0]
@@ -121,6 +120,7 @@ def _append(canvas: blosc2.NDArray, rows: np.ndarray) -> None:
 def _write_shard(images: Iterator[np.ndarray], paths: Sequence[str], width: int, number: int, out: Path) -> np.ndarray: # part of the index
     "Write some images to one file."
     part, rows, waiting = np.zeros(len(paths), INDEX), 0, np.empty((0, width, 3), np.uint8)
+    blosc2.set_nthreads(1) # several threads write blocks in the order in which they end
     with atomic_path(out/f"shard-{number:05d}.b2nd") as temporary:
         canvas = blosc2.zeros(waiting.shape, dtype=np.uint8, chunks=(_CHUNK, _CHUNK, 3), blocks=(_BLOCK, _BLOCK, 3), urlpath=str(temporary),
                               mode="w", cparams=_COMPRESSION)

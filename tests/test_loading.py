@@ -134,7 +134,8 @@ def many(tmp_path) -> Path:
 
 
 def packed(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    store = Store(folder)
+    return {f"{i:02d}.png": store[f"{i:02d}.png"][:, :].tobytes() for i in range(60)}
 
 
 SLOWLY = """
@@ -149,7 +150,7 @@ S.pack(pd.read_csv(sys.argv[1]), sys.argv[2], sys.argv[3], shard_images=10, jobs
 """
 
 
-def test_packing_goes_on_after_kill_to_the_same_bytes(many):
+def test_packing_goes_on_after_kill_to_the_same_pixels(many):
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, many/"many.csv", many/"many", many/"killed"], cwd=repo_root(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None and process.stdout.readline() == "now\n"
@@ -160,7 +161,8 @@ def test_packing_goes_on_after_kill_to_the_same_bytes(many):
     rows = pd.read_csv(many/"many.csv")
     pack(rows, many/"many", many/"killed", shard_images=10, jobs=1)
     pack(rows, many/"many", many/"whole", shard_images=10, jobs=1)
-    assert packed(many/"killed") == packed(many/"whole")
+    assert packed(many/"killed") == packed(many/"whole") and verify_store(many/"killed") == []
+    assert (many/"killed"/"index.npy").read_bytes() == (many/"whole"/"index.npy").read_bytes()
     assert (many/"killed"/"shard-00000.b2nd").stat().st_mtime_ns == first
 
 
