@@ -5,48 +5,33 @@
 # %% auto #0
 __all__ = ['Note', 'one_statistics_update', 'RandomState', 'cached_step']
 
-# %% ../nbs/41_grad_cache.ipynb #c00f06f2
+# %% ../nbs/41_grad_cache.ipynb #265fc8de
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .processes import gather, rank_and_size
+from .processes import rank_and_size
 
-# %% ../nbs/41_grad_cache.ipynb #456278c8
-Note = tuple[int, Tensor, Tensor] # number of values a channel, their mean, their biased variance; `(C,)` each
+# %% ../nbs/41_grad_cache.ipynb #7e230852
+Note = tuple[int, Tensor, Tensor] # number of values a channel, their mean, their unbiased variance; `(C,)` each
 
-def _note(layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> Note:
-    "Statistics of what comes into a BatchNorm layer, in float32 or better."
-    x = inputs[0].detach()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(x, dim=[i for i in range(x.ndim) if i != 1], correction=0)
-    return x.numel()//x.shape[1], mean, variance
-
-def _notes_of_all(notes: list[Note]) -> list[Note]:
-    "The notes that all processes took; each has chunks of the same sizes."
-    size = rank_and_size()[1]
-    if size == 1: return notes
-    counts, means, variances = zip(*notes, strict=True)
-    return list(zip([n for n in counts for _ in range(size)], gather(torch.stack(means)), gather(torch.stack(variances)), strict=True))
-
-# %% ../nbs/41_grad_cache.ipynb #7e029036
 @torch.no_grad()
 def _update(layer: _BatchNorm, notes: list[Note]) -> None:
-    "One update of the running statistics with the pooled notes of all chunks."
+    "One update of the running statistics with the pooled notes of all chunks; the host waits for no number of the device."
     assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None
-    counts, means, variances = torch.tensor([float(n) for n, _, _ in notes]), *(torch.stack(x) for x in list(zip(*notes, strict=True))[1:])
-    share = (counts/counts.sum()).to(means)[:, None]
-    mean = (share*means).sum(0)
-    variance = (share*(variances + (means - mean)**2)).sum(0)*counts.sum().item()/(counts.sum().item() - 1)
+    N = sum(n for n, _, _ in notes)
+    mean = sum((n/N*m for n, m, _ in notes), start=torch.zeros_like(layer.running_mean))
+    squares = sum(((n - 1)*v + n*(m - mean)**2 for n, m, v in notes), start=torch.zeros_like(mean))
     layer.num_batches_tracked += 1
-    momentum = 1/layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
-    layer.running_mean.lerp_(mean.to(layer.running_mean), momentum)
-    layer.running_var.lerp_(variance.to(layer.running_var), momentum)
+    momentum = 1/layer.num_batches_tracked if layer.momentum is None else layer.momentum
+    layer.running_mean.lerp_(mean, momentum)
+    layer.running_var.lerp_(squares/(N - 1), momentum)
 
-# %% ../nbs/41_grad_cache.ipynb #596bb01a
+# %% ../nbs/41_grad_cache.ipynb #fec97b2e
 @contextlib.contextmanager
 def one_statistics_update(
     model: nn.Module,
@@ -54,18 +39,28 @@ def one_statistics_update(
     "Inside, running statistics of BatchNorm stay; on success they are updated once, from the notes taken."
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     notes: dict[_BatchNorm, list[Note]] = {layer: [] for layer in layers}
-    hooks = [layer.register_forward_pre_hook(lambda m, x: notes[m].append(_note(m, x))) for layer in layers]
+    before = {layer: (layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in layers}
+
+    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        processes = rank_and_size()[1] if isinstance(layer, nn.SyncBatchNorm) else 1
+        n = processes*(inputs[0].numel()//inputs[0].shape[1])
+        notes[layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
 
     def stop_noting() -> None:
         while hooks: hooks.pop().remove()
+        for layer in layers: layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked = before[layer]
+        for layer in layers: layer.track_running_stats = False
 
-    for layer in layers: layer.track_running_stats = False
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    for layer in layers: # statistics that hold what came in last, and nothing else
+        layer.momentum, layer.num_batches_tracked = 1.0, torch.zeros_like(before[layer][3]) # type: ignore[arg-type]
+        layer.running_mean, layer.running_var = (torch.zeros_like(x) for x in before[layer][1:3]) # type: ignore[arg-type]
     try: yield stop_noting
     finally:
         stop_noting()
         for layer in layers: layer.track_running_stats = True
     for layer in layers:
-        if notes[layer]: _update(layer, _notes_of_all(notes[layer]))
+        if notes[layer]: _update(layer, notes[layer])
 
 # %% ../nbs/41_grad_cache.ipynb #b9e12426
 class RandomState:
@@ -94,17 +89,17 @@ def _no_autocast_cache() -> Iterator[None]:
     try: yield
     finally: torch.set_autocast_cache_enabled(before)
 
-# %% ../nbs/41_grad_cache.ipynb #2e157ed7
-def _embed(model: nn.Module, chunks: tuple[Tensor, ...]) -> tuple[Tensor, list[RandomState]]:
-    "First pass: embeddings of the whole batch without a graph, and the random state before each chunk."
+# %% ../nbs/41_grad_cache.ipynb #7ed8ce5b
+def _embed(model: nn.Module, chunks: tuple[Tensor, ...]) -> tuple[list[Tensor], list[RandomState]]:
+    "First pass: embeddings of all chunks, the last with a graph, and the random state before each of the others."
     states, embeddings = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk in chunks[:-1]:
             states.append(RandomState(chunk.device))
             embeddings.append(model(chunk))
-    return torch.cat(embeddings), states
+    return [*embeddings, model(chunks[-1])], states
 
-# %% ../nbs/41_grad_cache.ipynb #b0a40574
+# %% ../nbs/41_grad_cache.ipynb #b17f9a9f
 def cached_step(
     model: nn.Module, # images to `(B, V, D)`
     images: Tensor, # `(B, 3, H, W)`, on the device of the model
@@ -119,12 +114,15 @@ def cached_step(
         return loss.detach()
     chunks = images.split(chunk_size)
     with one_statistics_update(model) as stop_noting, _no_autocast_cache():
-        embeddings, states = _embed(model, chunks)                                   # 1. without a graph
+        parts, states = _embed(model, chunks)                                        # 1. without a graph, but for the last chunk
         stop_noting()
-        loss = loss_fn(embeddings.requires_grad_())
+        z = torch.cat(parts).detach().requires_grad_()
+        loss = loss_fn(z)
         loss.backward()                                                              # 2. dL/dz of the whole batch
-        assert embeddings.grad is not None
-        for chunk, state, gradient in zip(chunks, states, embeddings.grad.split(chunk_size), strict=True):
-            with state.replay(): z = model(chunk)                                    # 3. again, with a graph
-            z.backward(gradient)
+        assert z.grad is not None
+        *gradients, last = z.grad.split(chunk_size)
+        parts[-1].backward(last)
+        for chunk, state, gradient in zip(chunks[:-1], states, gradients, strict=True):
+            with state.replay(): part = model(chunk)                                 # 3. again, with a graph
+            part.backward(gradient)
     return loss.detach()
