@@ -7,7 +7,7 @@ __all__ = ['Batch', 'Stage', 'STAGES', 'make_optimizer', 'warmup_cosine', 'fit',
            'pretrain', 'pretrain_cross_entropy', 'calibrate', 'two_track_loss', 'train_detector', 'train_stage',
            'launch', 'main']
 
-# %% ../nbs/50_training.ipynb #e7a3800a
+# %% ../nbs/50_training.ipynb #fddeca93
 import argparse
 import contextlib
 import socket
@@ -28,13 +28,13 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .core import Profile, Run, atomic_path, fingerprint, load_profile, pick_device, progress, repo_root
 from .datasets import ManifestDataset, make_loader
 from .grad_cache import cached_step
-from .losses import ImagiNetLoss
+from .losses import ImagiNetLoss, select_rows
 from .models import (Backbone, ImagiNetClassifier, Normalize, SelfConNet, create_backbone, load_imagenet_weights,
                                 to_device)
 from .processes import average_gradients, gather, joined, per_process, rank_and_size, synchronize
 from .transforms import Stage1, Stage2
 
-# %% ../nbs/50_training.ipynb #c1a86e34
+# %% ../nbs/50_training.ipynb #24f28ab3
 def make_optimizer(
     parameters: Iterable[nn.Parameter],
     name: str, # sgd (momentum 0.9), adam or adamw
@@ -44,10 +44,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "Optimiser by name, over the parameters that require gradients."
     trained = [p for p in parameters if p.requires_grad]
-    if name == "sgd": return torch.optim.SGD(trained, lr=learning_rate, momentum=0.9, weight_decay=weight_decay)
+    fused = all(p.is_cuda for p in trained) or None # one kernel for all weights; on a CPU it gains nothing
+    if name == "sgd": return torch.optim.SGD(trained, lr=learning_rate, momentum=0.9, weight_decay=weight_decay, fused=fused)
     if name not in ("adam", "adamw"): raise ValueError(f"optimizer must be sgd, adam or adamw, got {name!r}")
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(trained, lr=learning_rate, weight_decay=weight_decay, betas=betas)
+    return kind(trained, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=fused)
 
 # %% ../nbs/50_training.ipynb #8d541656
 def warmup_cosine(
@@ -131,7 +132,7 @@ def autocast(
     "Mixed precision where the profile asks for it; losses are computed in float32 all the same."
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
-# %% ../nbs/50_training.ipynb #c4704a1d
+# %% ../nbs/50_training.ipynb #e7fbe152
 def training_loader(
     manifest: pd.DataFrame, # training images
     root: str | Path, # folder of the images
@@ -152,6 +153,11 @@ def training_loader(
     return make_loader(dataset, per_process(batch_size, "batch_size"), shuffle=True, num_workers=profile.num_workers, drop_last=True,
                        rank=rank, world_size=size)
 
+def _all_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    "Origin and family of the images of all processes; those of one process stay on the CPU, where losses can look at them."
+    if rank_and_size()[1] == 1: return batch[1], batch[2]
+    return gather(batch[1].to(device)), gather(batch[2].to(device))
+
 def selfcon_step(
     model: SelfConNet,
     loss: ImagiNetLoss,
@@ -162,8 +168,7 @@ def selfcon_step(
     "The step of stage 1: SelfCon on the origin of all images plus SelfCon on the family of the synthetic ones."
     chunk = per_process(chunk_size, "chunk_size") if chunk_size else None
     def step(batch: Batch) -> Tensor:
-        images, origin, family = (x.to(device, non_blocking=True) for x in batch[:3])
-        origin, family = gather(origin), gather(family)
+        images, (origin, family) = batch[0].to(device, non_blocking=True), _all_labels(batch, device)
         with autocast(device, precision):
             if chunk: return cached_step(model, images, lambda z: loss(gather(z), origin, family), chunk)
             value = loss(gather(model(images)), origin, family)
@@ -214,7 +219,7 @@ def pretrain_cross_entropy(
         return value
     return _fit_stage1(net, step, manifest, root, profile, resume)
 
-# %% ../nbs/50_training.ipynb #106d1d03
+# %% ../nbs/50_training.ipynb #9f633f9b
 def calibrate(
     model: ImagiNetClassifier, # its backbone comes from stage 1
     manifest: pd.DataFrame, # balanced calibration images
@@ -230,18 +235,18 @@ def calibrate(
     optimizer = make_optimizer(model.parameters(), cfg.optimizer, cfg.learning_rate, cfg.weight_decay, (cfg.betas[0], cfg.betas[1]))
 
     def step(batch: Batch) -> Tensor:
-        images, origin, family = (x.to(device, non_blocking=True) for x in batch[:3])
+        images, (origin, family) = batch[0].to(device, non_blocking=True), _all_labels(batch, device)
         with autocast(device, cfg.precision):
             features = gather(model.features(images))
             detection, identification = model.detection(features).squeeze(1), model.identification(features)
-        value = two_track_loss(detection.float(), identification.float(), gather(origin), gather(family))
+        value = two_track_loss(detection.float(), identification.float(), origin, family)
         value.backward()
         return value
     loader = training_loader(manifest, root, profile, "calibrate", cfg.batch_size)
     mark = fingerprint(model.name, profile.seed, profile.data, profile.model, profile.pretrain, cfg, manifest)
     return fit(model, loader, step, optimizer, cfg.epochs, None, resume, mark)
 
-# %% ../nbs/50_training.ipynb #83fceded
+# %% ../nbs/50_training.ipynb #fcffbe4d
 def two_track_loss(
     detection: Tensor, # (B,) logits, larger = synthetic
     identification: Tensor, # (B, 4) logits over families
@@ -249,10 +254,11 @@ def two_track_loss(
     family: Tensor, # (B,) 0..3, and 4 for real images
 ) -> Tensor: # 0-d
     "Sigmoid cross-entropy on all images plus softmax cross-entropy on the synthetic ones."
-    found = F.binary_cross_entropy_with_logits(detection, origin.float())
-    synthetic = origin == 1
+    found = F.binary_cross_entropy_with_logits(detection, origin.to(detection.device, non_blocking=True).float())
+    synthetic = origin.cpu() == 1 # asked of the CPU: see `losses`
     if not synthetic.any(): return found + 0*identification.sum() # a batch of reals alone still has a gradient
-    return found + F.cross_entropy(identification[synthetic], family[synthetic])
+    chosen = select_rows(family.to(identification.device, non_blocking=True), synthetic)
+    return found + F.cross_entropy(select_rows(identification, synthetic), chosen)
 
 # %% ../nbs/50_training.ipynb #6ef780ba
 def train_detector(
