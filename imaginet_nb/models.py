@@ -262,12 +262,13 @@ class MissingHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         raise ValueError(f"this model has no {self.track} head; train one (stage 2), or load a checkpoint that has it")
 
-# %% ../nbs/30_models.ipynb #a24c94cc
+# %% ../nbs/30_models.ipynb #bfa7b073
 class PixelDetector(nn.Module):
     "What a network can answer about pixels: evaluation mode, no gradients, float32 on the CPU."
     name: str                                               # of the detector, in every table
     input_size: int | None                                  # side in pixels that images should be brought to; None = any will do
     precision: Literal["float32", "bfloat16"] = "float32"   # in which the network computes
+    pixels_at_once: int | None = None                       # of a batch that is cut to bound memory; None = it is not
     normalize: Normalize
     backbone: Backbone
     detection: nn.Module
@@ -278,8 +279,10 @@ class PixelDetector(nn.Module):
         if self.precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
         device = self.normalize.mean.device
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with evaluation_mode(self), torch.inference_mode(), autocast: result = head(self.backbone(self.normalize(images.to(device))))
-        return result.to("cpu", torch.float32).clone() # outside inference mode: an ordinary tensor, that others may train on
+        size = max(self.pixels_at_once//images[0, 0].numel(), 1) if self.pixels_at_once and len(images) else max(len(images), 1)
+        with evaluation_mode(self), torch.inference_mode(), autocast:
+            results = [head(self.backbone(self.normalize(part.to(device)))) for part in images.split(size)]
+        return torch.cat(results).to("cpu", torch.float32).clone() # outside inference mode: an ordinary tensor, that others may train on
 
     def score(self,
         images: Tensor, # `(B, 3, H, W)`, uint8
