@@ -132,7 +132,7 @@ def autocast(
     "Mixed precision where the profile asks for it; losses are computed in float32 all the same."
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
-# %% ../nbs/50_training.ipynb #e7fbe152
+# %% ../nbs/50_training.ipynb #306aa471
 def training_loader(
     manifest: pd.DataFrame, # training images
     root: str | Path, # folder of the images
@@ -153,6 +153,7 @@ def training_loader(
     return make_loader(dataset, per_process(batch_size, "batch_size"), shuffle=True, num_workers=profile.num_workers, drop_last=True,
                        rank=rank, world_size=size)
 
+# %% ../nbs/50_training.ipynb #e6263512
 def _all_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     "Origin and family of the images of all processes; those of one process stay on the CPU, where losses can look at them."
     if rank_and_size()[1] == 1: return batch[1], batch[2]
