@@ -53,6 +53,8 @@ RUN = f"imaginet notebook {{rule}} --profile {FILE}"
 NOTEBOOK = f"{REPORT}/notebooks/{{}}.ipynb"
 IMPORTED = glob(f"{SETTINGS['data']['weights']}/*.safetensors") # weights of other detectors, supplied by the user
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
+SURE = expand(PREDICTIONS + "/probability_{name}.csv", name=["selfcon", "baseline"]) # what the probabilities are fitted on
+FITTED = ["evaluation.probability_images", "evaluation.batch_size", "evaluation.precision"]
 
 
 rule all:
@@ -92,19 +94,19 @@ rule p30_pretrain:
 
 
 rule p40_calibrate:
-    input: MANIFESTS + "/calibration.csv", CHECKPOINTS + "/pretrain.safetensors"
-    output: NOTEBOOK.format("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
+    input: expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"]), CHECKPOINTS + "/pretrain.safetensors"
+    output: NOTEBOOK.format("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors", PREDICTIONS + "/probability_selfcon.csv"
     priority: 1 # on the longest way
-    params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
+    params: settings=settings("data", "calibrate", *FITTED), code=code_of("p40_calibrate")
     threads: TRAINING
     shell: RUN
 
 
 rule p45_baseline:
-    input: MANIFESTS + "/train.csv", MANIFESTS + "/calibration.csv"
-    output: NOTEBOOK.format("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
+    input: expand(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"])
+    output: NOTEBOOK.format("p45_baseline"), CHECKPOINTS + "/baseline.safetensors", PREDICTIONS + "/probability_baseline.csv"
     priority: 1 # on the longest way
-    params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
+    params: settings=settings("data", "model", "pretrain", "calibrate", *FITTED), code=code_of("p45_baseline")
     threads: TRAINING
     shell: RUN
 
@@ -122,8 +124,9 @@ rule p47_predict:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
         expand(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), IMPORTED,
     output:
-        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
-        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "features"]),
+        NOTEBOOK.format("p47_predict"), PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
+        expand(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]),
+        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set"]),
     priority: 1 # on the longest way
     params: settings=settings("data", "model.pretrained", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
     threads: TRAINING
@@ -131,9 +134,9 @@ rule p47_predict:
 
 
 rule p50_detection:
-    input: expand(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
+    input: expand(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"]), SURE
     output:
-        NOTEBOOK.format("p50_detection"), figures("detection_by_family"),
+        NOTEBOOK.format("p50_detection"), figures("detection_by_family", "reliability"), tables("probabilities", "reliability", "operating_points"),
         tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "format_matched", "grouping_effect"),
     params: settings=settings("evaluation"), code=code_of("p50_detection")
     shell: RUN
@@ -150,8 +153,10 @@ rule p51_external:
 
 
 rule p52_identification:
-    input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/clean.csv"
-    output: NOTEBOOK.format("p52_identification"), tables("identification"), figures("identification_confusion")
+    input:
+        expand(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE,
+        expand(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]), CHECKPOINTS + "/selfcon.safetensors",
+    output: NOTEBOOK.format("p52_identification"), tables("identification", "open_set"), figures("identification_confusion")
     params: settings=settings("evaluation"), code=code_of("p52_identification")
     shell: RUN
 
@@ -174,10 +179,11 @@ rule p61_content_ablation:
 
 
 rule p62_robustness:
-    input: PREDICTIONS + "/robustness.csv", PREDICTIONS + "/calibration.csv"
+    input: expand(PREDICTIONS + "/{name}.csv", name=["robustness", "grid", "clean", "calibration"]), SURE
     output:
-        NOTEBOOK.format("p62_robustness"), tables("robustness_jpeg", "robustness_resize"),
-        figures("robustness_jpeg", "robustness_resize"),
+        NOTEBOOK.format("p62_robustness"), tables("robustness_jpeg", "robustness_resize", "robustness_loss", "robustness_shift"),
+        tables("probabilities_perturbed", "operating_points_perturbed"), PREDICTIONS + "/shifts.csv",
+        figures("robustness_jpeg", "robustness_resize", "shifts_detection", "shifts_identification"),
     params: settings=settings("evaluation", "robustness"), code=code_of("p62_robustness")
     shell: RUN
 

@@ -17,9 +17,10 @@ from imaginet_nb.core import repo_root
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
           "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize", "zero_pixel", "overlap",
-          "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced"]
+          "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
+          "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
-           "content_ablation", "robustness_jpeg", "robustness_resize"]
+           "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification"]
 DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
