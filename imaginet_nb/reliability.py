@@ -64,7 +64,7 @@ def _warning(
     better = float(expit(eer_threshold(synthetic, log_odds)))
     return f"0.5 is a bad threshold: ACC {values[0, 0]:.2f} there, {1 - values[1, 0]:.2f} at {better:.2f}"
 
-# %% ../nbs/73_reliability.ipynb #8d13a0b5
+# %% ../nbs/73_reliability.ipynb #d8254ef8
 def _probability_row(
     frame: pd.DataFrame, # predictions of one detector
     fit: Calibration,
@@ -83,6 +83,7 @@ def _probability_row(
     note = "; ".join(filter(None, [_warning(values[:2], synthetic, z), _left_out(lost)]))
     return cells | dict(ece_floor=ece_floor(p, bins), n_real=int((~synthetic).sum()), n_synthetic=int(synthetic.sum()), note=note)
 
+# %% ../nbs/73_reliability.ipynb #a3ff53e0
 def probability_table(
     predictions: pd.DataFrame,
     fits: Fits, # on other images
