@@ -151,7 +151,7 @@ def plot_reliability(
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
-# %% ../nbs/73_reliability.ipynb #3d5bccef
+# %% ../nbs/73_reliability.ipynb #2cdc088b
 OPERATING_COLUMNS = ("detector", "setting", "rate", "tpr", "tpr_low", "tpr_high", "threshold", "kept_fpr", "kept_fpr_low", "kept_fpr_high",
                      "kept_tpr", "kept_tpr_low", "kept_tpr_high", "n_real", "n_synthetic", "note")
 
@@ -177,6 +177,7 @@ def _operating_row(
     return dict(rate=f"{rate:.1%}", threshold=threshold) | _cell("tpr", values) | kept | dict(
         n_real=n_real, n_synthetic=int(synthetic.sum()), note="; ".join(notes))
 
+# %% ../nbs/73_reliability.ipynb #e14f9afb
 def operating_table(
     predictions: pd.DataFrame,
     fits: Fits, # on other images
