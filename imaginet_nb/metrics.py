@@ -8,12 +8,12 @@ __all__ = ['Statistic', 'BLOCK', 'recall_statistic', 'mean_statistic', 'balanced
            'nll_values', 'brier_values', 'equal_mass_bins', 'ece_statistic', 'ece_floor', 'tpr_at_fpr_statistic',
            'eer_statistic', 'eer_threshold', 'exact_interval', 'resample_counts', 'bootstrap', 'interval']
 
-# %% ../nbs/61_metrics.ipynb #39fd3c61
+# %% ../nbs/61_metrics.ipynb #07f24b3c
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import betaincinv
 
 # %% ../nbs/61_metrics.ipynb #fccbd0b0
 def _vector(
@@ -229,7 +229,7 @@ def tpr_at_fpr_statistic(
         return fakes[np.arange(len(weights)), found[last]] / fakes[:, -1]
     return statistic
 
-# %% ../nbs/61_metrics.ipynb #348176b2
+# %% ../nbs/61_metrics.ipynb #0c80eb37
 def _error_curve(
     labels: Any, scores: Any,
 ) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
@@ -264,13 +264,14 @@ def eer_threshold(
     labels: Any, # `(n,)` 1 for synthetic, 0 for real
     scores: Any, # `(n,)` larger means more synthetic
 ) -> float: # NaN where a class is missing
-    "Threshold at which both kinds of error are about equally frequent."
+    "Threshold at which both kinds of error are as equally frequent as they can be."
     levels, curve = _error_curve(labels, scores)
     if not 0 < _binary(labels, "labels").sum() < len(labels): return float("nan")
-    k = int(curve(np.ones((1, len(labels))))[2][0])
-    return float(levels[k - 1:k + 1].mean()) # any value between the two decides alike
+    excess = curve(np.ones((1, len(labels))))[1][0, 1:]
+    k = int(np.abs(excess).argmin())
+    return float(levels[k:k + 2].mean()) # any value between the two decides alike
 
-# %% ../nbs/61_metrics.ipynb #9744428d
+# %% ../nbs/61_metrics.ipynb #bc778748
 def exact_interval(
     hits: int,
     n: int, # tries
@@ -278,8 +279,9 @@ def exact_interval(
 ) -> tuple[float, float]: # NaN where n is 0
     "Clopper-Pearson interval of a proportion."
     if n == 0: return float("nan"), float("nan")
-    found = binomtest(int(hits), int(n)).proportion_ci(level, method="exact")
-    return float(found.low), float(found.high)
+    tail = (1 - level)/2
+    low = betaincinv(hits, n - hits + 1, tail) if hits else 0.0
+    return float(low), float(betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
 
 # %% ../nbs/61_metrics.ipynb #8f61edc0
 BLOCK = 1 << 17 # weights held at a time; small enough for the cache

@@ -6,7 +6,7 @@
 __all__ = ['NEIGHBOURS', 'FALSE_ALARMS', 'KNOWN', 'OPEN_SET_COLUMNS', 'NearestKnown', 'fit_nearest_known', 'open_set_header',
            'open_set_of', 'predict_and_embed', 'energy', 'leave_one_generator_out']
 
-# %% ../nbs/75_open_set.ipynb #dfdd55ba
+# %% ../nbs/75_open_set.ipynb #243a7543
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 
 from .calibration import threshold_at
 from .datasets import Transform
@@ -168,7 +169,7 @@ def _left_out_row(
     missing = "" if threshold is not None else "no threshold: too few known images for 5 % false alarms"
     return cells | dict(n_known=int((~unknown).sum()), n_unknown=int(unknown.sum()), note=missing), values
 
-# %% ../nbs/75_open_set.ipynb #b96d2aa7
+# %% ../nbs/75_open_set.ipynb #230bb9c3
 def leave_one_generator_out(
     known: np.ndarray, # `(N, D)` features of training images
     train: pd.DataFrame, # their manifest; synthetic images only
@@ -183,7 +184,8 @@ def leave_one_generator_out(
     rows, stacks = [], dict[str, list[np.ndarray]]()
     for generator in [g for g in train["generator"].drop_duplicates().sort_values() if test["generator"].eq(g).any()]:
         stay, unknown = train["generator"].ne(generator).to_numpy(), test["generator"].eq(generator).to_numpy()
-        scores, predicted = _left_out_scores(known[stay], train["generator_family"].to_numpy()[stay], features)
+        with threadpool_limits(1): # the matrices are small; threads would mostly wait for each other
+            scores, predicted = _left_out_scores(known[stay], train["generator_family"].to_numpy()[stay], features)
         family = test.loc[unknown, "generator_family"].iloc[0]
         related = "yes" if train.loc[stay, "generator_family"].eq(family).any() else "no"
         for name, (score, threshold) in scores.items():

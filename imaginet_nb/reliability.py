@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fits', 'PROBABILITY_COLUMNS', 'GIVEN_AWAY', 'RELIABILITY_COLUMNS', 'OPERATING_COLUMNS', 'fit_all',
-           'probability_table', 'reliability_bins', 'plot_reliability', 'operating_table', 'over_grid']
+           'probability_table', 'reliability_bins', 'plot_reliability', 'operating_table', 'in_order', 'over_grid']
 
 # %% ../nbs/73_reliability.ipynb #e17a5bfa
 from collections.abc import Callable, Mapping
@@ -125,7 +125,7 @@ def reliability_bins(
                 rows.append((name, setting, method, int(str(code)) + 1, *row))
     return pd.DataFrame(rows, columns=list(RELIABILITY_COLUMNS))
 
-# %% ../nbs/73_reliability.ipynb #56839312
+# %% ../nbs/73_reliability.ipynb #540457f7
 def plot_reliability(
     bins: pd.DataFrame, # of `reliability_bins`, one setting
     title: str = "",
@@ -141,8 +141,8 @@ def plot_reliability(
             share = rows["share_synthetic"]
             arms = np.clip([share - rows["share_synthetic_low"], rows["share_synthetic_high"] - share], 0, None)
             diagram.errorbar(rows["mean_probability"], share, arms, fmt=mark, color=colour, ms=4, lw=1, label=label)
-            ends = np.linspace(0, 1, 11)
-            spread = np.histogram(rows["mean_probability"], ends, weights=rows["n"])[0]
+            ends, (low, high, n) = np.linspace(0, 1, 11), rows[["lowest", "highest", "n"]].to_numpy(float).T[..., None]
+            spread = np.diff((n*np.clip((ends - low)/np.maximum(high - low, 1e-9), 0, 1)).sum(0)) # a bin's images spread over its width
             counts.bar(ends[:-1] + (i + 0.5)*0.1/len(looks), spread, 0.09/len(looks), color=colour)
         diagram.set(title={"none": "as the network says"}.get(method, method), ylim=(-0.03, 1.03))
         counts.set(xlabel="probability of being synthetic", xlim=(-0.02, 1.02))
@@ -196,7 +196,16 @@ def operating_table(
                  for rate, v in zip(FALSE_POSITIVE_RATES, values, strict=True)]
     return pd.DataFrame(rows, columns=list(OPERATING_COLUMNS))
 
-# %% ../nbs/73_reliability.ipynb #3f5cd6c4
+# %% ../nbs/73_reliability.ipynb #7dee39a8
+def in_order(
+    table: pd.DataFrame, # rows of a grid
+) -> pd.DataFrame: # the same rows
+    "Sort by detector and perturbation in the order in which they first appear, then by strength; the track, if there is one, before all."
+    names = [c for c in ("track", "detector", "perturbation") if c in table]
+    places = {c: table[c].map({name: k for k, name in enumerate(dict.fromkeys(table[c]))}) for c in names}
+    keys = pd.DataFrame({**places, "value": table["value"].astype(float)})
+    return table.loc[keys.sort_values([*names, "value"], kind="stable").index].reset_index(drop=True)
+
 def over_grid(
     table: Callable[[pd.DataFrame, str], pd.DataFrame], # predictions, setting -> rows
     predictions: pd.DataFrame, # with the columns `perturbation` and `value`
@@ -209,4 +218,4 @@ def over_grid(
         first: Any = point.iloc[0]
         rows = table(point, "").drop(columns="setting").assign(perturbation=first["perturbation"], value=first["value"])
         parts.append(rows[[rows.columns[0], "perturbation", "value", *rows.columns[1:-2]]])
-    return pd.concat(parts, ignore_index=True)
+    return in_order(pd.concat(parts, ignore_index=True))

@@ -6,7 +6,7 @@
 __all__ = ['SHIFT_LABELS', 'SHIFT_COLUMNS', 'LOSS_COLUMNS', 'image_shifts', 'shift_table', 'loss_table', 'point_name',
            'plot_shifts', 'points_of']
 
-# %% ../nbs/74_shifts.ipynb #45a0db10
+# %% ../nbs/74_shifts.ipynb #9ea92731
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ from .detectors import FAMILY_COLUMNS
 from .evaluation import _cell, _detectors, _estimates, _left_out, _scored
 from .grids import UNITS
 from .metrics import Statistic, average_statistic
-from .reliability import Fits, _fit_of
+from .reliability import Fits, _fit_of, in_order
 
 # %% ../nbs/74_shifts.ipynb #f916b9d4
 SHIFT_LABELS = ("path", "origin", "content_type", "generator_family", "generator")
@@ -53,7 +53,7 @@ def image_shifts(
         parts.append(rows.assign(shift=fit.log_odds(after["logit"]) - odds, own_shift=_own_odds(after) - own))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/74_shifts.ipynb #dd0fcf85
+# %% ../nbs/74_shifts.ipynb #add0e361
 SHIFT_COLUMNS = ("track", "detector", "perturbation", "value", "group", "shift", "shift_low", "shift_high", "n", "note")
 
 def _shift_rows(
@@ -83,7 +83,7 @@ def shift_table(
             for (name, kind, value), frame in shifts.groupby(["detector", "perturbation", "value"], sort=False)
             for row in _shift_rows(frame, resamples, seed)]
     table = pd.DataFrame(rows, columns=list(SHIFT_COLUMNS))
-    return table.sort_values(["track", "detector"], kind="stable", ignore_index=True)
+    return in_order(table)
 
 # %% ../nbs/74_shifts.ipynb #6cb38eef
 def _balanced(
@@ -152,7 +152,7 @@ def _loss_rows(
         rows.append(dict(track=track, acc_clean=clean[0], n=int(used.sum()), note=_left_out(lost)) | cells)
     return rows
 
-# %% ../nbs/74_shifts.ipynb #24bc051c
+# %% ../nbs/74_shifts.ipynb #5df76d33
 def loss_table(
     clean: pd.DataFrame, # predictions of the images as they are
     grid: pd.DataFrame, # predictions of the same images, perturbed; columns `perturbation`, `value`
@@ -167,7 +167,7 @@ def loss_table(
         start = before[str(name)].set_index("path").loc[after["path"]].reset_index()
         rows += [dict(detector=name, perturbation=kind, value=value) | row for row in _loss_rows(start, after, fits, resamples, seed)]
     table = pd.DataFrame(rows, columns=list(LOSS_COLUMNS))
-    return table.sort_values(["track", "detector"], kind="stable", ignore_index=True)
+    return in_order(table)
 
 # %% ../nbs/74_shifts.ipynb #dcf57d2d
 def point_name(
