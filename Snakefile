@@ -74,6 +74,8 @@ FILE_OF = " ".join(f"({name}) echo '{path}';;" for name, path in zip(SETTINGS, F
 RUN = f"imaginet notebook {{rule}} --profile $(case {{wildcards.profile}} in {FILE_OF} esac)"
 TRAIN = f"{RUN} --processes {config.get('processes', 1)}" # of a notebook that several processes can train
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
+SURE = every(PREDICTIONS + "/probability_{name}.csv", name=["selfcon", "baseline"]) # what the probabilities are fitted on
+FITTED = ["evaluation.probability_images", "evaluation.batch_size", "evaluation.precision"]
 
 
 rule all:
@@ -113,19 +115,19 @@ rule p30_pretrain:
 
 
 rule p40_calibrate:
-    input: MANIFESTS + "/calibration.csv", CHECKPOINTS + "/pretrain.safetensors"
-    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors"
+    input: every(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"]), CHECKPOINTS + "/pretrain.safetensors"
+    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors", PREDICTIONS + "/probability_selfcon.csv"
     priority: 1 # on the longest way
-    params: settings=settings("data", "calibrate"), code=code_of("p40_calibrate")
+    params: settings=settings("data", "calibrate", *FITTED), code=code_of("p40_calibrate")
     threads: training_threads
     shell: TRAIN
 
 
 rule p45_baseline:
-    input: MANIFESTS + "/train.csv", MANIFESTS + "/calibration.csv"
-    output: notebook("p45_baseline"), CHECKPOINTS + "/baseline.safetensors"
+    input: every(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"])
+    output: notebook("p45_baseline"), CHECKPOINTS + "/baseline.safetensors", PREDICTIONS + "/probability_baseline.csv"
     priority: 1 # on the longest way
-    params: settings=settings("data", "model", "pretrain", "calibrate"), code=code_of("p45_baseline")
+    params: settings=settings("data", "model", "pretrain", "calibrate", *FITTED), code=code_of("p45_baseline")
     threads: training_threads
     shell: TRAIN
 
@@ -143,8 +145,9 @@ rule p47_predict:
         CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
         every(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), imported,
     output:
-        notebook("p47_predict"), PREDICTIONS + "/features.npy", PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
-        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "features"]),
+        notebook("p47_predict"), PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
+        every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]),
+        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set"]),
     priority: 1 # on the longest way
     params: settings=settings("data", "model.pretrained", "evaluation", "embedding.images", "robustness"), code=code_of("p47_predict")
     threads: training_threads
@@ -152,9 +155,9 @@ rule p47_predict:
 
 
 rule p50_detection:
-    input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
+    input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"]), SURE
     output:
-        notebook("p50_detection"), figures("detection_by_family"),
+        notebook("p50_detection"), figures("detection_by_family", "reliability"), tables("probabilities", "reliability", "operating_points"),
         tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "format_matched", "grouping_effect"),
     params: settings=settings("evaluation"), code=code_of("p50_detection")
     shell: RUN
@@ -171,8 +174,10 @@ rule p51_external:
 
 
 rule p52_identification:
-    input: PREDICTIONS + "/perturbed.csv", PREDICTIONS + "/clean.csv"
-    output: notebook("p52_identification"), tables("identification"), figures("identification_confusion")
+    input:
+        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE,
+        every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]), CHECKPOINTS + "/selfcon.safetensors",
+    output: notebook("p52_identification"), tables("identification", "open_set"), figures("identification_confusion")
     params: settings=settings("evaluation"), code=code_of("p52_identification")
     shell: RUN
 
@@ -195,10 +200,11 @@ rule p61_content_ablation:
 
 
 rule p62_robustness:
-    input: PREDICTIONS + "/robustness.csv", PREDICTIONS + "/calibration.csv"
+    input: every(PREDICTIONS + "/{name}.csv", name=["robustness", "grid", "clean", "calibration"]), SURE
     output:
-        notebook("p62_robustness"), tables("robustness_jpeg", "robustness_resize"),
-        figures("robustness_jpeg", "robustness_resize"),
+        notebook("p62_robustness"), tables("robustness_jpeg", "robustness_resize", "robustness_loss", "robustness_shift"),
+        tables("probabilities_perturbed", "operating_points_perturbed"), PREDICTIONS + "/shifts.csv",
+        figures("robustness_jpeg", "robustness_resize", "shifts_detection", "shifts_identification"),
     params: settings=settings("evaluation", "robustness"), code=code_of("p62_robustness")
     shell: RUN
 

@@ -131,12 +131,13 @@ class CalibrateConfig(Section):
     weight_decay: float
     precision: Precision
 
-# %% ../nbs/00_core.ipynb #60287222
+# %% ../nbs/00_core.ipynb #76116c0b
 class EvaluationConfig(Section):
     "Prediction, score calibration and intervals."
     batch_size: PositiveInt
     precision: Precision
     calibration_images: PositiveInt            # images that the score calibration is fitted on (paper: 80)
+    probability_images: PositiveInt            # training images behind probabilities, thresholds and the open set, half real
     resamples: PositiveInt                     # bootstrap resamples behind every interval
 
 class EmbeddingConfig(Section):
@@ -159,8 +160,9 @@ class AblationConfig(Section):
     learning_rate: PositiveFloat
 
 class RobustnessConfig(Section):
-    "JPEG and resizing curves (Figure 4)."
-    images: PositiveInt                        # test images at each point, half real (paper: all 40000)
+    "JPEG and resizing curves (Figure 4), and the grid of all perturbations."
+    images: PositiveInt                        # test images at each point of a curve, half real (paper: all 40000)
+    grid_images: PositiveInt                   # test images at each point of the grid, half real
 
 class SpeedConfig(Section):
     "Inference time (Table 6)."

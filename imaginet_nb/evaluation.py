@@ -8,7 +8,7 @@ __all__ = ['DETECTION_COLUMNS', 'MEAN', 'IDENTIFICATION_COLUMNS', 'ROBUSTNESS_CO
            'family_rows', 'content_rows', 'generator_rows', 'detection_by_family', 'detection_by_content',
            'detection_by_generator', 'identification_table', 'robustness_table', 'content_ablation_table']
 
-# %% ../nbs/62_evaluation.ipynb #e252836f
+# %% ../nbs/62_evaluation.ipynb #993c8dc5
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 
 from .annotations import CONTENT_TYPES, FAMILIES, GENERATORS, draw_reals, family_groups, overlap
+from .calibration import fit_line
 from .core import rng
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic, bootstrap, interval, macro_auc_statistic
 from .metrics import recall_statistic
@@ -71,23 +71,14 @@ class ScoreCalibration:
         "Calibrated probability of being synthetic."
         return expit(self.slope*np.asarray(logit, dtype=float) + self.intercept)
 
-# %% ../nbs/62_evaluation.ipynb #1b29b17c
+# %% ../nbs/62_evaluation.ipynb #8d516b31
 def fit_score_calibration(
     predictions: pd.DataFrame, # of one detector
 ) -> ScoreCalibration:
     "Fit slope and intercept; images without a score are left out."
     if predictions["detector"].nunique() > 1: raise ValueError("predictions of several detectors; fit one at a time")
     scored = predictions[_scored(predictions.reset_index(drop=True), "logit")]
-    synthetic = scored["origin"].eq("synthetic").to_numpy()
-    if synthetic.all() or not synthetic.any():
-        raise ValueError(f"score calibration needs real and synthetic images, got {(~synthetic).sum()} and {synthetic.sum()}")
-    logit = scored["logit"].to_numpy(float)
-    center, scale = logit.mean(), logit.std()
-    if scale == 0: raise ValueError(f"all {len(logit)} images of the score calibration have the same logit: nothing to fit")
-    standard = (logit - center)[:, None]/scale
-    model = LogisticRegression(C=1e10, solver="lbfgs", max_iter=1000, tol=1e-8).fit(standard, synthetic)
-    slope = float(model.coef_[0, 0])/scale
-    return ScoreCalibration(float(slope), float(model.intercept_[0] - slope*center))
+    return ScoreCalibration(*fit_line(scored["logit"].to_numpy(float), scored["origin"].eq("synthetic").to_numpy()))
 
 # %% ../nbs/62_evaluation.ipynb #abf0883d
 def calibrated(

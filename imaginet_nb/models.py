@@ -302,7 +302,7 @@ class PixelDetector(nn.Module):
         "Where does each image lie in the space of features?"
         return self._infer(images, nn.Identity())
 
-# %% ../nbs/30_models.ipynb #147caf0a
+# %% ../nbs/30_models.ipynb #64a3e281
 class ImagiNetClassifier(PixelDetector):
     "Backbone with detection and identification head: the network of stage 2, and a detector."
     def __init__(self,
@@ -314,6 +314,8 @@ class ImagiNetClassifier(PixelDetector):
     ):
         super().__init__()
         self.name, self.input_size = name, input_size
+        self.header: dict[str, Any] = {} # of the checkpoint it was loaded from
+        self.extra: dict[str, Tensor] = {} # tensors of that file that are no weights
         self.head_kinds: dict[str, HeadKind | None] = {"detection": detection, "identification": identification}
         self.normalize, self.backbone = Normalize(), backbone
         D = backbone.num_features

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_counts', 'seconds_per_image', 'estimate', 'plan_text']
 
-# %% ../nbs/81_plan.ipynb #714042c7
+# %% ../nbs/81_plan.ipynb #48b287c7
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from .core import Profile, pick_device, repo_root
+from .grids import grid_points
 from .losses import ImagiNetLoss
 from .models import ImagiNetClassifier, SelfConNet, create_backbone, to_device
 from .training import autocast, make_optimizer, selfcon_step
@@ -66,7 +67,7 @@ def seconds_per_image(
     work = dict(pretrain=lambda: (step(batch), optimizer.step()), infer=lambda: large.score(images), ablation=ablation)
     return {name: _seconds(once, device)/batch_size for name, once in work.items()}
 
-# %% ../nbs/81_plan.ipynb #863f2f02
+# %% ../nbs/81_plan.ipynb #18dbb7f5
 def estimate(
     profile: Profile,
     seconds: dict[str, float], # of `seconds_per_image`
@@ -74,10 +75,12 @@ def estimate(
     "What each notebook that runs a network costs."
     n, cfg = image_counts(profile), profile
     pretrain, calibrate = n["train"]*cfg.pretrain.epochs, n["calibration"]*cfg.calibrate.epochs
-    stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", calibrate),
-              ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", calibrate),
+    heads = calibrate + cfg.evaluation.probability_images
+    grid = 2*len(list(grid_points()))*min(cfg.robustness.grid_images, n["test"]) + n["test"]//2 # half of the test images are synthetic
+    stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads),
+              ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", heads),
               ("p46_ablation", "ablation", 4*cfg.ablation.train_images*cfg.ablation.epochs),
-              ("p47_predict", "infer", 2*3*n["test"] + 24*min(cfg.robustness.images, n["test"]) + cfg.embedding.images)]
+              ("p47_predict", "infer", 2*3*n["test"] + 24*min(cfg.robustness.images, n["test"]) + cfg.embedding.images + grid)]
     table = pd.DataFrame(stages, columns=["notebook", "work", "images"])
     table["seconds_per_image"] = table["work"].map(seconds)
     return table.assign(hours=table["images"]*table["seconds_per_image"]/3600)

@@ -69,11 +69,13 @@ def text_frame(
     if repeated: raise ValueError(f"the table has repeated columns: {', '.join(map(str, repeated))}")
     return pd.DataFrame({c: [cell_text(v, _digits(c, decimals)) for v in frame[c].tolist()] for c in map(str, frame.columns)}, dtype=str)
 
-# %% ../nbs/70_reporting.ipynb #a24c237c
+# %% ../nbs/70_reporting.ipynb #b2fcc535
 HEADINGS = {
     "detector": "Detector", "group": "Group", "acc": "ACC", "auc": "AUC", "n_real": "Real", "n_synthetic": "Synthetic", "note": "Note",
     "paper_item": "Paper item", "test_set": "Test set", "metric": "Metric", "published": "Published", "reproduced": "Reproduced",
-    "difference": "Difference", "status": "Status", "median_ms": "Median (ms)", "images": "Images", "n": "Images", "n_images": "Images"}
+    "difference": "Difference", "status": "Status", "median_ms": "Median (ms)", "images": "Images", "n": "Images", "n_images": "Images",
+    "eer": "EER", "ece": "ECE", "ece_floor": "ECE, faultless", "nll": "NLL", "brier": "Brier", "tpr": "TPR", "kept_fpr": "Kept FPR",
+    "kept_tpr": "Kept TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
 
 def _has_interval(column: str, frame: pd.DataFrame) -> bool:
     "Whether the ends of an interval stand beside this column."
@@ -428,7 +430,7 @@ class PaperItem(NamedTuple):
     published: tuple[str, ...] = () # file stems in reports/published/
     remark: str = "" # a sentence for the reader
 
-# %% ../nbs/70_reporting.ipynb #296dc073
+# %% ../nbs/70_reporting.ipynb #3e6842fa
 _BY = "p50_detection"
 PAPER_ITEMS = (
     PaperItem("Figures 1 and 5", "Prompts of the generators", remark="The prompts given to the generators: there is nothing to compute."),
@@ -451,6 +453,13 @@ PAPER_ITEMS = (
     PaperItem("Figure 3", "One content type left out of training", "p61_content_ablation", ("content_ablation",), ("content_ablation",)),
     PaperItem("Figure 4a", "Accuracy against JPEG quality", "p62_robustness", ("robustness_jpeg",), ("robustness_jpeg",)),
     PaperItem("Figure 4b", "Accuracy against resizing", "p62_robustness", ("robustness_resize",), ("robustness_resize",)),
+    PaperItem("Probabilities", "What a probability is worth (not in the paper)", _BY, ("probabilities", "reliability"), ("reliability",)),
+    PaperItem("Operating points", "What is found at few false positives (not in the paper)", _BY, ("operating_points",)),
+    PaperItem("Bias and robustness", "What a perturbation shifts and what it destroys (not in the paper)", "p62_robustness",
+              ("robustness_loss", "robustness_shift"), ("shifts_detection", "shifts_identification")),
+    PaperItem("Under perturbation", "Probabilities and operating points (not in the paper)", "p62_robustness",
+              ("probabilities_perturbed", "operating_points_perturbed")),
+    PaperItem("Open set", "Generators that were not in training (not in the paper)", "p52_identification", ("open_set",)),
     PaperItem("Audit", "What formats, contents and files give away (not in the paper)", "p10_dataset",
               ("zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"), ("zero_pixel", "composition", "file_properties")),
     PaperItem("Format-matched", "The detectors when all images went through one codec (not in the paper)", _BY, ("format_matched",)),

@@ -13,13 +13,15 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import repo_root
+from imaginet_nb.images import decode, save
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
           "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize", "zero_pixel", "overlap",
-          "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced"]
+          "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
+          "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
-           "content_ablation", "robustness_jpeg", "robustness_resize"]
+           "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification"]
 DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -105,16 +107,50 @@ def test_pages_are_there(report):
     assert "stand-in" in (report/"index.html").read_text()
 
 
+def test_probabilities_shifts_and_the_open_set_are_about_both_detectors_and_all_points(report):
+    tables = {name: pd.read_csv(report/"tables"/f"{name}.csv") for name in TABLES[-8:]}
+    for name in TABLES[-8:-1]: assert set(tables[name]["detector"]) == {"SelfCon (ours)", "Cross-entropy (baseline)"}, name
+    assert set(tables["probabilities"]["method"]) == {"none", "temperature", "platt"}
+    assert set(tables["probabilities"]["setting"]) == {"perturbed", "clean"}
+    assert set(tables["operating_points"]["rate"]) == {"5.0%", "1.0%", "0.1%"}
+    kinds = {"jpeg", "webp", "avif", "double_jpeg", "resize", "crop", "blur", "noise", "screenshot"}
+    for name in TABLES[-5:-1]: assert set(tables[name]["perturbation"]) == kinds, name
+    for name in ("robustness_loss", "robustness_shift"): assert set(tables[name]["track"]) == {"detection", "identification"}
+    groups = set(tables["open_set"]["group"])
+    assert set(tables["open_set"]["score"]) == {"nearest", "energy"} and {"Midjourney", "DALL-E 3", "Mean"} < groups
+
+
+def test_a_test_image_under_another_name_ends_the_calibration(report, tmp_path):
+    "The training list holds copies of test images, saved as another file type: stage 2 must stop and write no checkpoint."
+    profile = edited(tmp_path, "name: smoke", "name: smoke-leak", "smoke-leak")
+    leak, images = ROOT/"reports"/"smoke-leak", ROOT/"data"/"smoke"
+    for folder in ("manifests", "checkpoints"): shutil.copytree(report/folder, leak/folder, dirs_exist_ok=True)
+    (leak/"checkpoints"/"selfcon.safetensors").unlink()
+    train, test = (pd.read_csv(leak/"manifests"/f"{split}.csv", keep_default_na=False) for split in ("train", "test"))
+    copies = test.assign(path=[f"leaked/{i}.png" for i in range(len(test))], split="train")
+    for source, copy in zip(test["path"], copies["path"], strict=True): save(decode(images/source), images/copy)
+    pd.concat([train, copies]).to_csv(leak/"manifests"/"train.csv", index=False)
+    try:
+        result = imaginet("notebook", "p40_calibrate", "--profile", profile)
+        assert result.returncode != 0 and "has the pixels of the test image" in result.stdout + result.stderr
+        assert not (leak/"checkpoints"/"selfcon.safetensors").exists()
+    finally:
+        shutil.rmtree(leak)
+        shutil.rmtree(images/"leaked")
+
+
 def test_a_second_run_does_nothing(report):
     assert planned("smoke") == set()
 
 
 @pytest.mark.parametrize("old, new, expected", [
     ("neighbors: 8", "neighbors: 9", {"p60_embeddings", "p90_summary"}),
+    ("grid_images: 8", "grid_images: 12", {"p47_predict", "p50_detection", "p51_external", "p52_identification", "p60_embeddings",
+                                           "p62_robustness", "p90_summary"}),
     ("repeats: 2", "repeats: 3", {"p63_speed", "p90_summary"}),
     ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p50_detection", "p51_external",
                                           "p52_identification", "p60_embeddings", "p62_robustness", "p90_summary"}),
-], ids=["umap", "speed", "stage 2"])
+], ids=["umap", "grid", "speed", "stage 2"])
 def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, old, new, expected):
     assert planned(edited(tmp_path, old, new)) == expected
 
