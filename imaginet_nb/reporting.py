@@ -12,7 +12,7 @@ __all__ = ['Decimals', 'HEADINGS', 'LATEX', 'INTERVAL_NOTE', 'BLUE', 'ORANGE', '
            'published', 'published_table', 'Measured', 'ledger', 'Result', 'Chapter', 'html_table', 'html_inline',
            'report_index', 'relink', 'render_readme', 'write_readme']
 
-# %% ../nbs/70_reporting.ipynb #e279a669
+# %% ../nbs/70_reporting.ipynb #88fbcf2b
 import hashlib
 import json
 import os
@@ -33,7 +33,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from .annotations import CONTENT_TYPES
-from .core import Profile, atomic_path, repo_root
+from .core import Profile, atomic_path, repo_root, shipped
 
 # %% ../nbs/70_reporting.ipynb #887a4816
 def cell_text(
@@ -460,13 +460,13 @@ PAPER_ITEMS = (
     PaperItem("External calibration", "Score calibration on the sets of others", "p51_external", ("external_calibration",)),
     PaperItem("Ledger", "Published and reproduced, side by side", "p90_summary", ("published_vs_reproduced",)))
 
-# %% ../nbs/70_reporting.ipynb #0e434a55
+# %% ../nbs/70_reporting.ipynb #f9db104d
 def published(
     item: str, # file stem in reports/published/, such as table3_detection_by_family
     folder: str | Path | None = None, # another folder of such files
 ) -> pd.DataFrame: # columns paper_version, table, track, test_set, subset, method, metric, value, source, all texts
     "Numbers that the paper's authors have published."
-    folder = Path(folder) if folder is not None else repo_root()/"reports"/"published"
+    folder = Path(folder) if folder is not None else shipped("reports/published")
     path = folder/f"{item}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; there are: {', '.join(sorted(p.stem for p in folder.glob('*.csv')))}")
