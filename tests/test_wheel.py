@@ -116,7 +116,8 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_the_installed_package_is_the_wheel(installed, pictures):
     "Without this, all tests below could be about the clone."
-    where = run(installed/"python", "-c", "import imaginet_nb.core as c; print(c.__file__); print(c.repo_root())", cwd=pictures).stdout.split()
+    code = "import imaginet_nb.core as c; print(c.__file__, c.repo_root())"
+    where = run(installed/"python", "-c", code, cwd=pictures).stdout.split()
     assert Path(where[0]).is_relative_to(installed.parent) and Path(where[1]).resolve() == pictures.resolve()
 
 
