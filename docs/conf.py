@@ -10,6 +10,7 @@ settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).resolve().parents[1]/"settings.ini", encoding="utf-8")
 project, release = settings["DEFAULT"]["lib_name"], settings["DEFAULT"]["version"]
 copyright = settings["DEFAULT"]["copyright"]  # noqa: A001
+html_show_search_summary = False # a summary would be fetched from the page, which browsers refuse for files without a server
 html_title = f"{project} {release}"
 html_theme, html_show_sphinx, html_copy_source, html_show_sourcelink = "furo", False, False, False
 extensions = ["myst_nb"]

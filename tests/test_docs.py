@@ -26,7 +26,8 @@ from imaginet_nb.pipeline import check_parameters
 ROOT = repo_root()
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PAGES = [ROOT/name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "data/README.md", "reports/README.md")]
-PAGES += [ROOT/"reports"/name for name in ("audit/README.md", "published/README.md", *(f"demo/{n}.md" for n in ("README", "data_card", "model_card")))]
+PAGES += [ROOT/"reports"/name for name in ("audit/README.md", "published/README.md")]
+PAGES += [ROOT/"reports"/"demo"/f"{name}.md" for name in ("README", "data_card", "model_card")]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb")
 
 
@@ -158,7 +159,8 @@ def test_commands_in_sentences_exist(path):
     for words in re.findall(r"`(imaginet|make)((?: [^`\n]+)?)`", text_of(path)):
         rest = [word.strip(",") for word in words[1].split()]
         if words[0] == "make":
-            for target in (w for w in rest if "=" not in w): assert re.search(rf"^{re.escape(target)}:", (ROOT/"Makefile").read_text(), re.M), words
+            targets = re.findall(r"^([a-z-]+):", (ROOT/"Makefile").read_text(), re.M)
+            assert {word for word in rest if "=" not in word} <= set(targets), words
         else:
             command, rest = resolve(rest)
             options = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}

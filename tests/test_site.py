@@ -101,6 +101,7 @@ def test_in_a_browser_every_page_opens_without_an_error_and_the_search_finds(sit
             assert window.ask("document.title && document.body.innerText.length > 50"), page.name
         window.open((site/"search.html").as_uri() + "?q=SelfConLoss")
         found = window.until("[...document.querySelectorAll('#search-results li a')].map(a => a.href).join(' ')")
+        window.until("/finished/i.test(document.querySelector('#search-results p')?.innerText)") # what would be fetched is fetched by now
         assert "api/losses.html" in found
         elsewhere = [address for address in window.requests if not address.startswith(("file:", "data:", "about:", "blob:"))]
         assert not elsewhere and not window.errors, (elsewhere, window.errors)
