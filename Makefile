@@ -5,7 +5,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce test lab prepare check-notebooks clean-reports
+.PHONY: help setup reproduce test lab prepare docs check-notebooks clean-reports
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +36,15 @@ check-notebooks: setup
 	after=$$(git status --porcelain; git diff | git hash-object --stdin); \
 	[ "$$before" = "$$after" ] || { echo "nbdev_clean or nbdev_export changed files; commit them:"; git status --porcelain; exit 1; }
 
-prepare: setup ## after editing notebooks: clean, export, render README.md
+prepare: setup ## after editing notebooks: clean, export, render README.md and the map of reports
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/python -c 'from imaginet_nb.reporting import write_readme; write_readme()'
+	$(BIN)/python -c 'from imaginet_nb.cards import write_map; from imaginet_nb.reporting import write_readme; write_map(); write_readme()'
+
+docs: setup ## a site of all notebooks, the API and a search, read offline: _docs/site/index.html
+	$(BIN)/python docs/pages.py _docs/source
+	$(BIN)/python -m sphinx -c docs -q -W --keep-going -j auto _docs/source _docs/site
+	@echo "Open _docs/site/index.html"
 
 lab: setup ## JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -218,8 +218,11 @@ rule p63_speed:
 
 rule p90_summary:
     input:
+        CHECKPOINTS + "/selfcon.safetensors",
         rules.p10_dataset.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
         rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,
-    output: notebook("p90_summary"), REPORT + "/index.html", REPORT + "/README.md", tables("published_vs_reproduced")
-    params: settings=settings(), code=code_of("p90_summary")
+    output:
+        notebook("p90_summary"), tables("published_vs_reproduced"),
+        every(REPORT + "/{name}", name=["index.html", "README.md", "data_card.md", "model_card.md"]),
+    params: settings=settings("data", "sandbox", "pretrain", "calibrate"), code=code_of("p90_summary")
     shell: RUN

@@ -8,11 +8,16 @@ settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 peers = cfg["peers_requirements"].split()
+# files of the repository that the library reads and the wheel therefore carries, under the same names (`core.shipped`)
+shipped = {"profiles": "*.yaml", "data": "*.csv", "reports/published": "*.csv"}
+names = {folder: "imaginet_nb." + folder.replace("/", ".") for folder in shipped}
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown", license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"],
-    python_requires=f">={cfg['min_python']}", packages=find_packages(include=["imaginet_nb*"]),
+    python_requires=f">={cfg['min_python']}", packages=[*find_packages(include=["imaginet_nb*"]), *names.values()],
+    package_dir={name: folder for folder, name in names.items()},
+    package_data={names[folder]: [pattern] for folder, pattern in shipped.items()},
     install_requires=cfg["requirements"].split(), extras_require={"peers": peers, "dev": [*cfg["dev_requirements"].split(), *peers]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

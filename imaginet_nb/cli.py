@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'reproduce', 'notebook', 'sandbox', 'download',
-           'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'convert', 'weights_import',
+           'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'cards', 'convert', 'weights_import',
            'weights_list', 'find_files', 'score_files', 'predict', 'score', 'merge', 'main']
 
 # %% ../nbs/90_cli.ipynb #22711e10
@@ -282,6 +282,20 @@ def audit(
     from imaginet_nb.audit_page import audit as write_audit
     for sentence in write_audit(source, out, root=root, max_distance=max_distance): typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
+
+# %% ../nbs/90_cli.ipynb #a1cabd56
+@command(app, "cards")
+def cards(
+    profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
+    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of the profile's run.")] = None,
+) -> None:
+    """Write the data card and the model card of a profile into reports/<profile>/.
+
+    They are made from the tables that are there, the header of the checkpoint and the profile.
+    """
+    from imaginet_nb.cards import write_cards
+    settings = load_profile(profile)
+    for path in write_cards(repo_root()/"reports"/settings.name, settings, checkpoint): typer.echo(f"{path} written")
 
 # %% ../nbs/90_cli.ipynb #d2763c6a
 @command(checkpoint_app, "convert")

@@ -75,7 +75,7 @@ def write_html(
     body, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
     with atomic_path(html) as temporary: temporary.write_text(body, encoding="utf-8")
 
-# %% ../nbs/80_pipeline.ipynb #389ea5d4
+# %% ../nbs/80_pipeline.ipynb #175db29b
 def run_notebook(
     name: str, # pipeline notebook without suffix, such as `p50_detection`, or a path to a notebook
     profile: str = "demo", # name or path of a profile
@@ -85,7 +85,7 @@ def run_notebook(
     template = Path(name) if name.endswith(".ipynb") else repo_root()/"nbs"/"pipelines"/f"{name}.ipynb"
     if not template.is_file():
         known = ", ".join(p.stem for p in sorted((repo_root()/"nbs"/"pipelines").glob("p*.ipynb")))
-        raise PipelineError(f"no pipeline notebook {name!r}; there are: {known}")
+        raise PipelineError(f"no pipeline notebook {name!r}; there are: {known or 'none; run this inside a clone of the repository'}")
     folder = repo_root()/"reports"/load_profile(profile).name/"notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": str(profile), **overrides}

@@ -12,7 +12,7 @@ __all__ = ['Decimals', 'HEADINGS', 'LATEX', 'INTERVAL_NOTE', 'BLUE', 'ORANGE', '
            'published', 'published_table', 'Measured', 'ledger', 'Result', 'Chapter', 'html_table', 'html_inline',
            'report_index', 'relink', 'render_readme', 'write_readme']
 
-# %% ../nbs/70_reporting.ipynb #e279a669
+# %% ../nbs/70_reporting.ipynb #88fbcf2b
 import hashlib
 import json
 import os
@@ -33,7 +33,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from .annotations import CONTENT_TYPES
-from .core import Profile, atomic_path, repo_root
+from .core import Profile, atomic_path, repo_root, shipped
 
 # %% ../nbs/70_reporting.ipynb #887a4816
 def cell_text(
@@ -469,13 +469,13 @@ PAPER_ITEMS = (
     PaperItem("External calibration", "Score calibration on the sets of others", "p51_external", ("external_calibration",)),
     PaperItem("Ledger", "Published and reproduced, side by side", "p90_summary", ("published_vs_reproduced",)))
 
-# %% ../nbs/70_reporting.ipynb #0e434a55
+# %% ../nbs/70_reporting.ipynb #f9db104d
 def published(
     item: str, # file stem in reports/published/, such as table3_detection_by_family
     folder: str | Path | None = None, # another folder of such files
 ) -> pd.DataFrame: # columns paper_version, table, track, test_set, subset, method, metric, value, source, all texts
     "Numbers that the paper's authors have published."
-    folder = Path(folder) if folder is not None else repo_root()/"reports"/"published"
+    folder = Path(folder) if folder is not None else shipped("reports/published")
     path = folder/f"{item}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; there are: {', '.join(sorted(p.stem for p in folder.glob('*.csv')))}")
@@ -681,13 +681,14 @@ def html_inline(
     "A sentence in HTML, backticks turned into code."
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
-# %% ../nbs/70_reporting.ipynb #efc32b44
+# %% ../nbs/70_reporting.ipynb #5865b6d6
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ImagiNet: report of the profile {{ profile.name }}</title><style>{{ style }}</style></head><body>
 <h1>ImagiNet, profile {{ profile.name }}</h1>
 <p>{{ profile.about }}</p>
 <p class="about">{{ about }}</p>
+{% if cards %}<p>Cards: {% for c in cards %}<a href="{{ c }}.md">{{ c | replace("_", " ") }}</a> {% endfor %}</p>{% endif %}
 <nav><ul>{% for c in chapters %}<li><a href="#{{ c.anchor }}">{{ c.heading }}</a></li>{% endfor %}</ul></nav>
 {% for c in chapters %}
 <h2 id="{{ c.anchor }}">{{ c.heading }}</h2>
@@ -713,7 +714,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 
-# %% ../nbs/70_reporting.ipynb #292654e1
+# %% ../nbs/70_reporting.ipynb #ca80f6ec
 MARKDOWN_HEAD = """# ImagiNet, profile {{ profile.name }}
 
 <!-- written by p90_summary; do not edit -->
@@ -721,6 +722,11 @@ MARKDOWN_HEAD = """# ImagiNet, profile {{ profile.name }}
 
 > {{ about }}
 
+{% if cards %}
+Cards: {% for c in cards %}[{{ c | replace("_", " ") }}]({{ c }}.md){{ ", " if not loop.last }}{% endfor %}
+
+
+{% endif %}
 {% for c in chapters %}
 - [{{ c.heading }}](#{{ c.anchor }})
 {% endfor %}
@@ -771,7 +777,7 @@ The paper's own numbers: [published/{{ stem }}.csv](../published/{{ stem }}.csv)
 {% endfor %}
 """
 
-# %% ../nbs/70_reporting.ipynb #4425438d
+# %% ../nbs/70_reporting.ipynb #851bf56a
 def report_index(
     report_dir: str | Path, # `reports/<profile>`
     profile: Profile,
@@ -779,7 +785,8 @@ def report_index(
     "Write the page and the README of a report's folder."
     report, pages = Path(report_dir), []
     executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
-    values = dict(profile=profile, about=_about(profile), chapters=_chapters(report), executed=executed, long=LONG_TABLE,
+    cards = [name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()]
+    values = dict(profile=profile, cards=cards, about=_about(profile), chapters=_chapters(report), executed=executed, long=LONG_TABLE,
                   style=Markup(STYLE))
     for name, template, table in (("index.html", PAGE, html_table), ("README.md", MARKDOWN_HEAD + MARKDOWN_CHAPTERS, markdown_table)):
         environment = Environment(undefined=StrictUndefined, autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True)

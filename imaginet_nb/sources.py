@@ -7,7 +7,7 @@ __all__ = ['HUB_DATASET', 'LISTS_REPOSITORY', 'LISTS_COMMIT', 'LISTS', 'FFHQ_LIS
            'WEIGHTS_HELP', 'VERIFY_COLUMNS', 'SourceError', 'Source', 'download_lists', 'Volume', 'list_volumes',
            'download_images', 'download', 'find_volumes', 'unpack', 'read_ffhq_hashes', 'build', 'verify']
 
-# %% ../nbs/25_sources.ipynb #c0ae8464
+# %% ../nbs/25_sources.ipynb #b7136733
 import hashlib
 import http.client
 import json
@@ -35,7 +35,7 @@ from multivolumefile import MultiVolume
 from tqdm import tqdm
 
 from .annotations import LABELS, AnnotationError, ContentType, Family, Origin, read_annotations
-from .core import atomic_path, file_sha256, progress, repo_root, worker_processes
+from .core import atomic_path, file_sha256, progress, shipped, worker_processes
 from .images import ImageError, decode, is_image_path
 
 # %% ../nbs/25_sources.ipynb #9ef3ff66
@@ -518,7 +518,7 @@ def _contradictions(rows: pd.DataFrame) -> list[tuple[str, str, str]]: # path, s
     return ([(path, split, "label: another list labels this image differently") for path, split in differ]
             + [(path, "test", "split: also in a list of training images") for path in test[test.isin(train)]])
 
-# %% ../nbs/25_sources.ipynb #7233990a
+# %% ../nbs/25_sources.ipynb #25ac9e0d
 def verify(
     root: str | Path, # folder of the data set
     lists: Iterable[str | Path] | None = None, # other lists than the three in `annotations/`
@@ -542,5 +542,5 @@ def verify(
             state.flush()
     found = [(r.path, r.split, problem) for r in listed.itertuples() for problem in (problems.get(str(r.path)), _label_fault(r)) if problem]
     found += _contradictions(rows)
-    found += [("", "test", fault) for fault in _count_faults(rows[rows["split"] == "test"], repo_root()/"data"/"test_split_counts.csv")]
+    found += [("", "test", fault) for fault in _count_faults(rows[rows["split"] == "test"], shipped("data/test_split_counts.csv"))]
     return pd.DataFrame(found, columns=VERIFY_COLUMNS)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from imaginet_nb.checkpoints import read_header
 from imaginet_nb.core import repo_root
 from imaginet_nb.images import decode, save
 
@@ -104,7 +105,17 @@ def test_sandbox_numbers_never_stand_under_the_papers(report):
 
 def test_pages_are_there(report):
     assert {p.stem for p in (report/"notebooks").glob("*.html")} == {p.stem for p in (ROOT/"nbs"/"pipelines").glob("p*.ipynb")}
-    assert "stand-in" in (report/"index.html").read_text()
+    page = (report/"index.html").read_text()
+    assert "stand-in" in page and 'href="data_card.md"' in page and 'href="model_card.md"' in page
+
+
+def test_cards_are_of_this_run(report):
+    "The numbers and the checkpoint of this profile, and no part left out as not run."
+    model, data = (report/"model_card.md").read_text(), (report/"data_card.md").read_text()
+    assert read_header(report/"checkpoints"/"selfcon.safetensors")["sha256"] in model
+    mean = pd.read_csv(report/"tables"/"detection_by_family.csv").query("detector == 'SelfCon (ours)' and group == 'Mean'")["acc"].iloc[0]
+    assert f"{mean:.3f} [" in model and "verdicts on real pictures mean nothing" in model
+    assert "Not run" not in model + data and "which the sandbox imitates" in data
 
 
 def test_probabilities_shifts_and_the_open_set_are_about_both_detectors_and_all_points(report):

@@ -345,13 +345,13 @@ def test_labels_that_do_not_fit_their_folder(there):
 
 def test_published_counts_are_compared(tmp_path):
     """40,000 lines with the published counts pass; one image moved to another folder is reported for both."""
-    counts = pd.read_csv(S.repo_root()/"data"/"test_split_counts.csv", keep_default_na=False).query("level == 'source_folder'")
+    counts = pd.read_csv(S.shipped("data/test_split_counts.csv"), keep_default_na=False).query("level == 'source_folder'")
     rows = [dict(path=f"{r.source_folder}/{r.Index}-{i}.png", content_type=r.content_type, origin=r.origin)
             for r in counts.itertuples() for i in range(int(r.test_images))]
     test = pd.DataFrame(rows)
-    assert len(test) == 40_000 and S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv") == []
+    assert len(test) == 40_000 and S._count_faults(test, S.shipped("data/test_split_counts.csv")) == []
     test.loc[0, "path"] = "val2017/moved.png"
-    assert len(S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv")) == 2
+    assert len(S._count_faults(test, S.shipped("data/test_split_counts.csv"))) == 2
 
 
 def test_build_links_by_path_then_by_name(original, tmp_path):
@@ -370,11 +370,11 @@ def test_build_links_by_path_then_by_name(original, tmp_path):
 
 
 def test_every_folder_of_the_authors_lists_is_known():
-    folder = Path(os.environ.get("IMAGINET_ANNOTATIONS", S.repo_root().parent/"shared"/"annotations"))
+    folder = Path(os.environ.get("IMAGINET_ANNOTATIONS", Path(__file__).resolve().parents[2]/"shared"/"annotations"))
     if not (folder/"test_annotations.txt").is_file(): pytest.skip("the authors' annotation lists are not there; set IMAGINET_ANNOTATIONS")
     test = read_annotations(folder/"test_annotations.txt", "test")
     assert not any(S._label_fault(row) for row in test.itertuples())
-    assert S._count_faults(test, S.repo_root()/"data"/"test_split_counts.csv") == []
+    assert S._count_faults(test, S.shipped("data/test_split_counts.csv")) == []
 
 
 # --- what was found in review

@@ -1,0 +1,208 @@
+"""Gathers the pages of the site: every notebook, the documents of the repository, and an API page for each module.
+
+    python docs/pages.py FOLDER     # then: sphinx-build -c docs FOLDER OUT; `make docs` does both
+
+The folder has the layout of the repository, so relative links hold. API pages are read off the source text: a signature,
+the comment beside each parameter, the first line of the docstring. Nothing of the library is imported for them.
+"""
+import ast
+import copy
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("data/README.md", "reports/README.md", "reports/published/README.md", "reports/audit/README.md", "reports/demo/README.md",
+             "CHANGELOG.md", "SECURITY.md", "reports/demo/data_card.md", "reports/demo/model_card.md")
+FILES = ("reports/**/*.csv", "reports/**/*.tex", "reports/**/*.md", "reports/**/*.json", "reports/**/*.html",
+         "reports/**/*.png", "reports/**/*.pdf",
+         "data/*.csv", "profiles/*.yaml", "LICENSE", "Snakefile", "Makefile") # what the pages show or link to
+UNWANTED = ("checkpoints", "predictions", "manifests", "notebooks", "logs") # parts of a report that a run leaves, not kept
+KEPT_REPORTS = (("demo",), ("audit",), ("published",), ("benchmark",), ("README.md",))
+PRIVATE = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
+
+
+def notebooks(pattern: str) -> list[Path]:
+    "Notebooks of the repository, but not the one that the README is made from."
+    return [p for p in sorted((ROOT/"nbs").glob(pattern)) if p.name != "index.ipynb"]
+
+
+def shown_cell(cell: dict) -> dict | None:
+    "A cell as the site shows it: without directives, and without outputs that need a kernel or a network."
+    source = "".join(cell["source"])
+    if PRIVATE.search(source): return None
+    hidden = re.search(r"^#\|\s*echo:\s*false", source, re.M)
+    cell = {**cell, "source": "\n".join(line for line in source.splitlines() if not line.startswith("#|")),
+            "metadata": {"tags": ["remove-input"]} if hidden else {}}
+    if cell["cell_type"] == "code":
+        keep = [o for o in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+        cell["outputs"] = [o for o in keep if o.get("name") != "stderr"]
+    return cell
+
+
+def copy_notebook(path: Path, target: Path) -> None:
+    "A notebook for the site; of a pipeline notebook, the copy that `make reproduce` has executed, if there is one."
+    executed = ROOT/"reports"/"demo"/"notebooks"/path.name
+    notebook = json.loads((executed if executed.is_file() else path).read_text(encoding="utf-8"))
+    cells = [shown for cell in notebook["cells"] if (shown := shown_cell(cell))]
+    module = path.stem.partition("_")[2]
+    if path.parent.name == "nbs":
+        names = f"Its public names: [`imaginet_nb.{module}`](../api/{module}.md)."
+        cells.insert(1, {"cell_type": "markdown", "id": "names", "metadata": {}, "source": names})
+    metadata = {k: v for k, v in notebook["metadata"].items() if k in ("kernelspec", "language_info")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({**notebook, "cells": cells, "metadata": metadata}), encoding="utf-8")
+
+
+def comments_of(source: str) -> dict[int, str]:
+    "Line number -> the comment at its end."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT and t.line[:t.start[1]].strip()}
+
+
+def parameters(function: ast.FunctionDef, comments: dict[int, str]) -> Iterator[tuple[str, str, str]]:
+    "Name, type and comment of each parameter, then of the result."
+    given = function.args
+    for arg in [*given.posonlyargs, *given.args, *filter(None, [given.vararg]), *given.kwonlyargs, *filter(None, [given.kwarg])]:
+        if arg.arg in ("self", "cls"): continue
+        beside = "" if arg.lineno == function.lineno else comments.get(arg.lineno, "")
+        yield arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", beside
+    if function.returns and ast.unparse(function.returns) != "None":
+        yield "returns", ast.unparse(function.returns), comments.get(function.returns.lineno, "")
+
+
+def signature(function: ast.FunctionDef) -> str:
+    "Parameters and defaults; types stand in the table."
+    arguments = copy.deepcopy(function.args)
+    for arg in ast.walk(arguments):
+        if isinstance(arg, ast.arg): arg.annotation = None
+    return f"({re.sub(r'^self(, )?', '', ast.unparse(arguments))})"
+
+
+def table(rows: list[tuple[str, str, str]]) -> list[str]:
+    "Name, type and meaning as a Markdown table; nothing for no rows."
+    def safe(text: str) -> str: # marks of Markdown count outside code only
+        parts = text.replace("|", r"\|").split("`")
+        return "`".join(re.sub(r"([<*])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
+    def code(text: str) -> str: return f"`{text}`".replace("|", r"\|") if text else ""
+    lines = [f"| {code(name)} | {code(kind)} | {safe(comment)} |" for name, kind, comment in rows]
+    return ["| | | |", "|---|---|---|", *lines, ""] if lines else []
+
+
+def entry(kind: str, name: str, body: list[str], fence: str = ":::") -> list[str]:
+    "A directive of Sphinx, so that the name is in the index and found by the search."
+    return [f"{fence}{{py:{kind}}} {name}", "", *body, fence, ""]
+
+
+def text_of(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
+    "The docstring."
+    return [ast.get_docstring(node) or "", ""]
+
+
+def function_entry(node: ast.FunctionDef, comments: dict[int, str], kind: str = "function") -> list[str]:
+    "One function or method."
+    return entry(kind, node.name + signature(node), [*text_of(node), *table(list(parameters(node, comments)))])
+
+
+def class_entry(node: ast.ClassDef, comments: dict[int, str]) -> list[str]:
+    "One class: what it is made from, its fields, its methods."
+    methods = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
+    fields = [(ast.unparse(f.target), ast.unparse(f.annotation), comments.get(f.lineno, ""))
+              for f in node.body if isinstance(f, ast.AnnAssign)]
+    body = [*text_of(node), *table(fields)]
+    if "__init__" in methods: body += table(list(parameters(methods["__init__"], comments)))
+    for name, method in methods.items():
+        if not name.startswith("_"): body += function_entry(method, comments, "method")
+    return entry("class", node.name + (signature(methods["__init__"]) if "__init__" in methods else ""), body, "::::")
+
+
+def value_entry(node: ast.Assign | ast.AnnAssign, comments: dict[int, str]) -> tuple[str, list[str]]:
+    "One constant, with its value if that is short."
+    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    value = ast.unparse(node.value) if node.value else ""
+    shown = f"`{value}`" if len(value) <= 160 and "`" not in value else ""
+    return ast.unparse(target), entry("data", ast.unparse(target), [" ".join(filter(None, [shown, comments.get(node.lineno, "")])), ""])
+
+
+def api_page(module: Path, notebook: str) -> str:
+    "All public names of a module."
+    source = module.read_text(encoding="utf-8")
+    tree, comments = ast.parse(source), comments_of(source)
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef): found[node.name] = function_entry(node, comments)
+        elif isinstance(node, ast.ClassDef): found[node.name] = class_entry(node, comments)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            name, lines = value_entry(node, comments)
+            found[name] = lines
+    public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
+    head = [f"# imaginet_nb.{module.stem}", "", f"Explained and tried in the notebook [{notebook}](../nbs/{notebook}.ipynb).", "",
+            f"```{{py:module}} imaginet_nb.{module.stem}", "```", ""]
+    return "\n".join([*head, *(line for name in public for line in found.get(name, []))])
+
+
+def command_page() -> str:
+    "The help of every command."
+    from imaginet_nb.cli import app
+    def helps(command: click.Command, path: str) -> Iterator[str]:
+        context = click.Context(command, info_name=path, terminal_width=84, max_content_width=84)
+        if path != "imaginet": yield f"## {path}\n"
+        yield f"```text\n{command.get_help(context)}\n```\n"
+        for name, inner in getattr(command, "commands", {}).items(): yield from helps(inner, f"{path} {name}")
+    return "# The command line\n\n" + "\n".join(helps(typer.main.get_command(app), "imaginet"))
+
+
+def site_markdown(path: Path) -> str:
+    "A document for the site. A link within it stays one, and a link to Markdown that is no page of the site becomes a download."
+    def linked(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        if target.startswith("#"): return f'<a href="{target}">{text}</a>' # MyST would look for a function of that name
+        page = os.path.relpath((path.parent/target).resolve(), ROOT)
+        return f"[{text}](<path:{target}>)" if target.endswith(".md") and page not in DOCUMENTS else match[0]
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", linked, path.read_text(encoding="utf-8"))
+
+
+def toctree(caption: str, pages: list[str]) -> str:
+    "A part of the menu."
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", ":maxdepth: 1", "", *pages, "```", ""])
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def gather(folder: Path) -> None:
+    "All pages of the site."
+    shutil.rmtree(folder, ignore_errors=True)
+    for pattern in FILES:
+        for path in ROOT.glob(pattern):
+            name = path.relative_to(ROOT)
+            if set(name.parts) & set(UNWANTED) or name.parts[1:2] not in KEPT_REPORTS and name.parts[0] == "reports": continue
+            (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder/name)
+    documents = [name for name in DOCUMENTS if (ROOT/name).is_file()]
+    for name in documents: write(folder/name, site_markdown(ROOT/name))
+    library, tutorials, pipeline = notebooks("[0-9]*.ipynb"), notebooks("tutorials/*.ipynb"), notebooks("pipelines/p*.ipynb")
+    for path in [*library, *tutorials, *pipeline]: copy_notebook(path, folder/path.relative_to(ROOT))
+    modules = [path.stem.partition("_")[2] for path in library]
+    for path, module in zip(library, modules, strict=True):
+        write(folder/"api"/f"{module}.md", api_page(ROOT/"imaginet_nb"/f"{module}.py", path.stem))
+    write(folder/"api"/"commands.md", command_page())
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    names = [[p.relative_to(ROOT).as_posix() for p in group] for group in (tutorials, library, pipeline)]
+    parts = {"Use": [*names[0], "api/commands"], "Library": names[1], "Pipeline": names[2], "Documents": documents,
+             "API": [*(f"api/{module}" for module in modules), "genindex"]}
+    write(folder/"index.md", readme + "\n" + "\n".join(toctree(caption, pages) for caption, pages in parts.items()))
+
+
+if __name__ == "__main__": gather(Path(sys.argv[1]))

@@ -1,0 +1,223 @@
+"""What the documents say is true: their commands run, their links lead somewhere, the tests that they name exist."""
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+import typer
+
+from imaginet_nb.cards import render_map
+from imaginet_nb.checkpoints import save_checkpoint
+from imaginet_nb.cli import app
+from imaginet_nb.core import load_profile, repo_root, seed_everything
+from imaginet_nb.images import save
+from imaginet_nb.models import ImagiNetClassifier, create_backbone
+from imaginet_nb.pipeline import check_parameters
+from imaginet_nb.training import STAGES
+
+ROOT = repo_root()
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+PAGES = [ROOT/name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "data/README.md", "reports/README.md")]
+PAGES += [ROOT/"reports"/name for name in ("audit/README.md", "published/README.md")]
+PAGES += [ROOT/"reports"/"demo"/f"{name}.md" for name in ("README", "data_card", "model_card")]
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb")
+
+
+def text_of(path: Path) -> str:
+    "A page, or the Markdown of a notebook."
+    if path.suffix == ".md": return path.read_text(encoding="utf-8")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def blocks(path: Path, *languages: str) -> list[str]:
+    "Fenced blocks of a language."
+    return [body for language, body in re.findall(r"^```(\w+)\n(.*?)^```", text_of(path), flags=re.M | re.S) if language in languages]
+
+
+def commands(path: Path) -> list[str]:
+    "Every command of a page's shell blocks."
+    lines = "\n".join(blocks(path, "sh", "bash", "shell", "console")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+# every command that a document shows is executed in a folder with the files that it names, except these, which are parsed
+PARSED_ONLY = {
+    "make reproduce": "ten minutes; tests/test_pipeline.py runs the smaller profile, tests/test_look_alike.py the paper's way",
+    "make test": "this very test is part of it",
+    "imaginet data download": "144 GB; tests/test_look_alike.py fetches, unpacks, verifies a look-alike of it",
+    "imaginet data unpack": "see download",
+    "imaginet data verify": "see download",
+    "imaginet data sandbox": "a minute; tests/test_cli.py and tests/test_wheel.py make a smaller one",
+    "papermill nbs/pipelines": "needs the predictions of a whole run; tests/test_pipeline.py runs one by hand",
+    "accelerate launch": "eight GPUs; tests/test_distributed.py launches two processes",
+    "srun bash -c": "a cluster",
+    "snakemake --profile cluster/slurm": "a cluster; tests/test_distributed.py runs it dry and on this machine",
+    "imaginet score crawl.csv": "a cluster's variables; tests/test_distributed.py scores slices",
+    "pip ": "tests/test_wheel.py builds the wheel and installs it",
+    "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
+}
+SHOWN = [(path, line) for path in [*PAGES, *NOTEBOOKS] for line in commands(path)]
+IDS = [f"{path.stem}: {line[:60]}" for path, line in SHOWN]
+
+
+def reason(line: str) -> str | None:
+    "Why a command is not executed; None if it is."
+    return next((why for start, why in PARSED_ONLY.items() if line.startswith(start)), None)
+
+
+def resolve(words: list[str]) -> tuple[click.Command, list[str]]:
+    "The command of `imaginet` that words name, and the words that are left."
+    command = typer.main.get_command(app)
+    while words and words[0] in getattr(command, "commands", {}): command, words = command.commands[words[0]], words[1:]
+    assert not hasattr(command, "commands") or not words or words[0].startswith("-"), f"no command {words[0]!r}"
+    return command, words
+
+
+def parse(line: str) -> None:
+    "A command that is only parsed: its program has a rule here, and the rule finds nothing wrong."
+    words = shlex.split(line, comments=True)
+    program, words = words[0], words[1:]
+    if program == "imaginet":
+        command, rest = resolve(words)
+        command.make_context(line, rest)
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+        known = set(re.findall(r"\$[({](\w+)", (ROOT/"Makefile").read_text()))
+        assert {word.split("=")[0] for word in words if "=" in word} <= known, "make knows no such variable"
+    elif program == "papermill":
+        check_parameters(ROOT/words[0], dict(zip(words[words.index("-p") + 1::3], words[words.index("-p") + 2::3], strict=True)))
+    elif program == "pip":
+        assert words[0] in ("wheel", "install")
+        version = re.search(r"imaginet_nb-([\d.]+)-", line)
+        assert not version or version[1] == settings()["version"], "the wheel has another version"
+    elif program == "accelerate":
+        module, *rest = words[words.index("-m") + 1:]
+        options = dict(zip(rest[::2], rest[1::2], strict=True))
+        assert module == "imaginet_nb.training" and options.keys() == {"--profile", "--stage"} and options["--stage"] in STAGES
+        load_profile(options["--profile"])
+    elif program == "srun": parse(words[2])
+    elif program == "snakemake": assert (ROOT/words[1]/"config.yaml").is_file()
+    else: raise AssertionError(f"no rule for {program!r}: execute the command, or say here how to check it")
+
+
+def settings() -> dict:
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT/"settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory) -> Path:
+    "A folder that passes for a clone, with the files that the documents name: pictures, a detector, the authors' weights."
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("settings.ini", "profiles", "nbs", "Snakefile", "imaginet_nb"): (folder/name).symlink_to(ROOT/name)
+    seed_everything(0)
+    save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32),
+                    folder/"reports"/"demo"/"checkpoints"/"selfcon.safetensors", profile="demo")
+    draw = np.random.default_rng(0)
+    for name in ("my_pictures/a.png", "my_pictures/deep/b.jpg", *(f"my_data/{kind}/{i}.{suffix}" for i in range(3) for kind, suffix in
+                                                                  (("real", "jpg"), ("fake", "png")))):
+        save(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8), folder/name)
+    (folder/"my_pictures"/"notes.txt").write_text("no picture")
+    (folder/"mine.py").write_text("class Detector:\n    name, input_size = 'Mine', None\n"
+                                  "    def score(self, images): return images.float().mean((1, 2, 3))\n")
+    theirs = create_backbone("resnet50").state_dict()
+    backbone = {f"encoder.{name.replace('downsample', 'shortcut')}": tensor for name, tensor in theirs.items()}
+    linear = {"encoder.selfcon_layer.1": (512, 2048), "head.0": (2048, 2048), "head.2": (2048, 128),
+              "sub_heads.0.0": (2048, 2048), "sub_heads.0.2": (2048, 128)}
+    weights = {f"{name}.weight": torch.zeros(m, n) for name, (n, m) in linear.items()}
+    weights |= {f"{name}.bias": torch.zeros(m) for name, (n, m) in linear.items()}
+    torch.save({"model": backbone | weights}, folder/"authors.pth")
+    return folder
+
+
+def test_the_documents_have_commands():
+    "Catches a reader of blocks that finds none: then all tests below would pass."
+    assert len(SHOWN) > 12 and sum(reason(line) is None for _, line in SHOWN) >= 4
+    for start in PARSED_ONLY: assert any(line.startswith(start) for _, line in SHOWN), f"no document shows {start!r} any more"
+
+
+@pytest.mark.parametrize("path, line", SHOWN, ids=IDS)
+def test_commands_of_the_documents(playground, path, line):
+    if reason(line): return parse(line)
+    environment = {**os.environ, "PATH": PATH, "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    result = subprocess.run(["bash", "-c", line], cwd=playground, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    words = shlex.split(line, comments=True)
+    written = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--out", "--html")]
+    for name in written: assert (playground/name).exists(), f"{line}: {name} was not written"
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_of_the_documents(playground, path, monkeypatch):
+    monkeypatch.chdir(playground)
+    names = {"images": torch.zeros(2, 3, 48, 48, dtype=torch.uint8)}
+    for block in blocks(path, "python"): exec(compile(block, path.name, "exec"), names)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_commands_in_sentences_exist(path):
+    "`imaginet data build` and `make prepare` amid prose: the command and its options are there; words in capitals stand for something."
+    for words in re.findall(r"`(imaginet|make)((?: [^`\n]+)?)`", text_of(path)):
+        rest = [word.strip(",") for word in words[1].split()]
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (ROOT/"Makefile").read_text(), re.M)
+            assert {word for word in rest if "=" not in word} <= set(targets), words
+        else:
+            command, rest = resolve(rest)
+            options = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
+            assert {word.split("=")[0] for word in rest if word.startswith("--")} <= options | {"--help"}, words
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT/"nbs"/"index.ipynb", *NOTEBOOKS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_links_of_the_documents(path):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text_of(path), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    anchors = {*re.findall(r'id="([^"]+)"', text), *(re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings)}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        if target: assert re.match(r"https://|mailto:", target) or (path.parent/target).exists(), f"{path.name}: {link} leads nowhere"
+        else: assert anchor in anchors, f"{path.name}: no heading or anchor {anchor}"
+
+
+def test_the_map_of_the_reports_is_current():
+    text = (ROOT/"reports"/"README.md").read_text(encoding="utf-8")
+    assert text == render_map(text, ROOT/"reports"/"demo"), "run `make prepare`"
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_promise_names_tests_that_exist():
+    "A row without a test, or with one that was renamed."
+    text = (ROOT/"SECURITY.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and not line.startswith("| fault")]
+    assert len(rows) > 20
+    for fault, promise, tests in rows:
+        named = re.findall(r"`([^`]+)`", tests)
+        assert named and promise.strip(), f"no test for: {fault}"
+        for name in named:
+            file, _, function = name.partition("::")
+            assert (ROOT/file).is_file(), f"{fault}: no file {file}"
+            assert not file.endswith(".py") or function in functions(ROOT/file), f"{fault}: no test {name}"
+
+
+def test_the_changelog_has_this_version():
+    assert re.search(rf"^## {re.escape(settings()['version'])}, \d{{4}}-\d\d-\d\d$", (ROOT/"CHANGELOG.md").read_text(), re.M)
+
+
+def test_no_address_belongs_to_a_stranger():
+    "A placeholder that could be registered by anybody would lead readers to them."
+    found = settings()
+    for key in ("doc_host", "git_url"): assert ".example" in found[key] or "imaginet-nb" not in found[key], f"{key}: {found[key]}"

@@ -1,0 +1,107 @@
+"""`make docs`: the site is complete, needs no network, and none of its links leads nowhere."""
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from browser import browser, needs_browser
+
+from imaginet_nb.core import repo_root
+
+ROOT = repo_root()
+
+
+class Page(HTMLParser):
+    "What a page links to, what it loads, and the anchors that it offers."
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links, self.loads, self.anchors = [], [], {""}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.anchors |= {values[key] for key in ("id", "name") if values.get(key)}
+        if tag == "a" and values.get("href"): self.links.append(values["href"])
+        if tag == "form" and values.get("action"): self.links.append(values["action"])
+        for key in ("src", *(["href"] if tag == "link" else [])):
+            if values.get(key): self.loads.append(values[key])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    "The site, built as `make docs` does; a warning is an error."
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run([sys.executable, "docs/pages.py", folder/"source"], cwd=ROOT, check=True)
+    words = ["-m", "sphinx", "-c", "docs", "-q", "-W", "--keep-going", "-j", "2", folder/"source", folder/"site"]
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder/"site"
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def test_every_notebook_document_and_module_has_a_page(site):
+    for notebook in (ROOT/"nbs").rglob("[!.]*.ipynb"):
+        if notebook.name != "index.ipynb" and ".ipynb_checkpoints" not in notebook.parts:
+            assert (site/notebook.relative_to(ROOT)).with_suffix(".html").is_file(), notebook.name
+    for module in (ROOT/"imaginet_nb").glob("[!_]*.py"): assert (site/"api"/f"{module.stem}.html").is_file(), module.name
+    cards = (f"reports/demo/{page}" for page in ("README", "data_card", "model_card"))
+    for name in ("data/README", "reports/README", *cards, "CHANGELOG", "SECURITY"):
+        assert (site/f"{name}.html").is_file(), name
+
+
+def leads_somewhere(page: Path, link: str, pages: dict[Path, Page]) -> bool:
+    "Whether a link leads to a file and, on a page, to an anchor; what is elsewhere is not asked for."
+    parts = urlsplit(link)
+    if parts.scheme in ("http", "https", "mailto", "data"): return True
+    target = (page.parent/unquote(parts.path)).resolve() if parts.path else page
+    return target.is_file() and (target not in pages or unquote(parts.fragment) in pages[target].anchors)
+
+
+def test_every_page_can_be_reached_from_the_first(site, pages):
+    seen, todo = set(), [site/"index.html"]
+    while todo:
+        page = todo.pop()
+        if page in seen or page not in pages: continue
+        seen.add(page)
+        todo += [(page.parent/unquote(urlsplit(link).path)).resolve() for link in pages[page].links if not urlsplit(link).scheme]
+    assert not set(pages) - seen - {site/"py-modindex.html"}
+
+
+def test_every_internal_link_leads_somewhere(pages):
+    "A file that is missing, or a heading that has another name."
+    wrong = [f"{page.parent.name}/{page.name}: {link}" for page, content in pages.items() for link in [*content.links, *content.loads]
+             if not leads_somewhere(page, link, pages)]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_nothing_is_loaded_from_elsewhere(pages):
+    for page, content in pages.items():
+        assert not [a for a in content.loads if urlsplit(a).scheme not in ("", "data") or a.startswith("//")], page.name
+
+
+def test_api_pages_have_names_types_and_meanings(site):
+    text = (site/"api"/"losses.html").read_text(encoding="utf-8")
+    assert 'id="imaginet_nb.losses.SelfConLoss"' in text and "divides every similarity" in text
+    assert "imaginet data sandbox" in (site/"api"/"commands.html").read_text(encoding="utf-8")
+
+
+@needs_browser
+def test_in_a_browser_every_page_opens_without_an_error_and_the_search_finds(site, pages, tmp_path):
+    "Scripts run, nothing is asked from the network, and a search in the site's own index has results."
+    with browser() as window:
+        for page in pages:
+            window.open(page.as_uri())
+            assert not window.errors, f"{page.name}: {window.errors}"
+            assert window.ask("document.title && document.body.innerText.length > 50"), page.name
+        window.open((site/"search.html").as_uri() + "?q=SelfConLoss")
+        found = window.until("[...document.querySelectorAll('#search-results li a')].map(a => a.href).join(' ')")
+        window.until("/finished/i.test(document.querySelector('#search-results p')?.innerText)") # what would be fetched is fetched by now
+        assert "api/losses.html" in found
+        elsewhere = [address for address in window.requests if not address.startswith(("file:", "data:", "about:", "blob:"))]
+        assert not elsewhere and not window.errors, (elsewhere, window.errors)
