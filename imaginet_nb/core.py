@@ -109,7 +109,7 @@ class SandboxConfig(Section):
 
 # %% ../nbs/00_core.ipynb #e9ca85f7
 class ModelConfig(Section):
-    "The backbone and its self-contrastive exit (section 2.1 of the fact sheet; paper: ResNet-50, width 1)."
+    "The backbone and its self-contrastive exit (paper: ResNet-50, width 1)."
     name: Literal["resnet18", "resnet50"]
     width: PositiveFloat                       # factor on every channel count
     exit_stage: Literal[1, 2, 3]               # stage after which the sub-network leaves

@@ -54,7 +54,7 @@ def _has_positive(
 
 # %% ../nbs/40_losses.ipynb #f0196197
 class SelfConLoss(nn.Module):
-    "Pull together all exits of images that share a label, push the rest apart (section 2.2)."
+    "Pull together all exits of images that share a label, push the rest apart (Eq. 1)."
     def __init__(self,
         temperature: float = 0.07, # divides every similarity; positive
     ):

@@ -186,7 +186,7 @@ def pretrain(
     device: torch.device,
     resume: Path | None = None, # state file that survives a kill
 ) -> pd.DataFrame: # history, one row an epoch
-    "Stage 1 (section 2.3 of the fact sheet): train all weights with the two-label self-contrastive loss."
+    "Stage 1, representation: train all weights with the two-label self-contrastive loss."
     to_device(model, device)
     step = selfcon_step(model, ImagiNetLoss(profile.pretrain.temperature), device, profile.pretrain.precision, profile.pretrain.chunk_size)
     return _fit_stage1(model, step, manifest, root, profile, resume)
@@ -229,7 +229,7 @@ def calibrate(
     device: torch.device,
     resume: Path | None = None, # state file that survives a kill
 ) -> pd.DataFrame: # history, one row an epoch
-    "Stage 2 (section 2.4 of the fact sheet): train both heads on a frozen backbone whose BatchNorm statistics adapt."
+    "Stage 2, calibration: train both heads on a frozen backbone whose BatchNorm statistics adapt."
     cfg = profile.calibrate
     to_device(model, device)
     model.backbone.requires_grad_(False)

@@ -74,7 +74,7 @@ def classify(result: np.ndarray, known: dict[bytes, tuple], tile: np.ndarray) ->
     return (("noise",), SYMMETRIES[best]) if distances[best] < 4 else (("rescaled",), None)
 
 
-# ---------------------------------------------------------------- shares of the paper's table (fact sheet 2.3, 2.4, 2.6)
+# ---------------------------------------------------------------- shares of the paper's table
 
 N = 4000
 SHARES_STAGE1 = {
