@@ -7,14 +7,16 @@ __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'repro
            'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'cards', 'convert', 'weights_import',
            'weights_list', 'find_files', 'score_files', 'predict', 'score', 'merge', 'main']
 
-# %% ../nbs/90_cli.ipynb #22711e10
+# %% ../nbs/90_cli.ipynb #c514677a
 import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +56,7 @@ def command(
         return function
     return register
 
-# %% ../nbs/90_cli.ipynb #c108001d
+# %% ../nbs/90_cli.ipynb #1a83428d
 @command(app, "reproduce")
 def reproduce(
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
@@ -69,16 +71,17 @@ def reproduce(
     settings, root = load_profile(profile), repo_root()
     if not (root/"Snakefile").is_file(): raise ProfileError(f"no Snakefile in {root}: run this inside a clone of the repository")
     words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", f"processes={processes}", "--nolock", "--rerun-incomplete",
-             "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "progress"]
+             "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules"]
+    if int(version("snakemake").split(".")[0]) >= 9: words += ["host"] # older ones say nothing of the host, and do not know the word
+    words += ["--dry-run"] if dry_run else ["progress"]
     if force: words += ["--forceall"]
     elif not (root/settings.data.root).exists(): words += ["--forcerun", "p05_data"] # reports are there, the images are not
-    if dry_run: words[words.index("--quiet"):words.index("progress") + 1] = ["--dry-run"]
     with only_run(root/"reports"/settings.name): _run(words, root)
     if not dry_run: return _pages(root/"reports"/settings.name)
     from imaginet_nb.plan import plan_text
     typer.echo(plan_text(settings))
 
-# %% ../nbs/90_cli.ipynb #e1ddb19d
+# %% ../nbs/90_cli.ipynb #c63b9a42
 def _run(words: list[str], folder: Path) -> None:
     "Run a program; on Ctrl-C, which it hears as well, wait until it has ended what it started."
     with subprocess.Popen(words, cwd=folder, env=_environment()) as process:
@@ -107,7 +110,9 @@ def notebook(
 ) -> None:
     "Execute one pipeline notebook; its result goes to reports/<profile>/notebooks/."
     from imaginet_nb.pipeline import run_notebook
-    run_notebook(name, profile, **({} if processes is None else dict(processes=processes)))
+    start = time.monotonic()
+    path = run_notebook(name, profile, **({} if processes is None else dict(processes=processes)))
+    typer.echo(f"{path.stem}: done in {time.monotonic() - start:.0f} s")
 
 # %% ../nbs/90_cli.ipynb #8e3cf46e
 @command(data_app, "sandbox")

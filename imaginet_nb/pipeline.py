@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PipelineError', 'notebook_parameters', 'check_parameters', 'write_html', 'run_notebook']
 
-# %% ../nbs/80_pipeline.ipynb #80a35991
+# %% ../nbs/80_pipeline.ipynb #d34f8b41
 import ast
 import builtins
 import contextlib
@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import nbformat
 import papermill
@@ -75,7 +75,21 @@ def write_html(
     body, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
     with atomic_path(html) as temporary: temporary.write_text(body, encoding="utf-8")
 
-# %% ../nbs/80_pipeline.ipynb #175db29b
+# %% ../nbs/80_pipeline.ipynb #5ce19593
+class _Labelled:
+    "A stream that puts a name before every line."
+    def __init__(self,
+        stream: TextIO,
+        label: str,
+    ):
+        self.stream, self.label = stream, label
+
+    def write(self, text: str) -> None:
+        self.stream.write("".join(f"{self.label}: {line}" for line in text.splitlines(keepends=True)))
+
+    def flush(self) -> None: self.stream.flush()
+
+# %% ../nbs/80_pipeline.ipynb #5775e058
 def run_notebook(
     name: str, # pipeline notebook without suffix, such as `p50_detection`, or a path to a notebook
     profile: str = "demo", # name or path of a profile
@@ -93,9 +107,10 @@ def run_notebook(
     final, partial = folder/f"{template.stem}.ipynb", folder/f"{template.stem}.partial.ipynb"
     try:
         with _kernel_environment():
+            out, err = _Labelled(sys.stdout, template.stem), _Labelled(sys.stderr, template.stem)
             papermill.execute_notebook(
                 template, partial, parameters, cwd=str(repo_root()), kernel_name="python3", log_output=False,
-                progress_bar={"desc": template.stem, "disable": None}, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                progress_bar={"desc": template.stem, "disable": None}, stdout_file=out, stderr_file=err,
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"]) # it warns of local sockets otherwise
     except PapermillExecutionError as error:
         raise PipelineError(f"{template.stem} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n\n{error.source}\n\n"
