@@ -6,9 +6,9 @@
 __all__ = ['Method', 'METHODS', 'FALSE_POSITIVE_RATES', 'choose_images', 'LeakError', 'check_disjoint', 'fit_line',
            'threshold_at', 'Calibration', 'fit_calibration', 'calibration_of', 'calibrated_probability']
 
-# %% ../nbs/56_calibration.ipynb #f7d6fde5
+# %% ../nbs/56_calibration.ipynb #28df4cad
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +98,7 @@ def threshold_at(
     place = ceil(round((len(values) + 1)*(1 - rate), 9))
     return float(values[place - 1]) if place <= len(values) else None
 
-# %% ../nbs/56_calibration.ipynb #9d4adb27
+# %% ../nbs/56_calibration.ipynb #ebe69736
 @dataclass(frozen=True)
 class Calibration:
     "What the logits of one detector mean."
@@ -109,6 +109,7 @@ class Calibration:
     n: int                                 # images fitted on
     n_real: int                            # of which the thresholds come
     data: str = ""                         # fingerprint of these images
+    misses: Mapping[str, float | None] = field(default_factory=dict) # false-negative rate -> probability below which it is called real
 
     def log_odds(self,
         logit: Any, # `(n,)` or one number
@@ -124,9 +125,9 @@ class Calibration:
 
     def header(self) -> dict[str, Any]:
         "Entry `probability` of a checkpoint's header."
-        return asdict(self) | {"thresholds": dict(self.thresholds)}
+        return asdict(self) | {"thresholds": dict(self.thresholds), "misses": dict(self.misses)}
 
-# %% ../nbs/56_calibration.ipynb #f3b37444
+# %% ../nbs/56_calibration.ipynb #1e8563e3
 def fit_calibration(
     logit: Any, # `(n,)` of images that are not tested on
     synthetic: Any, # `(n,)` booleans
@@ -136,9 +137,11 @@ def fit_calibration(
     "Fit probabilities and thresholds."
     logit, synthetic = np.asarray(logit, dtype=float), np.asarray(synthetic, dtype=bool)
     slope, intercept = fit_line(logit, synthetic, method)
-    reals = expit(slope*logit[~synthetic] + intercept)
-    thresholds = {f"{rate:g}": threshold_at(reals, rate) for rate in FALSE_POSITIVE_RATES}
-    return Calibration(method, slope, intercept, thresholds, len(logit), int((~synthetic).sum()), data)
+    probability = expit(slope*logit + intercept)
+    thresholds = {f"{rate:g}": threshold_at(probability[~synthetic], rate) for rate in FALSE_POSITIVE_RATES}
+    mirrored = {f"{rate:g}": threshold_at(1 - probability[synthetic], rate) for rate in FALSE_POSITIVE_RATES}
+    misses = {rate: None if t is None else 1 - t for rate, t in mirrored.items()}
+    return Calibration(method, slope, intercept, thresholds, len(logit), int((~synthetic).sum()), data, misses)
 
 def calibration_of(
     detector: Any, # with a `header`, as `load_detector` makes it; any other detector has none
