@@ -18,6 +18,7 @@ setup(
     python_requires=f">={cfg['min_python']}", packages=[*find_packages(include=["imaginet_nb*"]), *names.values()],
     package_dir={name: folder for folder, name in names.items()},
     package_data={names[folder]: [pattern] for folder, pattern in shipped.items()},
-    install_requires=cfg["requirements"].split(), extras_require={"peers": peers, "dev": [*cfg["dev_requirements"].split(), *peers]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"peers": peers, "heic": cfg["heic_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *peers]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -23,10 +23,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .core import atomic_path
 
-# %% ../nbs/20_images.ipynb #181f106d
+# %% ../nbs/20_images.ipynb #a0e8a75e
 Image.init()
 FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic", ".heif")
 
 class ImageError(ValueError):
     "An image that cannot be read or written; the message names the file and what is wrong with it."
@@ -77,18 +77,32 @@ def _silent_libtiff() -> Iterator[None]:
             os.dup2(screen, 2)
             os.close(screen)
 
-# %% ../nbs/20_images.ipynb #0480b308
+# %% ../nbs/20_images.ipynb #e9323eb4
+def _heif(
+    stream: BinaryIO, # whole file, at its beginning; left there
+) -> tuple[str, ...]: # the format to add, if the file is HEIC
+    "Get ready for a HEIC file."
+    brand = stream.read(12)[4:]
+    stream.seek(0)
+    if brand not in (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftyphevx"): return ()
+    try: from pillow_heif import register_heif_opener
+    except ImportError: raise ImageError("HEIC is read only with `pip install pillow-heif`; or save the picture as JPEG") from None
+    register_heif_opener()
+    return ("HEIF",)
+
+# %% ../nbs/20_images.ipynb #97c8cd72
 def _read(
     stream: BinaryIO, # whole file, at its beginning
     max_pixels: int, # largest width times height
 ) -> np.ndarray: # `(H, W, 3)` uint8
     "The five steps above; faults leave as whatever Pillow raises."
-    picture = Image.open(stream, formats=FORMATS)
+    formats = (*FORMATS, *_heif(stream))
+    picture = Image.open(stream, formats=formats)
     width, height = picture.size
     if width*height > max_pixels: raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}")
     picture.verify() # after this, the file must be opened again
     stream.seek(0)
-    picture = Image.open(stream, formats=FORMATS)
+    picture = Image.open(stream, formats=formats)
     with _silent_libtiff() if picture.format == "TIFF" else contextlib.nullcontext(): picture.load()
     return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
 
