@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'STAND_INS', 'command', 'reproduce', 'notebook', 'sandbox',
            'download', 'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'cards', 'convert',
-           'weights_import', 'weights_list', 'predict', 'score', 'merge', 'main']
+           'weights_import', 'weights_list', 'predict', 'evaluate', 'score', 'merge', 'main']
 
 # %% ../nbs/90_cli.ipynb #1503cd57
 import contextlib
@@ -457,6 +457,33 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
     scored = counts["real"] + counts["synthetic"] + counts["unsure"]
     typer.echo(f"{out}: {scored} scored ({counts['synthetic']} synthetic, {counts['unsure']} unsure, {counts['real']} real); "
                f"{counts['error']} with an error" + (f"; {counts['kept']} rows kept" if resume else ""))
+
+# %% ../nbs/90_cli.ipynb #5587a62b
+@command(app, "evaluate", alone="out")
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
+    manifest: Annotated[Path | None, typer.Option(help="CSV with the columns path and label (real/synthetic or 0/1); generator, "
+                                                       "content_type and split are used where they are.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the CSV; or, without a "
+                                                   "CSV, a folder with real/ and synthetic/<generator>/.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Instead: somebody else's, as for predict.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
+    split: Annotated[str | None, typer.Option(help="Judge this split; if not given, test, or all that is not for training.")] = None,
+    robustness: Annotated[int, typer.Option(min=0, help="Images at each point of the grid of damages, half of them real; 0 = no grid.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
+) -> None:
+    """Measure a detector on labelled pictures: by generator and content, with intervals, beside rules that see no pixel."""
+    from imaginet_nb.core import pick_device
+    source = manifest or root
+    if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
+    from imaginet_nb.foreign import evaluate as measure, read_foreign
+    pictures = read_foreign(source, root if manifest else None)
+    loaded, identity, _ = _detector(checkpoint, detector, str(pick_device(device)), trust)
+    found = measure(loaded, pictures, out, identity, split=split, robustness=robustness, num_workers=workers)
+    for sentence in found: typer.echo(f"- {sentence}")
+    typer.echo(f"Page: {out/'index.html'}")
 
 # %% ../nbs/90_cli.ipynb #5260c69f
 @command(app, "score")

@@ -212,7 +212,7 @@ def calibration_difference(
         rows.append(dict(detector=name, setting="as published") | _calibration_row(frame, _published_subset(frame, images, seed), True))
     return pd.DataFrame(rows)
 
-# %% ../nbs/62_evaluation.ipynb #798f0c00
+# %% ../nbs/62_evaluation.ipynb #bd4ab99c
 @dataclass(frozen=True)
 class Group:
     "A row of a table: its label and its images."
@@ -235,8 +235,10 @@ def family_rows(
 def content_rows(
     frame: pd.DataFrame, # predictions of one detector
 ) -> list[Group]:
-    "All images of one content type."
-    return [Group(content, np.flatnonzero(frame["content_type"].eq(content))) for content in CONTENT_TYPES]
+    "All images of one content type; the paper's types, or others if there are any."
+    there = set(frame["content_type"])
+    contents = CONTENT_TYPES if there <= set(CONTENT_TYPES) else sorted(there)
+    return [Group(content, np.flatnonzero(frame["content_type"].eq(content))) for content in contents]
 
 # %% ../nbs/62_evaluation.ipynb #b4f6b5cb
 def generator_rows(
