@@ -5,7 +5,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce test lab prepare docs check-notebooks clean-reports
+.PHONY: help setup reproduce bench test lab prepare docs check-notebooks clean-reports
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ setup: .venv/complete ## environment in .venv from requirements.lock, editable i
 
 reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE=demo] [FORCE=1] [DRYRUN=1]
 	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(FORCE),--force) $(if $(DRYRUN),--dry-run)
+
+bench: setup ## times of every stage beside the plain way, to reports/benchmark/; leave the machine alone meanwhile
+	$(BIN)/python -c 'from imaginet_nb.pipeline import run_notebook, write_html; write_html(run_notebook("p95_benchmark", "benchmark"), "reports/benchmark/index.html")'
 
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .

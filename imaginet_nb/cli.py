@@ -458,7 +458,7 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
     typer.echo(f"{out}: {scored} scored ({counts['synthetic']} synthetic, {counts['unsure']} unsure, {counts['real']} real); "
                f"{counts['error']} with an error" + (f"; {counts['kept']} rows kept" if resume else ""))
 
-# %% ../nbs/90_cli.ipynb #5587a62b
+# %% ../nbs/90_cli.ipynb #6d2f2c5d
 @command(app, "evaluate", alone="out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
@@ -470,7 +470,7 @@ def evaluate(
     detector: Annotated[str | None, typer.Option(help="Instead: somebody else's, as for predict.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     split: Annotated[str | None, typer.Option(help="Judge this split; if not given, test, or all that is not for training.")] = None,
-    robustness: Annotated[int, typer.Option(min=0, help="Images at each point of the grid of damages, half of them real; 0 = no grid.")] = 0,
+    robustness: Annotated[int, typer.Option(min=0, help="Images at each point of the grid of damages, half real; 0 = no grid.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:

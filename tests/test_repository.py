@@ -84,7 +84,7 @@ def test_pipeline_notebooks_are_templates(path):
 
 def test_pipeline_notebooks_and_rules_match():
     rules = set(re.findall(r"^rule (p\w+):", (ROOT/"Snakefile").read_text(), flags=re.M))
-    assert rules == {p.stem for p in PIPELINES}
+    assert rules | {"p95_benchmark"} == {p.stem for p in PIPELINES} # the benchmark is `make bench`, no part of the paper
 
 
 @pytest.mark.parametrize("path", sorted((ROOT/"profiles").glob("*.yaml")), ids=lambda p: p.stem)

@@ -1,0 +1,133 @@
+"""The fast ways give the answers of the plain ones, in the memory that they promise. Nothing here is timed."""
+import tracemalloc
+import weakref
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from imaginet_nb import detectors
+from imaginet_nb.benchmark import (
+    CPU,
+    RATIO_COLUMNS,
+    compare,
+    interleaved,
+    kept_bytes,
+    loader_cases,
+    logit_difference,
+    mixed_files,
+    random_batch,
+    settled,
+    summary,
+    training_case,
+)
+from imaginet_nb.core import load_profile
+from imaginet_nb.grad_cache import cached_step
+from imaginet_nb.inference import fast
+from imaginet_nb.models import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.reporting import read_table, save_table
+from imaginet_nb.store import pack
+from imaginet_nb.transforms import Stage1
+
+
+@pytest.fixture(scope="module")
+def network() -> SelfConNet:
+    torch.manual_seed(0)
+    return SelfConNet(create_backbone("resnet50", width=0.125), projection_size=32)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_bfloat16_learns_with_the_losses_of_float32(network, chunk_size):
+    "Ours: bfloat16, channels-last, perhaps in chunks. Tolerance: 5 % of the loss in each of six steps; here it is off by 1 to 2 %."
+    batch = random_batch(12, 32)
+    steps = [training_case(network, batch, ours=ours, precision=precision, chunk_size=chunk_size)
+             for ours, precision in ((False, "float32"), (True, "bfloat16"))]
+    plain, ours = (np.array([step().item() for _ in range(6)]) for step in steps)
+    assert (plain != ours).any(), "no bfloat16 at all"
+    assert plain[-1] < 0.9*plain[0], "nothing was learned, so equal losses mean nothing"
+    np.testing.assert_allclose(ours, plain, rtol=0.05)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56), (33, 47)])
+def test_fast_detectors_answer_as_the_plain_one(network, size):
+    detector = settled(ImagiNetClassifier(network.backbone), random_batch(16, 32)[0])
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (9, 3, *size), dtype=np.uint8))
+    before = detector.score(images)
+    exact, half = (logit_difference(detector, fast(detector, precision), images) for precision in ("float32", "bfloat16"))
+    assert exact[1] > 1e-3, "logits without spread compare nothing"
+    assert exact[0] < 1e-3*exact[1]
+    assert exact[0] < half[0] < 0.3*half[1]
+    assert torch.equal(detector.score(images), before) and detector.precision == "float32", "the detector itself was changed"
+
+
+def network_bytes(network: SelfConNet, batch_size: int, chunk_size: int, side: int = 32) -> int:
+    "Most that the backward pass through the network has in waiting; the loss here compares nothing."
+    return kept_bytes(lambda: cached_step(network.train(), random_batch(batch_size, side)[0], lambda z: z.sum(), chunk_size))
+
+
+def test_memory_of_a_cached_batch_is_that_of_its_chunk(network):
+    of_chunk = {size: network_bytes(network, 24, size) for size in (4, 8, 12, 24)}
+    for size in (8, 12, 24): assert 0.9 < of_chunk[size]/of_chunk[4]/(size/4) < 1.1, of_chunk
+    assert network_bytes(network, 48, 4) < 1.05*of_chunk[4], "grows with the batch"
+
+
+def test_a_batch_of_4096_needs_the_memory_of_its_chunk():
+    tiny = SelfConNet(create_backbone("resnet18", width=0.0625), projection_size=8)
+    assert network_bytes(tiny, 4096, 256, side=8) < 1.02*network_bytes(tiny, 512, 256, side=8) < 0.6*network_bytes(tiny, 512, 512, side=8)
+
+
+def test_the_ratios_of_a_tiny_run(tmp_path, network):
+    manifest = mixed_files(tmp_path/"files", files=7, shrink=8)
+    store, batch = pack(manifest, tmp_path/"files", tmp_path/"store", jobs=1), random_batch(4, 32)
+    detector = settled(ImagiNetClassifier(network.backbone), batch[0])
+    sooner = fast(detector)
+    groups = {
+        "loader_stage1": (loader_cases(manifest, tmp_path/"files", store, Stage1(32)), 7),
+        "training_cpu": ({"plain": training_case(network, batch, ours=False), "ours": training_case(network, batch)}, 4),
+        "inference_cpu": ({"plain": lambda: detector.score(batch[0]), "ours": lambda: sooner.score(batch[0])}, 4)}
+    rows = pd.concat([compare(interleaved(cases, 3), group, "plain", CPU, per, condition="tiny") for group, (cases, per) in groups.items()])
+    save_table(summary(rows, dict.fromkeys(groups, "tiny")), tmp_path/"ratios", "A tiny run.")
+    table = read_table(tmp_path/"ratios")
+    assert list(table) == RATIO_COLUMNS == ["group", "case", "baseline", "median", "baseline_median", "ratio", "unit", "device"]
+    assert list(zip(table["group"], table["case"])) == [
+        ("loader_stage1", "direct"), ("loader_stage1", "packed"), ("training_cpu", "ours"), ("inference_cpu", "ours")]
+    assert set(table["baseline"]) == {"plain"} and (table["median"] > 0).all()
+    np.testing.assert_allclose(table["ratio"], table["baseline_median"]/table["median"], rtol=0.05)
+
+
+class Stub:
+    "A detector that counts which of the batches it has seen are still in memory."
+    name, input_size = "stub", None
+
+    def __init__(self) -> None:
+        self.batches: list[weakref.ref] = []
+        self.most = 0
+
+    def score(self, images: torch.Tensor) -> torch.Tensor:
+        self.batches = [batch for batch in self.batches if batch() is not None] + [weakref.ref(images)]
+        self.most = max(self.most, len(self.batches))
+        return images[:, 0, 0, 0].float()
+
+
+def test_a_hundred_thousand_files_are_scored_in_the_memory_of_a_few(monkeypatch):
+    "All images together would take 307 MB; the paths and answers of 100,000 rows take some tens."
+    monkeypatch.setattr(detectors, "decode", lambda path: np.full((32, 32, 3), int(path.name) % 251, np.uint8))
+    stub, n = Stub(), 100_000
+    manifest = pd.DataFrame({"path": [str(i) for i in range(n)]})
+    tracemalloc.start()
+    try:
+        rows = detectors.predict(stub, manifest, "", batch_size=500, num_workers=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert rows["logit"].tolist() == [i % 251 for i in range(n)] and rows["error"].isna().all()
+    assert peak < 150e6 and 1 <= stub.most <= 2, (peak, stub.most)
+
+
+def test_the_gpu_profile_is_the_configuration_of_the_paper():
+    gpu, paper = load_profile("gpu"), load_profile("paper")
+    assert (gpu.model.name, gpu.model.width, gpu.model.exit_stage, gpu.model.projection_size) == (
+        paper.model.name, paper.model.width, paper.model.exit_stage, paper.model.projection_size)
+    assert (gpu.data.crop_size, gpu.data.image_size, gpu.pretrain.batch_size) == (96, 256, 200)
+    assert gpu.pretrain.chunk_size and gpu.pretrain.precision == "bfloat16"
+    assert gpu.sandbox is not None and gpu.sandbox.images >= 20_000 and gpu.sandbox.sides[0] >= gpu.data.crop_size
