@@ -163,18 +163,18 @@ def allocated_bytes(
     step()
     return torch.cuda.max_memory_allocated(device)
 
-# %% ../nbs/69_benchmark.ipynb #ffe6dc67
+# %% ../nbs/69_benchmark.ipynb #0db35c2f
 _PREDICT = """
 import json, sys, time
 from pathlib import Path
 from imaginet_nb.checkpoints import load_detector
-from imaginet_nb.cli import find_files, score_files
 from imaginet_nb.inference import fast
-folder, checkpoint, device, precision, max_side = sys.argv[1:]
-detector, files = fast(load_detector(checkpoint, device), precision), find_files([Path(folder)])
-score_files(files[:4], detector, int(max_side))
+from imaginet_nb.scoring import Scorer, find_files, score_files
+folder, checkpoint, device, precision = sys.argv[1:]
+scorer, files = Scorer(fast(load_detector(checkpoint, device), precision)), find_files([folder])
+for row in score_files(files[:4], scorer): pass
 start = time.perf_counter()
-failed = int(score_files(files, detector, int(max_side))["error"].notna().sum())
+failed = sum("error" in row for row in score_files(files, scorer))
 seconds = time.perf_counter() - start
 status = Path("/proc/self/status")
 lines = status.read_text().splitlines() if status.is_file() else []
@@ -187,10 +187,9 @@ def predict_cost(
     checkpoint: str | Path, # of a detector
     device: torch.device = CPU,
     precision: str = "float32", # or bfloat16
-    max_side: int = 512, # larger images are cropped in the middle
 ) -> dict[str, float]: # images, failed, images_per_second (from file to verdict), peak_mb (of the process)
     "Score a folder as `imaginet predict` does, in a process of its own."
-    words = [sys.executable, "-c", _PREDICT, str(folder), str(checkpoint), str(device), precision, str(max_side)]
+    words = [sys.executable, "-c", _PREDICT, str(folder), str(checkpoint), str(device), precision]
     environment = {**os.environ, "PYTHONPATH": f"{repo_root()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "TQDM_DISABLE": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode: raise RuntimeError(f"scoring {folder} failed: {done.stderr[-500:]}")

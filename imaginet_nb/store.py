@@ -20,7 +20,7 @@ from joblib import delayed
 from .core import atomic_path, file_sha256, progress, worker_processes
 from .images import ImageError, LazyImage, Picture
 
-# %% ../nbs/28_store.ipynb #6d732b0a
+# %% ../nbs/28_store.ipynb #3b69f761
 class StoreError(ValueError):
     "A store that is missing, damaged or does not hold what is asked for; the message says what to do."
 
@@ -38,7 +38,10 @@ class StoredImage:
         key: tuple[slice, slice], # rows and columns, in steps of one
     ) -> np.ndarray: # `(h, w, 3)` uint8
         (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(key, self.shape))
-        return self.canvas[self.top + top:self.top + bottom, left:right]
+        found = np.empty((max(bottom - top, 0), max(right - left, 0), 3), np.uint8)
+        if not found.size: return found
+        # what `canvas[...]` does after it has looked at its key, which takes half of the time of a crop
+        return self.canvas.get_slice_numpy(found, ([self.top + top, left, 0], [self.top + bottom, right, 3]))
 
 # %% ../nbs/28_store.ipynb #550cc1c1
 INDEX = np.dtype([("path", "<u8"), ("top", "<u8"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")])
@@ -61,7 +64,7 @@ def _open_shard(path: Path) -> blosc2.NDArray:
     except (OSError, RuntimeError, ValueError) as error:
         raise StoreError(f"{path}: missing or damaged ({error}); `imaginet data pack` with the same words makes it again") from None
 
-# %% ../nbs/28_store.ipynb #d284ebdb
+# %% ../nbs/28_store.ipynb #d33867c6
 class Store(Mapping[str, Picture]):
     "Packed images by their path in the manifest."
     def __init__(self,
@@ -73,6 +76,7 @@ class Store(Mapping[str, Picture]):
         self.facts = json.loads((self.path/_MARKER).read_text())
         if self.facts.get("version") != _VERSION: raise StoreError(f"{path}: made by another version of this program; pack it anew")
         self.index = np.load(self.path/"index.npy", mmap_mode="r")
+        self._entries = np.asarray(self.index) # the same memory, without the cost of a memmap's every view
         self._shards: dict[tuple[int, int], blosc2.NDArray] = {} # by process and number
 
     def __reduce__(self) -> tuple: return Store, (self.path,)
@@ -81,12 +85,12 @@ class Store(Mapping[str, Picture]):
 
     def __iter__(self) -> Iterator[str]: raise StoreError(f"{self.path} knows hashes of paths only; take the paths from the manifest")
 
-    def __contains__(self, path: object) -> bool: return isinstance(path, str) and _find(self.index, path) is not None
+    def __contains__(self, path: object) -> bool: return isinstance(path, str) and _find(self._entries, path) is not None
 
     def __getitem__(self,
         path: str, # as in the manifest that was packed
     ) -> StoredImage:
-        row = _find(self.index, path)
+        row = _find(self._entries, path)
         if row is None: raise StoreError(f"{path}: not in the store {self.path}; pack the manifest that names it")
         return StoredImage(self._shard(int(row["shard"])), int(row["top"]), int(row["height"]), int(row["width"]))
 
