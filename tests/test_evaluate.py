@@ -1,0 +1,98 @@
+"""`imaginet evaluate`: the numbers are those of plain computations, every picture counts, faults are named."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from imaginet_nb.foreign import judge, read_foreign
+from imaginet_nb.images import save
+
+PROGRAM = Path(sys.executable).with_name("imaginet")
+METER = """
+class Meter:
+    name, input_size, tracks = "Brightness meter", 32, ("detection",)
+    def score(self, images): return (images.float().mean((1, 2, 3)) - 100)/10
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    "Thirty reals, two generators of thirty; the real ones darker; one broken file; a detector and a list."
+    folder, draw = tmp_path_factory.mktemp("foreign"), np.random.default_rng(0)
+    rows = []
+    for i in range(30):
+        for place, bright in (("real", 92), ("synthetic/Flux", 112), ("synthetic/SDXL v1.0", 102)):
+            picture = (draw.normal(bright, 12) + draw.normal(0, 9, (40, 48, 3))).clip(0, 255).astype(np.uint8)
+            save(picture, folder/"set"/place/f"{i}.png")
+            rows.append((f"{place}/{i}.png", int(place != "real"), ["cars", "birds"][i % 2], "test" if i % 3 else "calibration"))
+    (folder/"set"/"synthetic"/"Flux"/"broken.png").write_bytes(b"no picture")
+    (folder/"meter.py").write_text(METER)
+    pd.DataFrame(rows, columns=["path", "label", "content_type", "split"]).to_csv(folder/"list.csv", index=False)
+    return folder
+
+
+def evaluate(folder: Path, *words) -> subprocess.CompletedProcess:
+    return subprocess.run([PROGRAM, "evaluate", *map(str, words)], cwd=folder, capture_output=True, text=True)
+
+
+def test_a_folder_gives_tables_a_page_and_predictions_that_agree(pictures):
+    "Catches a swapped label, a lost picture, a table of other predictions."
+    result = evaluate(pictures, "--root", "set", "--detector", "meter:Meter", "--out", "out", "--workers", 0)
+    assert result.returncode == 0, result.stderr
+    assert "1 of 91 pictures could not be scored" in result.stdout and "Zero-pixel" not in result.stderr
+    rows = pd.read_csv(pictures/"out"/"predictions.csv")
+    assert len(rows) == 91 and rows["error"].notna().sum() == 1
+    table = pd.read_csv(pictures/"out"/"tables"/"detection_by_generator.csv").query("detector == 'Brightness meter'").set_index("group")
+    for name in ("Flux", "SDXL v1.0"): # as many reals as synthetic ones: here all of them
+        part = rows[rows["error"].isna() & rows["generator"].isin([name, "real"])]
+        truth = part["origin"].eq("synthetic")
+        assert table.loc[name, "auc"] == pytest.approx(roc_auc_score(truth, part["logit"]), abs=1e-6)
+        assert table.loc[name, "acc"] == pytest.approx(balanced_accuracy_score(truth, part["logit"] > 0), abs=1e-6)
+        assert table.loc[name, "acc_low"] <= table.loc[name, "acc"] <= table.loc[name, "acc_high"]
+    page = (pictures/"out"/"index.html").read_text()
+    assert "Flux" in page and "Zero-pixel" in page and str(pictures) not in page
+    assert (pictures/"out"/"tables"/"detection_by_generator.provenance.json").is_file()
+
+
+def test_two_columns_are_enough_and_a_calibration_split_moves_the_threshold(pictures):
+    listed = pd.read_csv(pictures/"list.csv")
+    listed[["path", "label"]].to_csv(pictures/"two.csv", index=False)
+    result = evaluate(pictures, "--manifest", "two.csv", "--root", "set", "--detector", "meter:Meter", "--out", "two", "--workers", 0)
+    assert result.returncode == 0 and "a plain sigmoid" in result.stdout, result.stderr
+    result = evaluate(pictures, "--manifest", "list.csv", "--root", "set", "--detector", "meter:Meter", "--out", "four", "--workers", 0)
+    assert result.returncode == 0 and "fitted on the 30 pictures of the split calibration" in result.stdout, result.stderr
+    rows = pd.read_csv(pictures/"four"/"predictions.csv")
+    assert len(rows) == 60 and not rows["split"].eq("calibration").any()
+    assert {p.stem for p in (pictures/"four"/"tables").glob("*.csv")} == {"detection_by_generator", "detection_by_content", "operating_points"}
+
+
+def test_reals_move_no_table_of_another_list(pictures, monkeypatch):
+    "A second run gives the same tables; another seed draws other resamples."
+    monkeypatch.syspath_prepend(pictures)
+    import meter  # type: ignore[import-not-found]
+    foreign = read_foreign(pictures/"set")
+    one, two, other = (judge(meter.Meter(), foreign, resamples=50, seed=seed, num_workers=0).tables["detection_by_generator"][0]
+                       for seed in (1, 1, 2))
+    pd.testing.assert_frame_equal(one, two)
+    assert (one["acc_low"] != other["acc_low"]).any()
+
+
+@pytest.mark.parametrize("words, message", [
+    ((), "name the pictures: --manifest LIST.csv, or --root FOLDER"),
+    (("--manifest", "none.csv"), "none.csv: no such list or folder"),
+    (("--manifest", "list.csv", "--root", "nowhere"), "nowhere: no such folder"),
+    (("--root", "set/real"), "real or synthetic? put it under real/ or synthetic/<generator>/"),
+    (("--manifest", "list.csv", "--root", "set", "--split", "tset"), "no split 'tset' in the list; there are"),
+    (("--manifest", "bad.csv", "--root", "set"), "line 3: unknown label 'maybe'"),
+    (("--manifest", "one.csv", "--root", "set"), "real only: accuracy needs real and synthetic ones"),
+])
+def test_faults_are_named_and_nothing_is_written(words, message, pictures):
+    (pictures/"bad.csv").write_text("path,label\nreal/0.png,real\nreal/1.png,maybe\n")
+    (pictures/"one.csv").write_text("path,label\nreal/0.png,real\nreal/1.png,0\n")
+    result = evaluate(pictures, *words, "--detector", "meter:Meter", "--out", "nothing")
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (pictures/"nothing").exists()
