@@ -152,7 +152,7 @@ def fit_linear_probe(
     if len(tracks) > 1: _fit_layer(probe.identification, features[synthetic], families.astype(int), C) # type: ignore[arg-type]
     return probe
 
-# %% ../nbs/66_linear_probe.ipynb #6475d03c
+# %% ../nbs/66_linear_probe.ipynb #856ac23e
 _FORMAT, _HEADER = "imaginet_nb linear probe", ("backbone_name", "input_size", "name", "tracks", "facts")
 
 def save_linear_probe(
@@ -174,7 +174,8 @@ def load_linear_probe(
     try: header = json.loads(_metadata(path).get("header") or "")
     except json.JSONDecodeError: header = {}
     if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (_FORMAT, 1):
-        raise CheckpointError(f"{path}: not a linear probe of this project (version 1); write it with `linear_probe.save_linear_probe`")
+        raise CheckpointError(f"{path}: not a linear probe of this project (version 1); write one with `linear_probe.save_linear_probe`; "
+                              "a checkpoint of the project goes to --checkpoint")
     tensors = _verified_tensors(path, header)
     own = {key: header[key] for key in _HEADER}
     probe = LinearProbe(_create(own["backbone_name"], own["input_size"], pretrained=False), **own)

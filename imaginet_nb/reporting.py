@@ -182,7 +182,7 @@ def _write_provenance(stem: Path, outputs: Sequence[Path], caption: str, record:
     content = {**(record or {}), "caption": caption, "outputs": sums}
     return _write(stem.with_name(f"{stem.name}.provenance.json"), json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
-# %% ../nbs/70_reporting.ipynb #f0011605
+# %% ../nbs/70_reporting.ipynb #12e13561
 INTERVAL_NOTE = "Brackets: 95 % bootstrap interval."
 
 def save_table(
@@ -199,12 +199,12 @@ def save_table(
     text = text_frame(frame, decimals)
     reading = reading_frame(text if len(text) <= readable_rows else text.head(20))
     below = [*([INTERVAL_NOTE] if any(_has_interval(str(c), text) for c in text) else []), *notes]
-    if len(text) > readable_rows: below.append(f"The first 20 of {len(text):,} rows; all are in the CSV file.")
+    excerpt = [f"The first 20 of {len(text):,} rows; all are in the CSV file."] if len(text) > readable_rows else []
     full_caption = " ".join([caption, *below])
-    parts = [caption, markdown_table(reading), *below]
+    parts = [caption, markdown_table(reading), *below, *excerpt]
     paths = [_write(stem.with_name(f"{stem.name}.csv"), text.to_csv(index=False, lineterminator="\n")),
              _write(stem.with_name(f"{stem.name}.md"), "\n\n".join(parts) + "\n"),
-             _write(stem.with_name(f"{stem.name}.tex"), latex_table(reading, full_caption, stem.name))]
+             _write(stem.with_name(f"{stem.name}.tex"), latex_table(reading, " ".join([full_caption, *excerpt]), stem.name))]
     return [*paths, _write_provenance(stem, paths, full_caption, provenance)]
 
 # %% ../nbs/70_reporting.ipynb #f1ce4a79
@@ -586,7 +586,7 @@ def ledger(
                               detector=METHODS.get(row["method"], row["method"]), metric=metric, **_compare(row, ours, reason)))
     return pd.DataFrame(lines, columns=LEDGER_COLUMNS, dtype=object) # counts stay whole numbers
 
-# %% ../nbs/70_reporting.ipynb #ef6cf1dc
+# %% ../nbs/70_reporting.ipynb #32d83c68
 class Result(NamedTuple):
     "One table or figure, ready to be shown."
     stem: str
@@ -595,6 +595,12 @@ class Result(NamedTuple):
     reading: pd.DataFrame | None # the table as a reader sees it
     links: dict[str, str] # what -> path relative to the report's folder
     missing: str # why it is not there; empty if it is
+
+    @property
+    def label(self) -> str:
+        "What stands before the caption of a table."
+        notes = self.reading["Note"] if self.reading is not None and "Note" in self.reading else pd.Series(dtype=str)
+        return "Not run" if len(notes) and notes.str.startswith("not run").all() else "Measured"
 
 LONG_TABLE = 60 # longer tables are folded away on the page and only linked from the README
 
@@ -681,7 +687,7 @@ def html_inline(
     "A sentence in HTML, backticks turned into code."
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
-# %% ../nbs/70_reporting.ipynb #5865b6d6
+# %% ../nbs/70_reporting.ipynb #939b4044
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ImagiNet: report of the profile {{ profile.name }}</title><style>{{ style }}</style></head><body>
@@ -700,7 +706,7 @@ PAGE = """<!DOCTYPE html>
 {% else %}
 {% if r.picture %}<figure><img src="{{ r.links.png }}" alt="{{ r.caption }}"><figcaption>{{ r.caption | inline }}</figcaption></figure>
 {% else %}
-<p><strong>Measured.</strong> {{ r.caption | inline }}</p>
+<p><strong>{{ r.label }}.</strong> {{ r.caption | inline }}</p>
 {% if r.reading | length > long %}<details><summary>{{ r.reading | length }} rows</summary>{{ r.reading | table }}</details>
 {% else %}{{ r.reading | table }}{% endif %}
 {% endif %}
@@ -732,7 +738,7 @@ Cards: {% for c in cards %}[{{ c | replace("_", " ") }}]({{ c }}.md){{ ", " if n
 {% endfor %}
 """
 
-# %% ../nbs/70_reporting.ipynb #9b7f96d3
+# %% ../nbs/70_reporting.ipynb #e7b21d1d
 MARKDOWN_RESULT = """{% if r.missing %}
 **{{ r.stem }}**: {{ r.missing }}
 
@@ -741,7 +747,7 @@ MARKDOWN_RESULT = """{% if r.missing %}
 ![{{ r.caption }}]({{ r.links.png }})
 
 {% else %}
-**Measured.** {{ r.caption }}
+**{{ r.label }}.** {{ r.caption }}
 
 {% if r.reading | length > long %}{{ r.reading | length }} rows, in the files below.
 {% else %}{{ r.reading | table }}
