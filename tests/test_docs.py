@@ -64,6 +64,9 @@ PARSED_ONLY = {
     "snakemake --profile cluster/slurm": "a cluster; tests/test_distributed.py runs it dry and on this machine",
     "imaginet score crawl.csv": "a cluster's variables; tests/test_distributed.py scores slices",
     "pip ": "tests/test_wheel.py builds the wheel and installs it",
+    "imaginet audit pictures/": "its notebook, which nbdev_test runs, calls the same function on such a folder",
+    "imaginet evaluate --root pictures/": "see audit; tests/test_evaluate.py runs the command",
+    "imaginet evaluate --manifest list.csv": "see audit; tests/test_evaluate.py runs the command",
     "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
 }
 SHOWN = [(path, line) for path in [*PAGES, *NOTEBOOKS] for line in commands(path)]

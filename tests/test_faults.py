@@ -24,6 +24,7 @@ QUIET = {**os.environ, "TQDM_DISABLE": "1"}
 def start(*words, limit: int | None = None, cwd: Path = ROOT) -> subprocess.Popen:
     "The program in a process group of its own; `limit` is the largest file that it may write, in bytes."
     def restrict() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs, these tests perhaps, ignore Ctrl-C
         if limit is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.Popen([PROGRAM, *map(str, words)], cwd=cwd, env=QUIET, text=True, start_new_session=True, preexec_fn=restrict,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)

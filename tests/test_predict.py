@@ -142,7 +142,8 @@ WORDS = ["predict", "pictures", "--detector", "slow:Slow", "--out"]
 def interrupted(folder: Path, out: str, how: int) -> subprocess.CompletedProcess:
     "Start the command, and stop it when some rows are there."
     program, part = Path(sys.executable).with_name("imaginet"), folder/f"{out}.part"
-    process = subprocess.Popen([program, *WORDS, out], cwd=folder, env={**os.environ, "SLOW": "0.1"}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([program, *WORDS, out], cwd=folder, env={**os.environ, "SLOW": "0.1"}, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # else ignored in the background
     end = time.monotonic() + 60
     while not part.exists() or part.read_bytes().count(b"\n") < 5:
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
