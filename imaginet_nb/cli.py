@@ -396,7 +396,7 @@ def _detector(checkpoint: Path | None, detector: str | None, device: str, trust:
     if checkpoint and detector: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
     return _foreign_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
 
-# %% ../nbs/90_cli.ipynb #f45cd728
+# %% ../nbs/90_cli.ipynb #a86b9de3
 @command(app, "predict", alone="out")
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders (walked through), patterns in quotes, or - for a list on standard "
@@ -422,9 +422,8 @@ def predict(
     from imaginet_nb.calibration import calibration_of
     from imaginet_nb.core import pick_device
     from imaginet_nb.inference import fast
-    from imaginet_nb.scoring import Scorer, Settings, check_out, read_scores
-    check_out(out)
-    files = _existing_files(paths)
+    from imaginet_nb.scoring import Scorer, Settings, read_scores
+    files = _existing_files(paths, out, html)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
@@ -437,11 +436,13 @@ def predict(
     if all(row["error"] is not None for row in read_scores(out)):
         raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
 
-# %% ../nbs/90_cli.ipynb #964b9193
-def _existing_files(words: list[str]) -> list[Path]:
-    "Files to score, of which some exist: a slip of the pen must not cost an earlier table."
-    from imaginet_nb.scoring import find_files
-    files = find_files(words, sys.stdin if "-" in words else ())
+# %% ../nbs/90_cli.ipynb #231208b5
+def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path]:
+    "Files to score, of which some exist: a slip of the pen must not cost an earlier table, or the one just made."
+    from imaginet_nb.scoring import check_out, find_files, without_results
+    results = [check_out(out), *([] if html is None else [html])]
+    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
+    files = without_results(find_files(words, sys.stdin if "-" in words else ()), results)
     if any(file.exists() for file in files): return files
     fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
     raise FileNotFoundError(f"{', '.join(words)}: {fault}")
@@ -458,7 +459,7 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
     typer.echo(f"{out}: {scored} scored ({counts['synthetic']} synthetic, {counts['unsure']} unsure, {counts['real']} real); "
                f"{counts['error']} with an error" + (f"; {counts['kept']} rows kept" if resume else ""))
 
-# %% ../nbs/90_cli.ipynb #6d2f2c5d
+# %% ../nbs/90_cli.ipynb #52779b86
 @command(app, "evaluate", alone="out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
@@ -480,8 +481,8 @@ def evaluate(
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
     from imaginet_nb.foreign import evaluate as measure, read_foreign
     pictures = read_foreign(source, root if manifest else None)
-    loaded, identity, _ = _detector(checkpoint, detector, str(pick_device(device)), trust)
-    found = measure(loaded, pictures, out, identity, split=split, robustness=robustness, num_workers=workers)
+    loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
+    found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence}")
     typer.echo(f"Page: {out/'index.html'}")
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LABEL_WORDS', 'ForeignSet', 'read_foreign', 'Findings', 'judge', 'evaluate']
 
-# %% ../nbs/78_foreign.ipynb #9f4ee89f
-from collections.abc import Mapping
+# %% ../nbs/78_foreign.ipynb #b42c2da0
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from .reporting import plot_detection, save_figure, save_table
 from .shifts import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from .transforms import CenterCrop
 
-# %% ../nbs/78_foreign.ipynb #1b52a6dc
-LABEL_WORDS = {**FOLDER_WORDS, "0": "real", "1": "synthetic"}
+# %% ../nbs/78_foreign.ipynb #4f5e3a5f
+LABEL_WORDS = {**FOLDER_WORDS, "0": "real", "1": "synthetic", "0.0": "real", "1.0": "synthetic"}
 
 @dataclass(frozen=True)
 class ForeignSet:
@@ -61,7 +61,8 @@ def _from_csv(path: Path) -> pd.DataFrame:
     frame, listing = _read_table(path)
     column = next((name for name in ("label", "origin") if name in frame), None)
     if column is None or "path" not in frame:
-        raise AnnotationError(f"{path}: the columns path and label are needed; it has {', '.join(frame.columns)}")
+        glued = "; separate the columns by commas" if len(frame.columns) == 1 and set(frame.columns[0]) & set(";\t|") else ""
+        raise AnnotationError(f"{path}: the columns path and label are needed; it has {', '.join(frame.columns)}{glued}")
     words = frame[column].str.strip().str.lower()
     listing.refuse(~words.isin(list(LABEL_WORDS)), frame[column], "unknown label", "use real or synthetic, or 0 or 1")
     return _completed(frame.assign(origin=words.map(LABEL_WORDS)), listing.name, listing.lines)
@@ -193,33 +194,36 @@ def judge(
         figures["shifts"] = plot_shifts(moved), f"Mean shift of the log-odds towards synthetic. {strengths}"
     return Findings(predictions, tables, figures, _sentences(by_generator, predictions, detector.name, words))
 
-# %% ../nbs/78_foreign.ipynb #9cc2d977
+# %% ../nbs/78_foreign.ipynb #a39d3d67
 def _sentences(table: pd.DataFrame, predictions: pd.DataFrame, name: str, words: str) -> tuple[str, ...]:
     "The result in words."
     mean = table[table["group"] == MEAN].set_index("detector")
     ours, rules = mean.loc[name], mean.drop(index=name)
     best = rules.sort_values("acc").iloc[-1]
     rule, acc, low, high = str(best.name).removeprefix("Zero-pixel: "), best["acc"], best["acc_low"], best["acc_high"]
-    beaten = high >= ours["acc"]
+    beaten, n = bool(high >= ours["acc"]), len(table[table["detector"] == name]) - 1
     found = [f"{name}: balanced accuracy {ours['acc']:.3f} [{ours['acc_low']:.3f}, {ours['acc_high']:.3f}], AUC {ours['auc']:.3f} "
-             f"[{ours['auc_low']:.3f}, {ours['auc_high']:.3f}], mean over {len(table[table['detector'] == name]) - 1} generators.",
+             f"[{ours['auc_low']:.3f}, {ours['auc_high']:.3f}], mean over {n} generator{'s'*(n > 1)}.",
              f"Probability: {words}.",
              f"The best rule that sees no pixel ({rule}) has {acc:.3f} [{low:.3f}, {high:.3f}]"
-             + (", as much as the detector: files alone tell these pictures apart." if beaten else ".")]
+             + ", as much as the detector"*beaten + (": files alone tell these pictures apart." if beaten and low > 0.5 else ".")]
     lost = int(predictions["error"].notna().sum())
     if lost: found.append(f"{lost} of {len(predictions)} pictures could not be scored; the table of predictions says why.")
     return tuple(found)
 
-# %% ../nbs/78_foreign.ipynb #af9e7394
+# %% ../nbs/78_foreign.ipynb #0781f60e
 def evaluate(
     detector: Detector,
     foreign: ForeignSet,
     out: str | Path, # folder for page, tables, figures, predictions
     identity: str = "", # what tells this detector from others
+    notes: Sequence[str] = (), # sentences for the top of the page
     **options: Any, # of `judge`
 ) -> tuple[str, ...]: # the result in words
     "Measure a detector on a data set; write `index.html`, tables, figures and predictions."
-    found, out = judge(detector, foreign, **options), Path(out)
+    out = Path(out)
+    if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{out}: a file; name a folder for the results")
+    found = judge(detector, foreign, **options)
     status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
     listed = {foreign.source.name: file_sha256(foreign.source)} if foreign.source.is_file() else {}
     record = {"stage": "evaluate", "detector": detector.name, "identified_by": identity, "git_commit": _git("rev-parse", "HEAD"),
@@ -228,7 +232,8 @@ def evaluate(
     save_predictions(found.predictions, out/"predictions.csv")
     for stem, (frame, caption) in found.tables.items(): save_table(frame, out/"tables"/stem, caption, record)
     for stem, (figure, caption) in found.figures.items(): save_figure(figure, out/"figures"/stem, caption, record)
-    blocks: list[Block] = [("list", found.sentences), ("h2", "By generator"), *_table_blocks(found.tables, "detection_by_generator")]
+    blocks: list[Block] = [*(("note", note) for note in notes), ("list", found.sentences), ("h2", "By generator")]
+    blocks += _table_blocks(found.tables, "detection_by_generator")
     blocks += [("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
     for title, stems in (("By content", ["detection_by_content"]), ("Operating points", ["operating_points"]),
                          ("Robustness", ["robustness_loss", "robustness_shift"])):

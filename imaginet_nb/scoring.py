@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ANY_SIZE', 'Box', 'VIEWS', 'SCORE_COLUMNS', 'FORMATS_OUT', 'find_files', 'crop_boxes', 'Prepared', 'prepare', 'band',
            'verdict', 'Settings', 'Scorer', 'score_picture', 'path_text', 'score_files', 'check_out', 'score_frame',
-           'write_scores', 'read_scores', 'part_of', 'score_to_file']
+           'write_scores', 'read_scores', 'part_of', 'without_results', 'score_to_file']
 
-# %% ../nbs/76_scoring.ipynb #e9447c1e
+# %% ../nbs/76_scoring.ipynb #f1425045
 import glob
 import itertools
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,16 @@ from .images import decode
 from .open_set import NearestKnown, open_set_of
 from .transforms import center_crop, compress, pad_to
 
-# %% ../nbs/76_scoring.ipynb #92eed689
+# %% ../nbs/76_scoring.ipynb #f46ffe74
+def _walk(folder: Path) -> list[Path]:
+    "Whatever is in a folder and is no folder of its own; and folders that cannot be opened."
+    found: list[Path] = []
+    def closed(error: OSError) -> None: found.append(Path(error.filename))
+    for place, folders, files in os.walk(folder, onerror=closed):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found.extend(Path(place, name) for name in (*files, *links))
+    return sorted(found)
+
 def find_files(
     words: Iterable[str | Path], # files, folders, patterns, or - for the list
     listed: Iterable[str] = (), # lines that stand for -
@@ -44,7 +54,7 @@ def find_files(
         path = Path(word)
         if word == "-":
             return itertools.chain.from_iterable(expand(line.rstrip("\r\n")) for line in listed if line.strip() not in ("", "-"))
-        if path.is_dir(): return (p for p in sorted(path.rglob("*")) if p.is_file())
+        if path.is_dir(): return _walk(path)
         if glob.has_magic(word) and not path.exists():
             found = sorted(glob.glob(word, recursive=True))
             return itertools.chain.from_iterable(map(expand, found)) if found else [path]
@@ -252,10 +262,11 @@ def path_text(
     "A path as it stands in a table."
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
-# %% ../nbs/76_scoring.ipynb #04d352fc
+# %% ../nbs/76_scoring.ipynb #530a461a
 def _load(scorer: Scorer, path: Path) -> tuple[Prepared | None, dict[str, Any]]:
     "Crops of a file and what is known about it, or its error."
     row = {"path": path_text(path), "settings": scorer.fingerprint}
+    if path.is_dir(): return None, row | {"error": f"{row['path']}: a link to a folder, or one that cannot be opened; name it to score it"}
     try:
         picture = decode(path)
         return scorer.prepare(picture), row | _facts(path, picture, scorer.detector.input_size)
@@ -362,6 +373,17 @@ def _whole_lines(part: Path) -> Iterator[dict[str, Any]]:
     with open(part, "rb") as file:
         for line in file:
             if line.endswith(b"\n"): yield json.loads(line)
+
+# %% ../nbs/76_scoring.ipynb #85237408
+def without_results(
+    files: Sequence[Path],
+    results: Iterable[Path], # what this run writes
+) -> list[Path]: # in the same order
+    "Files that no run with these results has written."
+    written = [path for result in results for path in (result, part_of(result))]
+    names = "|".join(rf"{re.escape(path.name)}|\.{re.escape(path.stem)}\.[0-9a-f]{{8}}{re.escape(path.suffix)}" for path in written)
+    folders = {os.path.realpath(path.parent) for path in written}
+    return [file for file in files if not (re.fullmatch(names, file.name) and os.path.realpath(file.parent) in folders)]
 
 # %% ../nbs/76_scoring.ipynb #b21e696d
 def _in_order(part: Path, order: Sequence[Path]) -> Iterator[dict[str, Any]]:

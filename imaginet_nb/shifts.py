@@ -117,7 +117,7 @@ def _split_statistics(
         return _balanced(weights, (after - common[:, None]).argmax(2) == truth, members)
     return [plain(before), plain(after), centred]
 
-# %% ../nbs/74_shifts.ipynb #d2ba1d30
+# %% ../nbs/74_shifts.ipynb #0bc6cd05
 LOSS_COLUMNS = ("track", "detector", "perturbation", "value", "acc_clean", "acc", "acc_low", "acc_high", "loss", "loss_low", "loss_high",
                 "bias", "bias_low", "bias_high", "robustness", "robustness_low", "robustness_high", "n", "note")
 
@@ -141,14 +141,15 @@ def _loss_rows(
     "Both tracks at one point."
     scored, rows = _scored(after, "logit") & _scored(start, "logit"), []
     for track, labels in (("detection", after["origin"]), ("identification", after["generator_family"])):
-        used = scored & (after["origin"].eq("synthetic").to_numpy() if track == "identification" else True)
+        meant = labels.isin(("real", "synthetic") if track == "detection" else FAMILIES).to_numpy() # no family, no right answer
+        used = scored & meant
         if track == "identification" and after.loc[used, "predicted_family"].isna().all(): continue
         truth = labels[used].map({label: k for k, label in enumerate(("real", "synthetic") if track == "detection" else FAMILIES)})
         scores = [_answers(frame[used], track, fits) for frame in (start, after)]
         statistics = _split_statistics(scores[0], scores[1], truth.to_numpy(int))
         clean, acc, centred = _estimates(after.loc[used, "generator_family"].to_numpy(), statistics, resamples, seed)
         cells = _cell("acc", acc) | _cell("loss", clean - acc) | _cell("bias", centred - acc) | _cell("robustness", clean - centred)
-        lost = int((~scored & (after["origin"].eq("synthetic").to_numpy() | (track == "detection"))).sum())
+        lost = int((~scored & meant).sum())
         rows.append(dict(track=track, acc_clean=clean[0], n=int(used.sum()), note=_left_out(lost)) | cells)
     return rows
 

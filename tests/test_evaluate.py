@@ -5,13 +5,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import Result
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
+from imaginet_nb.checkpoints import save_checkpoint
 from imaginet_nb.cli import app
+from imaginet_nb.core import seed_everything
 from imaginet_nb.foreign import judge, read_foreign
 from imaginet_nb.images import save
+from imaginet_nb.models import ImagiNetClassifier, create_backbone
 
 METER = """
 class Meter:
@@ -86,6 +90,24 @@ def test_the_same_seed_gives_the_same_table(pictures, monkeypatch):
     assert (one["acc_low"] != other["acc_low"]).any()
 
 
+def test_a_family_that_is_not_ours_is_no_wrong_answer(pictures, tmp_path, recwarn):
+    "Of two generators one has a family: identification is judged on its images alone, and the page says what the checkpoint is."
+    seed_everything(0)
+    model = ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32)
+    with torch.no_grad(): # says SD, and nothing else
+        model.identification[-1].weight.zero_()
+        model.identification[-1].bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+    save_checkpoint(model, tmp_path/"net.safetensors", profile="demo")
+    result = evaluate(pictures, "--root", "set", "--checkpoint", tmp_path/"net.safetensors", "--out", tmp_path/"out", "--workers", 0,
+                      "--robustness", 20)
+    assert result.exit_code == 0, result.output
+    loss = pd.read_csv(tmp_path/"out"/"tables"/"robustness_loss.csv").query("track == 'identification'")
+    rows = pd.read_csv(tmp_path/"out"/"predictions.csv")
+    assert 0 < loss["n"].max() < 10 and loss["acc_clean"].eq(1).all() and rows["generator_family"].isin(["SD"]).sum() == 30
+    assert not [w for w in recwarn if "invalid value" in str(w.message)]
+    assert "do not rely on its verdicts" in (tmp_path/"out"/"index.html").read_text()
+
+
 @pytest.mark.parametrize("words, message", [
     ((), "name the pictures: --manifest LIST.csv, or --root FOLDER"),
     (("--manifest", "none.csv"), "none.csv: no such list or folder"),
@@ -94,10 +116,21 @@ def test_the_same_seed_gives_the_same_table(pictures, monkeypatch):
     (("--manifest", "list.csv", "--root", "set", "--split", "tset"), "no split 'tset' in the list; there are"),
     (("--manifest", "bad.csv", "--root", "set"), "line 3: unknown label 'maybe'"),
     (("--manifest", "one.csv", "--root", "set"), "real only: accuracy needs real and synthetic ones"),
+    (("--manifest", "semicolons.csv", "--root", "set"), "separate the columns by commas"),
 ])
 def test_faults_are_named_and_nothing_is_written(words, message, pictures):
     (pictures/"bad.csv").write_text("path,label\nreal/0.png,real\nreal/1.png,maybe\n")
+    (pictures/"semicolons.csv").write_text("path;label\nreal/0.png;real\n")
     (pictures/"one.csv").write_text("path,label\nreal/0.png,real\nreal/1.png,0\n")
     result = evaluate(pictures, *words, "--detector", "meter:Meter", "--out", "nothing")
     assert result.exit_code == 1 and message in result.output, result.output
     assert not (pictures/"nothing").exists()
+
+
+def test_a_rule_at_chance_tells_nothing_apart(pictures, monkeypatch):
+    "All pictures are PNG: where the detector is no better than that, nobody may conclude that the files give them away."
+    monkeypatch.syspath_prepend(pictures)
+    import meter  # type: ignore[import-not-found]
+    blind = type("Blind", (meter.Meter,), {"score": lambda self, images: images.float().mean((1, 2, 3))*0 - 1})
+    sentences = judge(blind(), read_foreign(pictures/"set"), resamples=50, num_workers=0).sentences
+    assert "as much as the detector." in sentences[2] and "tell these pictures apart" not in sentences[2]
