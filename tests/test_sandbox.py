@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -159,9 +160,9 @@ def test_stand_ins_learn_and_leave_a_trace(monkeypatch):
     assert late < 0.5*early and 1 < late < 25, (early, late) # the camera's noise, which is not reconstructed, is in it
 
 
-def test_failure_in_the_middle_keeps_what_was_there(tmp_path, monkeypatch):
+def test_failure_in_the_middle_keeps_what_was_there(root, tmp_path, monkeypatch):
     "Catches a build in place: after an error the old sandbox must be whole and nothing else be left."
-    root = S.make_sandbox(tmp_path/"data", **TINY)
+    root = shutil.copytree(root, tmp_path/"data")
     before = digests(root)
 
     def fail(*_): raise RuntimeError("disk full")
@@ -173,7 +174,7 @@ def test_failure_in_the_middle_keeps_what_was_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["annotations/calibration.txt", "ffhq"])
 def test_a_damaged_sandbox_is_made_anew(name, root, tmp_path):
     "Catches a marker that is believed although a list or an image is gone."
-    damaged = S.make_sandbox(tmp_path/"data", **TINY)
+    damaged = shutil.copytree(root, tmp_path/"data")
     victim = damaged/name if name.endswith(".txt") else min((damaged/name).iterdir())
     victim.unlink()
     assert digests(S.make_sandbox(damaged, **TINY)) == digests(root)
