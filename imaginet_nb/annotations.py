@@ -133,7 +133,7 @@ _PATH_FAULTS = ( # pattern of a bad path, what is wrong, what to do
     (r"(?:^|/)\.?(?:/|$)", "path is not in its shortest form", "remove the empty or . folders"),
 )
 
-# %% ../nbs/10_annotations.ipynb #86ba8fbc
+# %% ../nbs/10_annotations.ipynb #c8902933
 def _check_paths(
     paths: pd.Series,
     listing: _Listing,
@@ -143,7 +143,7 @@ def _check_paths(
     for pattern, why, remedy in _PATH_FAULTS:
         listing.refuse(paths.str.contains(pattern), paths, why, remedy)
     if not allow_duplicates:
-        listing.refuse(paths.duplicated(), paths, "path occurs a second time:", "delete the line or pass allow_duplicates=True")
+        listing.refuse(paths.duplicated(), paths, "path occurs a second time:", "delete the line (in Python: or allow_duplicates=True)")
 
 # %% ../nbs/10_annotations.ipynb #674a3fae
 def _check_words(

@@ -90,7 +90,7 @@ def _heif(
     register_heif_opener()
     return ("HEIF",)
 
-# %% ../nbs/20_images.ipynb #97c8cd72
+# %% ../nbs/20_images.ipynb #d32d2a0b
 def _read(
     stream: BinaryIO, # whole file, at its beginning
     max_pixels: int, # largest width times height
@@ -99,20 +99,21 @@ def _read(
     formats = (*FORMATS, *_heif(stream))
     picture = Image.open(stream, formats=formats)
     width, height = picture.size
-    if width*height > max_pixels: raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}")
+    if width*height > max_pixels: raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}; save a smaller copy")
     picture.verify() # after this, the file must be opened again
     stream.seek(0)
     picture = Image.open(stream, formats=formats)
     with _silent_libtiff() if picture.format == "TIFF" else contextlib.nullcontext(): picture.load()
     return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
 
-# %% ../nbs/20_images.ipynb #788c3c68
+# %% ../nbs/20_images.ipynb #c25f3346
 def _explain(
     error: Exception, # what Pillow or the system raised
 ) -> str: # words for a person
     "What is wrong with the file."
     if isinstance(error, UnidentifiedImageError): return f"not an image, or damaged at its beginning (read are {', '.join(FORMATS)})"
-    if isinstance(error, (ImageError, Image.DecompressionBombError)): return str(error)
+    if isinstance(error, ImageError): return str(error)
+    if isinstance(error, Image.DecompressionBombError): return str(error).partition(", could")[0] + "; save a smaller copy"
     if isinstance(error, OSError) and error.strerror: return error.strerror
     return f"damaged image: {error}" if str(error) else f"damaged image: {type(error).__name__}"
 
@@ -245,7 +246,7 @@ def _upper_rows(content: bytes, format: str | None, rows: int) -> np.ndarray:
     if pixels is None: raise ValueError("not decoded")
     return pixels.astype(np.uint8, copy=False)
 
-# %% ../nbs/20_images.ipynb #7a66d280
+# %% ../nbs/20_images.ipynb #f1d591e7
 class LazyImage:
     "An image file whose pixels are decoded when they are asked for, no more of them than needed; a `Picture`."
     def __init__(self,
@@ -256,8 +257,10 @@ class LazyImage:
         self._pixels: np.ndarray | None = None
         try:
             self._content = Path(path).read_bytes()
-            with Image.open(io.BytesIO(self._content), formats=FORMATS) as picture:
-                plain, self._format, (width, height) = _is_plain(picture, self._content), picture.format, picture.size
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore") # Pillow's word on large images; `max_pixels` is ours
+                with Image.open(io.BytesIO(self._content), formats=FORMATS) as picture:
+                    plain, self._format, (width, height) = _is_plain(picture, self._content), picture.format, picture.size
         except Exception: plain = False # `decode` says what is wrong
         if plain and width*height <= max_pixels: self.shape: tuple[int, ...] = (height, width, 3)
         else: self.shape = self._whole().shape

@@ -262,7 +262,14 @@ class MissingHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         raise ValueError(f"this model has no {self.track} head; train one (stage 2), or load a checkpoint that has it")
 
-# %% ../nbs/30_models.ipynb #bfa7b073
+# %% ../nbs/30_models.ipynb #1c3b9197
+def _check_tensor(images: Any) -> None:
+    "Pixels often lie in an array; say how to make them a tensor."
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a (B, 3, H, W) torch tensor, got {type(images).__name__}; "
+                        "for an (H, W, 3) array: torch.from_numpy(array).permute(2, 0, 1)[None]")
+
+# %% ../nbs/30_models.ipynb #687cc920
 class PixelDetector(nn.Module):
     "What a network can answer about pixels: evaluation mode, no gradients, float32 on the CPU."
     name: str                                               # of the detector, in every table
@@ -276,6 +283,7 @@ class PixelDetector(nn.Module):
 
     def _infer(self, images: Tensor, head: nn.Module) -> Tensor:
         "`head` of the features; the caller's tensor may lie on any device."
+        _check_tensor(images)
         if self.precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
         device = self.normalize.mean.device
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")

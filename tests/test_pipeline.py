@@ -179,6 +179,7 @@ def descendants(pid: int) -> list[int]:
 
 
 SEEN = ("detection_by_family", "operating_points", "identification", "open_set")
+MEASURED = ("inference_time",) # tables of times: no two runs have the same
 
 
 def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
@@ -203,7 +204,7 @@ def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
     result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     if killed_in_training: assert "going on after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
-    made = sorted((again/"tables").glob("*.csv"))
+    made = [path for path in sorted((again/"tables").glob("*.csv")) if path.stem not in MEASURED]
     assert {path.stem for path in made} >= set(SEEN)
     for table in made: assert table.read_bytes() == (report/"tables"/table.name).read_bytes(), table.name
     shutil.rmtree(again)

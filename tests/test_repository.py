@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_pipeline_notebooks_and_rules_match():
 @pytest.mark.parametrize("path", sorted((ROOT/"profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_profiles_load(path):
     assert load_profile(path.stem).about
+
+
+def test_nothing_committed_names_a_folder_of_the_machine_that_made_it():
+    words = ["git", "ls-files", "*.ipynb", "*.md", "*.html", "*.json"]
+    for name in subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.splitlines():
+        text = (ROOT/name).read_text()
+        assert "site-packages" not in text and str(ROOT) not in text, name
 
 
 def test_readme_is_rendered_from_the_index():
