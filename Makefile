@@ -31,8 +31,8 @@ test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, noteboo
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	# the longest files first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_look_alike.py tests/test_pipeline.py tests -n 2 --dist loadfile
+	# the longest files first, in this order
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_look_alike.py tests/test_pipeline.py tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # the same content before and after: what is committed is what the notebooks say
 check-notebooks: setup

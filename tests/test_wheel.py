@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from configparser import ConfigParser
@@ -47,7 +46,7 @@ def wheel(tmp_path_factory) -> Path:
         (folder/"sources"/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/name, folder/"sources"/name)
     run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})", cwd=folder/"sources")
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive: archive.extractall(folder/"unpacked", filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder/"unpacked")
     unpacked = next((folder/"unpacked").iterdir())
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, unpacked, cwd=folder)
     return next(folder.glob("*.whl"))
