@@ -169,7 +169,7 @@ rule p51_external:
         imported, external_sets,
     output: notebook("p51_external"), tables("practical", "corvi", "external_calibration")
     params: settings=settings("data", "evaluation"), code=code_of("p51_external")
-    threads: training_threads
+    threads: lambda wildcards: training_threads(wildcards) if external_sets(wildcards) else 1 # nothing to predict
     shell: RUN
 
 
