@@ -20,7 +20,7 @@ from imaginet_nb.data.manifest import write_manifest_csv
 from imaginet_nb.detectors.protocol import embed, predict
 from imaginet_nb.models.checkpoints import load_checkpoint
 from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
-from imaginet_nb.training.stages import stages as training
+from imaginet_nb.training import stages as training
 from imaginet_nb.training.processes import joined, rank_and_size
 
 ROOT, CPU = repo_root(), torch.device("cpu")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import load_profile
-from imaginet_nb.reporting.tables import tables as R
+from imaginet_nb.reporting import tables as R
 
 OURS = "SelfCon (ours)"
 
