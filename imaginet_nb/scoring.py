@@ -31,20 +31,11 @@ from .annotations import FAMILIES
 from .calibration import calibrated_probability, calibration_of
 from .core import atomic_path, fingerprint, progress
 from .detectors import _answers
-from .images import decode
+from .images import decode, walk
 from .open_set import NearestKnown, open_set_of
 from .transforms import center_crop, compress, pad_to
 
 # %% ../nbs/76_scoring.ipynb #f46ffe74
-def _walk(folder: Path) -> list[Path]:
-    "Whatever is in a folder and is no folder of its own; and folders that cannot be opened."
-    found: list[Path] = []
-    def closed(error: OSError) -> None: found.append(Path(error.filename))
-    for place, folders, files in os.walk(folder, onerror=closed):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found.extend(Path(place, name) for name in (*files, *links))
-    return sorted(found)
-
 def find_files(
     words: Iterable[str | Path], # files, folders, patterns, or - for the list
     listed: Iterable[str] = (), # lines that stand for -
@@ -54,7 +45,7 @@ def find_files(
         path = Path(word)
         if word == "-":
             return itertools.chain.from_iterable(expand(line.rstrip("\r\n")) for line in listed if line.strip() not in ("", "-"))
-        if path.is_dir(): return _walk(path)
+        if path.is_dir(): return [found.path for found in walk(path)]
         if glob.has_magic(word) and not path.exists():
             found = sorted(glob.glob(word, recursive=True))
             return itertools.chain.from_iterable(map(expand, found)) if found else [path]
