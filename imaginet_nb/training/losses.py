@@ -16,7 +16,7 @@ def positive_pairs(
     labels: Tensor, # `(B,)` class of each image
     exits: int, # `V`
     among: Tensor | None = None, # `(B,)` bool, the images that take part; None = all
-) -> tuple[Tensor, Tensor]: # two bool `(B*V, B*V)` masks: is a positive of the row's anchor; is compared with the row's anchor
+) -> tuple[Tensor, Tensor]: # bool `(B*V, B*V)`: is a positive of the row's anchor; is compared with that anchor at all
     "Which pairs of embeddings are positives, and which are compared; row `i*V + v` is exit `v` of image `i`."
     y = labels.repeat_interleave(exits)
     compared = ~torch.eye(len(y), dtype=torch.bool, device=y.device)
@@ -32,7 +32,8 @@ def _check_embeddings(features: Tensor) -> None:
     if not features.is_floating_point(): raise ValueError(f"features must be floating point, got {features.dtype}")
     if not features.numel() or features.device.type != "cpu": return
     error = (torch.linalg.vector_norm(features.detach().float(), dim=-1) - 1).abs().max().item()
-    if error > 0.02: raise ValueError(f"features must have unit length along D, but a length is off by {error:.3g}; divide by their norm")
+    if error > 0.02:
+        raise ValueError(f"features must have unit length along D, but a length is off by {error:.3g}; divide by their norm")
 
 # %% ../../nbs/03_training/00_losses.ipynb #cc8df5e8
 def _check_codes(name: str, codes: Tensor, features: Tensor) -> None:
@@ -43,7 +44,7 @@ def _check_codes(name: str, codes: Tensor, features: Tensor) -> None:
 
 # %% ../../nbs/03_training/00_losses.ipynb #f0196197
 class SelfConLoss(nn.Module):
-    "Pull together all exits of images that share a label, push the others away (paper, Eq. 1, as in the authors' code)."
+    "Pull together all exits of images that share a label, push the others away (paper, Eq. 1, in the form of the code)."
     def __init__(self,
         temperature: float = 0.07, # divides every similarity; positive, else ValueError
     ):
@@ -56,7 +57,9 @@ class SelfConLoss(nn.Module):
         labels: Tensor | None = None, # `(B,)` integer codes, on any device; None makes each image its own class
         among: Tensor | None = None, # `(B,)` bool, the images that take part; None = all
     ) -> Tensor: # 0-d, float32 or wider, at least 0
-        "Mean loss of the anchors that have a positive, in nats; 0 if none has. Raises ValueError for wrong shapes, types or lengths."
+        """Mean loss of the anchors that have a positive, in nats; 0 if none has.
+
+        Raises ValueError for wrong shapes or types and, on a CPU, for embeddings that have not unit length."""
         _check_embeddings(features)
         labels = torch.arange(len(features)) if labels is None else labels
         among = torch.ones_like(labels, dtype=torch.bool) if among is None else among
@@ -79,7 +82,7 @@ def loss_bounds(
     labels: Tensor, # `(B,)` class of each image that takes part in the term
     exits: int = 2, # `V`
 ) -> tuple[float, float]: # the SelfCon loss of perfectly clustered embeddings, and of embeddings that are all equal
-    "The two values between which a SelfCon term moves during training: mean of ln|P(a)|, and ln(BV - 1); both 0 if no anchor has a positive."
+    "Where a SelfCon term moves in training: from ln(BV - 1) to the mean of ln|P(a)|, in nats; both 0 if no anchor has a positive."
     positives = positive_pairs(labels, exits)[0].sum(1)
     positives = positives[positives > 0].double()
     if not len(positives): return 0.0, 0.0
@@ -87,7 +90,7 @@ def loss_bounds(
 
 # %% ../../nbs/03_training/00_losses.ipynb #4659820d
 class ImagiNetLoss(nn.Module):
-    "SelfCon on the origin of all images, plus SelfCon on the family of the synthetic ones (paper, Eq. 1 applied to two labels)."
+    "SelfCon on the origin of all images, plus SelfCon on the family of the synthetic ones (paper, Eq. 1 for two labels)."
     def __init__(self,
         temperature: float = 0.07, # of both terms; positive, else ValueError
     ):
@@ -99,7 +102,7 @@ class ImagiNetLoss(nn.Module):
         origin: Tensor, # `(B,)` 0 = real, 1 = synthetic; on any device
         family: Tensor, # `(B,)` integer code of the family, on any device; that of real images does not matter
     ) -> Tensor: # 0-d, float32 or wider, at least 0
-        "Sum of the two terms, in nats. Raises ValueError for wrong shapes, types, lengths or (on a CPU) values of `origin`."
+        "Sum of the two terms, in nats. Raises ValueError as `SelfConLoss` does and, on a CPU, for other values of `origin`."
         _check_codes("family", family, features)
         if origin.device.type == "cpu" and not bool(((origin == 0) | (origin == 1)).all()):
             raise ValueError("origin must be 0 (real) or 1 (synthetic)")
