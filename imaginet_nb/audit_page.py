@@ -28,7 +28,7 @@ from .annotations import FAMILIES, FAMILY_FOLDERS, UNKNOWN, AnnotationError, rea
 from .annotations import read_practical
 from .audit import RULES, composition, container_format, duplicate_table, duplicates, learned_null, overlap_table, property_table
 from .audit import read_properties, zero_pixel_table
-from .core import _git, atomic_path, file_sha256, versions
+from .core import _git, atomic_path, file_sha256, versions, write_csv
 from .images import is_image_path
 from .reporting import GREY, STYLE, _records, html_inline, html_table, looks_of, markdown_table, new_figure, published
 from .reporting import reading_frame, save_figure, save_table, text_frame
@@ -506,7 +506,7 @@ def _write_pages(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
 # %% ../nbs/71_audit_page.ipynb #e49cdd90
 def _save_rows(frame: pd.DataFrame, path: Path) -> None:
     "A long table of images: CSV only."
-    with atomic_path(path) as temporary: frame.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(frame, path)
 
 def audit(
     path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images
