@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.manifest import FAMILIES, MANIFEST_COLUMNS
-from ..core import atomic_path, file_sha256, progress, rng
+from ..core import atomic_path, file_sha256, progress, rng, write_csv
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
 from ..models.resnet import PixelDetector
@@ -246,7 +246,7 @@ def save_predictions(
     path: str | Path, # CSV; its folder is made
 ) -> None:
     "Write predictions, complete or not at all."
-    with atomic_path(path) as temporary: frame.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(frame, path)
 
 def load_predictions(
     path: str | Path, # as written by `save_predictions`
