@@ -8,6 +8,7 @@ The other machine: Linux on x86-64, Python 3.12, with torch and torchvision. Ver
 """
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = {"python_version": "3.12", "python_full_version": "3.12.3", "implementation_name": "cpython", "platform_python_implementation": "CPython",
-          "os_name": "posix", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
+TARGET = {"python_version": "3.12", "python_full_version": "3.12.3", "implementation_name": "cpython",
+          "platform_python_implementation": "CPython", "os_name": "posix", "sys_platform": "linux", "platform_system": "Linux",
+          "platform_machine": "x86_64"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 34, 31, 28, 27, 24, 17, 12, 5)]
 PLATFORMS += [f"manylinux{year}_x86_64" for year in (2014, 2010, 1)]
 # beside the library's own requirements: `imaginet reproduce` runs Snakemake, the benchmark compares with HDF5
@@ -61,13 +63,7 @@ def fetch(name: str, version: str, folder: Path) -> Path:
         made = next(Path(temporary).glob("*.whl"))
         if not made.name.endswith("any.whl") and "manylinux" not in made.name:
             raise SystemExit(f"{made.name}: built for this machine alone; add {name} to what the other machine has, or leave it out")
-        return Path(made.replace(folder/made.name)) if made.stat().st_dev == folder.stat().st_dev else _copied(made, folder)
-
-
-def _copied(path: Path, folder: Path) -> Path:
-    "A copy in a folder on another disk."
-    (folder/path.name).write_bytes(path.read_bytes())
-    return folder/path.name
+        return Path(shutil.move(made, folder/made.name))
 
 
 def main() -> None:
