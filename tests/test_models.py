@@ -16,8 +16,9 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from imaginet_nb.calibration import Calibration, fit_calibration
-from imaginet_nb.checkpoints import (
+from imaginet_nb.evaluation.calibration import Calibration, fit_calibration
+from imaginet_nb.evaluation.open_set import open_set_of
+from imaginet_nb.models.checkpoints import (
     CheckpointError,
     ProbabilityHeader,
     amend_checkpoint,
@@ -28,8 +29,7 @@ from imaginet_nb.checkpoints import (
     save_checkpoint,
     weights_digest,
 )
-from imaginet_nb.models import ImagiNetClassifier, SelfConNet, WeightsError, create_backbone, load_imagenet_weights
-from imaginet_nb.open_set import open_set_of
+from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, WeightsError, create_backbone, load_imagenet_weights
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -329,7 +329,7 @@ def test_saving_is_atomic(checkpoint, monkeypatch):
     def fails(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
-    monkeypatch.setattr("imaginet_nb.checkpoints.save_file", fails)
+    monkeypatch.setattr("imaginet_nb.models.checkpoints.save_file", fails)
     with pytest.raises(OSError, match="disk full"): save_checkpoint(small_classifier(), checkpoint)
     assert checkpoint.read_bytes() == before and len(list(checkpoint.parent.iterdir())) == 1
 
