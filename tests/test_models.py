@@ -422,8 +422,8 @@ def test_no_memory_is_taken_for_a_network_that_the_file_does_not_hold(tmp_path, 
     path = tmp_path / "s.safetensors"
     save_checkpoint(SelfConNet(create_backbone("resnet18", width=0.125), projection_size=8), path)
     forged(path, changes)
-    script = ("import sys, resource, torch; from imaginet_nb.checkpoints import load_checkpoint\n"
-              "from imaginet_nb.models import create_backbone; create_backbone('resnet18', width=0.125)\n"
+    script = ("import sys, resource, torch; from imaginet_nb.models.checkpoints import load_checkpoint\n"
+              "from imaginet_nb.models.resnet import create_backbone; create_backbone('resnet18', width=0.125)\n"
               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
               "try: load_checkpoint(sys.argv[1])\n"
               "except ValueError as error: print(type(error).__name__, 'of another shape' in str(error) or 'missing' in str(error))\n"
@@ -443,7 +443,7 @@ ODD_VALUES = (None, True, -1, 0, 3, 1e400, float("nan"), 2**80, 0.5, "", "abc", 
 
 
 def test_fuzzed_headers_give_a_network_or_a_checkpoint_error(tmp_path):
-    "400 headers with one or two entries replaced, at any depth, and the checksum put right."
+    "200 headers with one or two entries replaced, at any depth, and the checksum put right."
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     known = {"known_features": torch.ones(9, 64)}
     save_checkpoint(small_classifier(input_size=96), files[0], probability=FITTED, open_set=OPEN, extra=known)
@@ -451,7 +451,7 @@ def test_fuzzed_headers_give_a_network_or_a_checkpoint_error(tmp_path):
     draw, loaded = random.Random(0), 0
     honest = [(read_header(path), load_file(path)) for path in files]
     clean = [load_checkpoint(path)[0].state_dict() for path in files]
-    for _ in range(400):
+    for _ in range(200):
         which = draw.randrange(2)
         header, tensors = json.loads(json.dumps(honest[which][0])), honest[which][1]
         header.pop("sha256")
@@ -471,7 +471,7 @@ def test_fuzzed_headers_give_a_network_or_a_checkpoint_error(tmp_path):
         else:
             loaded += 1
             assert all(torch.equal(t, clean[which][n]) for n, t in model.state_dict().items())
-    assert 10 < loaded < 300, "some changes are harmless, most are not"
+    assert 10 < loaded < 150, "some changes are harmless, most are not"
 
 
 @pytest.mark.parametrize("text", [
