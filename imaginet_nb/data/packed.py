@@ -37,7 +37,7 @@ def tile_checksums(
 ) -> np.ndarray: # `(R*C,)` uint32, row by row
     "CRC-32 of each tile."
     tiles = pixels.reshape(len(pixels)//_BLOCK, _BLOCK, -1, _BLOCK*3).swapaxes(1, 2).reshape(-1, _BLOCK*_BLOCK*3)
-    return np.array([zlib.crc32(tile) for tile in tiles], np.uint32)
+    return np.array([zlib.crc32(tile.data) for tile in tiles], np.uint32)
 
 # %% ../../nbs/01_data/06_packed.ipynb #28a0c001
 class StoredImage:

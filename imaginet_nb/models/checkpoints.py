@@ -292,9 +292,10 @@ def load_checkpoint(
     if header.get("kind") not in _SCHEMAS:
         raise CheckpointError(f"{path}: unknown kind {reprlib.repr(header.get('kind'))}; known: {', '.join(_SCHEMAS)}")
     tensors, remedy = verified_tensors(path, header), "the header does not belong to these weights; use the original file"
-    extra = {name: tensors.pop(EXTRA + name, None) for name in header.get("extra", [])}
-    if lost := [name for name, tensor in extra.items() if tensor is None]:
+    names = list(dict.fromkeys(header.get("extra", [])))
+    if lost := [name for name in names if EXTRA + name not in tensors]:
         raise CheckpointError(f"{path}: extra: the file holds no tensor {lost[0][:200]!r}; use the original file")
+    extra = {name: tensors.pop(EXTRA + name) for name in names}
     try:
         with torch.device("meta"): check_fit(_build(header), tensors, path, remedy)
     except ValueError as error:
