@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from imaginet_nb import detectors
-from imaginet_nb.benchmark import (
+from imaginet_nb.apps.benchmark import (
     CPU,
     RATIO_COLUMNS,
     compare,
@@ -23,12 +22,13 @@ from imaginet_nb.benchmark import (
     training_case,
 )
 from imaginet_nb.core import load_profile
-from imaginet_nb.grad_cache import cached_step
-from imaginet_nb.inference import fast
-from imaginet_nb.models import ImagiNetClassifier, SelfConNet, create_backbone
-from imaginet_nb.reporting import read_table, save_table
-from imaginet_nb.store import pack
-from imaginet_nb.transforms import Stage1
+from imaginet_nb.data.augmentation import Stage1
+from imaginet_nb.data.packed import pack
+from imaginet_nb.detectors import protocol as detectors
+from imaginet_nb.models.fast import fast
+from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.reporting.tables import read_table, save_table
+from imaginet_nb.training.grad_cache import cached_step
 
 
 @pytest.fixture(scope="module")
@@ -129,5 +129,7 @@ def test_the_gpu_profile_is_the_configuration_of_the_paper():
     assert (gpu.model.name, gpu.model.width, gpu.model.exit_stage, gpu.model.projection_size) == (
         paper.model.name, paper.model.width, paper.model.exit_stage, paper.model.projection_size)
     assert (gpu.data.crop_size, gpu.data.image_size, gpu.pretrain.batch_size) == (96, 256, 200)
-    assert gpu.pretrain.chunk_size and gpu.pretrain.precision == "bfloat16"
-    assert gpu.sandbox is not None and gpu.sandbox.images >= 20_000 and gpu.sandbox.sides[0] >= gpu.data.crop_size
+    assert gpu.pretrain.chunk_size is None and gpu.pretrain.precision == "bfloat16" # a GPU holds the whole batch
+    assert gpu.sandbox is not None and gpu.sandbox.sides[0] >= gpu.data.crop_size
+    crops = gpu.pretrain.epochs*4*gpu.sandbox.images//5 # four fifths are for training
+    assert gpu.pretrain.epochs >= 15 and crops >= 60_000, "too few steps for a curve to flatten"
