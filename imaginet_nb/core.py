@@ -180,6 +180,10 @@ def only_run(
             with contextlib.suppress(OSError): folder.rmdir() # nothing came of the run
 
 # %% ../nbs/00_core.ipynb #a1c0de12
+def _refused(problem: str, where: Any) -> yaml.MarkedYAMLError:
+    "Error of the YAML reader."
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
 _YAML_BYTES, _YAML_DEPTH = 1 << 16, 16
 _TOO_DEEP = f"nested more than {_YAML_DEPTH} deep"
 _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
@@ -213,10 +217,7 @@ class _PlainLoader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
-def _refused(problem: str, where: Any) -> yaml.MarkedYAMLError:
-    "Error of the YAML reader."
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
-
+# %% ../nbs/00_core.ipynb #a1c0de15
 def _number(loader: _PlainLoader, node: Any) -> int | float:
     "A number of 64 bits."
     try: value = loader.construct_yaml_int(node) if node.tag.endswith(":int") else loader.construct_yaml_float(node)
