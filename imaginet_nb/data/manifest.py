@@ -6,15 +6,14 @@
 __all__ = ['LABELS', 'MANIFEST_COLUMNS', 'CONTENT_TYPES', 'FAMILIES', 'GENERATORS', 'UNKNOWN', 'FAMILY_FOLDERS',
            'CORVI_GENERATORS', 'PRACTICAL_FOLDERS', 'REAL_SOURCES', 'AnnotationError', 'Label', 'Origin', 'ContentType',
            'Family', 'Generator', 'validate_manifest', 'read_annotations', 'write_annotations', 'read_corvi',
-           'read_practical', 'read_manifest_csv', 'write_manifest_csv', 'split_manifest', 'balanced_calibration',
-           'draw_reals', 'family_groups', 'perturbed_layout', 'overlap', 'count_table']
+           'read_practical', 'table_rows', 'read_manifest_csv', 'write_manifest_csv', 'split_manifest',
+           'balanced_calibration', 'draw_reals', 'family_groups', 'perturbed_layout', 'overlap', 'count_table']
 
 # %% ../../nbs/01_data/00_manifest.ipynb #a9213816
 import csv
 import difflib
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -343,25 +342,53 @@ def read_practical(
     return _external(paths, origin, list(folder.map(PRACTICAL_FOLDERS).fillna(UNKNOWN)), split, listing)
 
 # %% ../../nbs/01_data/00_manifest.ipynb #b6550600
+def _lines(path: str | Path) -> Iterator[str]:
+    "The lines of a UTF-8 file, without a byte-order mark."
+    try: file = open(path, "rb")
+    except OSError as error: raise AnnotationError(f"{path}: cannot be read ({error.strerror}); give the path of a CSV file") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            try: yield line.decode("utf-8" if number > 1 else "utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise AnnotationError(f"{path}, line {number}: byte 0x{line[e.start]:02x} is not UTF-8; save the file as UTF-8") from None
+
+def _csv_error(error: csv.Error) -> str:
+    "What is wrong and what to do, in our words where python's are of no help."
+    if "field limit" in str(error): return f"a cell of more than {csv.field_size_limit():,} characters; shorten it, or close its quotation marks"
+    if "new-line character" in str(error): return "a carriage return that ends no line; put the cell in quotation marks, or end lines with a newline"
+    return f"{error}; check the quotation marks"
+
+def table_rows(
+    path: str | Path, # CSV file, the names of its columns in the first row
+) -> Iterator[tuple[int, list[str]]]: # line on which a row begins, from 1, and its cells; the names of the columns come first
+    """Rows of a CSV file, one by one; blank lines at its end are no rows.
+
+    Raises `AnnotationError` with file and line for a file that cannot be read, bytes that are not UTF-8, a name that occurs twice,
+    a row with another number of cells, a cell of more than 131,072 characters, and wrong quotation marks.
+    """
+    reader, start, columns, blank = csv.reader(_lines(path), strict=True), 1, None, 0
+    try:
+        for cells in reader:
+            line, start = start, reader.line_num + 1
+            if not cells: blank = blank or line
+            elif columns is None and len(set(cells)) < len(cells):
+                raise AnnotationError(f"{path}, line {line}: a column name occurs twice in {cells}; rename one")
+            elif columns is not None and (blank or len(cells) != len(columns)):
+                raise AnnotationError(f"{path}, line {blank or line}: {0 if blank else len(cells)} fields instead of {len(columns)}; "
+                                      + ("delete the blank line" if blank else "quote fields that contain commas"))
+            else:
+                columns = columns or cells
+                yield line, cells
+    except csv.Error as error: raise AnnotationError(f"{path}, line {reader.line_num}: {_csv_error(error)}") from None
+    if columns is None: raise AnnotationError(f"{path}: the file is empty; a list needs at least one line")
+
 def _read_table(
     path: str | Path,
 ) -> tuple[pd.DataFrame, _Listing]: # all columns as text
     "Rows of a CSV file with the line on which each began."
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows, lines = [], []
-    try:
-        header = next(reader)
-        start = reader.line_num + 1
-        for row in reader:
-            rows.append(row)
-            lines.append(start)
-            start = reader.line_num + 1
-    except csv.Error as e: raise AnnotationError(f"{path}, line {reader.line_num}: {e}; check the quotation marks") from None
-    if len(set(header)) < len(header): raise AnnotationError(f"{path}, line 1: a column name occurs twice in {header}; rename one")
-    listing, n = _Listing(str(path), lines), len(header)
-    for i, row in enumerate(rows):
-        if len(row) != n: raise listing.error(i, f"{len(row)} fields instead of {n}", "quote fields that contain commas")
-    return pd.DataFrame(rows, columns=header, dtype=str), listing
+    (_, columns), *rows = table_rows(path)
+    return pd.DataFrame([cells for _, cells in rows], columns=columns, dtype=str), _Listing(str(path), [line for line, _ in rows])
+
 
 # %% ../../nbs/01_data/00_manifest.ipynb #f19326c5
 def read_manifest_csv(
