@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
-from imaginet_nb.audit.files import files as au
+from imaginet_nb.audit import files as au
 from imaginet_nb.audit.files import report as audit_page
 from imaginet_nb.core import repo_root
 from imaginet_nb.data.manifest import FAMILIES, AnnotationError, read_annotations, write_annotations

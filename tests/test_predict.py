@@ -74,7 +74,7 @@ def test_every_format_is_read_and_every_file_has_a_row(net, tmp_path):
     assert len(rows) == sum(len(files) for _, _, files in os.walk(folder))
     assert rows["error"].notna().sum() == len(BAD)
     assert [rows.loc[str(folder/f"a.{suffix}"), "format"] for suffix in kinds] == list(kinds.values())
-    assert rows.loc[f"{folder}/caf\\xe9, \"b\"\n.png", "logit"] == rows.loc[str(folder/"a.png"), "logit"]
+    assert rows.loc[rf'{folder}/caf\xe9, "b"\x0a.png', "logit"] == rows.loc[str(folder/"a.png"), "logit"]
 
 
 def test_an_animation_and_a_turned_picture_are_told_apart_from_plain_ones(net, score, tmp_path):

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from ..core import ProfileError, atomic_path, load_profile, only_run, repo_root
+from ..core import ProfileError, load_profile, only_run, repo_root, write_csv
 
 # %% ../../nbs/08_apps/07_cli.ipynb #c043a21a
 app = typer.Typer(help="ImagiNet in notebooks: detect synthetic images, name the family of their generator, reproduce the paper.",
@@ -174,8 +174,7 @@ def verify(
     """
     from imaginet_nb.data.imaginet import verify as check
     problems = check(root, jobs=jobs)
-    if out is not None:
-        with atomic_path(out) as temporary: problems.to_csv(temporary, index=False, lineterminator="\n")
+    if out is not None: write_csv(problems, out)
     if problems.empty: return typer.echo(f"{root}: every listed image is there and right")
     typer.echo(problems.head(10).to_string(index=False))
     kinds = problems["problem"].str.split(":").str[0].value_counts()

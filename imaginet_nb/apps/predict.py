@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANY_SIZE', 'Box', 'VIEWS', 'SCORE_COLUMNS', 'FORMATS_OUT', 'find_files', 'crop_boxes', 'Prepared', 'prepare', 'band',
-           'verdict', 'Settings', 'Scorer', 'score_picture', 'path_text', 'score_files', 'check_out', 'score_frame',
-           'write_scores', 'read_scores', 'part_of', 'without_results', 'score_to_file']
+           'verdict', 'Settings', 'Scorer', 'score_picture', 'score_files', 'check_out', 'score_frame', 'write_scores',
+           'read_scores', 'part_of', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import glob
@@ -29,7 +29,7 @@ from PIL import Image
 
 from ..data.manifest import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
-from ..core import atomic_path, fingerprint, progress
+from ..core import atomic_path, fingerprint, path_text, progress, text_path, write_csv
 from ..detectors.protocol import _answers
 from ..data.images import decode, walk
 from ..evaluation.open_set import NearestKnown, open_set_of
@@ -247,12 +247,6 @@ def _facts(
     if size and min(height, width) < size: notes.append(f"padded to {size} pixels")
     return {"width": width, "height": height, "format": kind, "note": "; ".join(notes) or None}
 
-def path_text(
-    path: Path,
-) -> str: # the path, bytes that are no UTF-8 spelled out
-    "A path as it stands in a table."
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
 # %% ../../nbs/08_apps/00_predict.ipynb #530a461a
 def _load(scorer: Scorer, path: Path) -> tuple[Prepared | None, dict[str, Any]]:
     "Crops of a file and what is known about it, or its error."
@@ -304,12 +298,11 @@ def write_scores(
 ) -> None:
     "Write a table, complete or not at all."
     out, rows = check_out(out), iter(rows)
+    pieces = itertools.chain([list(itertools.islice(rows, _PIECE))], iter(lambda: list(itertools.islice(rows, _PIECE)), []))
+    if out.suffix == ".csv": return write_csv(map(score_frame, pieces), out)
     with atomic_path(out) as temporary:
-        pieces = itertools.chain([list(itertools.islice(rows, _PIECE))], iter(lambda: list(itertools.islice(rows, _PIECE)), []))
         for i, piece in enumerate(pieces):
-            if out.suffix == ".csv":
-                score_frame(piece).to_csv(temporary, mode="a" if i else "w", header=not i, index=False, lineterminator="\n")
-            elif out.suffix == ".parquet":
+            if out.suffix == ".parquet":
                 import fastparquet
                 fastparquet.write(str(temporary), score_frame(piece), append=i > 0, write_index=False)
             else:
@@ -357,7 +350,7 @@ def _kept(
     written = source.stat().st_mtime_ns
     for row in _whole_lines(source) if source != out else read_scores(out):
         fresh = row["path"] in wanted and row["settings"] == scorer.fingerprint and row["error"] is None
-        if fresh and os.path.exists(row["path"]) and os.stat(row["path"]).st_mtime_ns <= written: yield row
+        if fresh and (path := text_path(row["path"])).exists() and path.stat().st_mtime_ns <= written: yield row
 
 def _whole_lines(part: Path) -> Iterator[dict[str, Any]]:
     "Rows of a part, without a last line that was cut off."

@@ -28,7 +28,7 @@ from ..data.manifest import FAMILIES, FAMILY_FOLDERS, UNKNOWN, AnnotationError, 
 from ..data.manifest import read_practical
 from .files import RULES, composition, container_format, duplicate_table, duplicates, learned_null, overlap_table, property_table
 from .files import read_properties, zero_pixel_table
-from ..core import _git, atomic_path, file_sha256, versions
+from ..core import _git, atomic_path, file_sha256, versions, write_csv
 from ..data.images import is_image_path
 from ..reporting.tables import GREY, STYLE, _records, html_inline, html_table, looks_of, markdown_table, new_figure, published
 from ..reporting.tables import reading_frame, save_figure, save_table, text_frame
@@ -506,7 +506,7 @@ def _write_pages(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
 # %% ../../nbs/06_audit/03_report.ipynb #e49cdd90
 def _save_rows(frame: pd.DataFrame, path: Path) -> None:
     "A long table of images: CSV only."
-    with atomic_path(path) as temporary: frame.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(frame, path)
 
 def audit(
     path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images

@@ -23,7 +23,7 @@ from joblib import delayed
 from PIL import ExifTags, Image
 
 from .manifest import CORVI_GENERATORS, PRACTICAL_FOLDERS, AnnotationError, read_corvi, read_practical
-from ..core import atomic_path, fingerprint, progress, worker_processes
+from ..core import atomic_path, fingerprint, progress, worker_processes, write_csv
 from .images import ImageError, decode, encode
 from .perturbed import _prepare
 from .augmentation import center_crop
@@ -113,7 +113,7 @@ def _prepare_files(
     with worker_processes(1 if len(tasks) < 100 else jobs) as parallel:
         problems = list(progress(parallel(work), f"preparing {out.name}", total=len(tasks)))
     faults = pd.DataFrame([(path, why) for path, why in zip(tasks, problems, strict=True) if why], columns=["path", "problem"])
-    with atomic_path(out/"faults.csv") as temporary: faults.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(faults, out/"faults.csv")
     if len(faults) and (not allow_faults or len(faults) == len(tasks)):
         raise PreparationError(f"{len(faults)} of {len(tasks)} images could not be prepared, the first: {faults['problem'][0]}; "
                                f"all are named in {out/'faults.csv'}. Repair them and run again, or allow faults: they count as not scored")

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from ..core import atomic_path, rng
+from ..core import atomic_path, rng, write_csv
 
 # %% ../../nbs/01_data/00_manifest.ipynb #34b506ab
 class AnnotationError(ValueError):
@@ -415,7 +415,7 @@ def write_manifest_csv(
 ) -> None:
     "Write a manifest to a CSV file."
     frame = validate_manifest(df, f"manifest for {path}", external=True, allow_duplicates=True)
-    with atomic_path(path) as temporary: frame.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(frame, path)
 
 # %% ../../nbs/01_data/00_manifest.ipynb #0ba5c0a1
 def _shuffled(

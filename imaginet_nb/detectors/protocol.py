@@ -24,8 +24,13 @@ from scipy.special import expit, softmax
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+<<<<<<< HEAD
 from ..data.manifest import FAMILIES, MANIFEST_COLUMNS, AnnotationError, table_rows
 from ..core import atomic_path, file_sha256, progress, rng
+=======
+from ..data.manifest import FAMILIES, MANIFEST_COLUMNS
+from ..core import atomic_path, file_sha256, progress, rng, write_csv
+>>>>>>> main
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
 from ..models.resnet import PixelDetector
@@ -286,7 +291,7 @@ def save_predictions(
     path: str | Path, # CSV; its folder is made
 ) -> None:
     "Write predictions, complete or not at all."
-    with atomic_path(path) as temporary: frame.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(frame, path)
 
 def load_predictions(
     path: str | Path, # as written by `save_predictions`

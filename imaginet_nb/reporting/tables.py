@@ -33,7 +33,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from ..data.manifest import CONTENT_TYPES
-from ..core import Profile, atomic_path, repo_root, shipped
+from ..core import Profile, atomic_path, csv_text, repo_root, shipped
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #887a4816
 def cell_text(
@@ -202,7 +202,7 @@ def save_table(
     excerpt = [f"The first 20 of {len(text):,} rows; all are in the CSV file."] if len(text) > readable_rows else []
     full_caption = " ".join([caption, *below])
     parts = [caption, markdown_table(reading), *below, *excerpt]
-    paths = [_write(stem.with_name(f"{stem.name}.csv"), text.to_csv(index=False, lineterminator="\n")),
+    paths = [_write(stem.with_name(f"{stem.name}.csv"), csv_text(text)),
              _write(stem.with_name(f"{stem.name}.md"), "\n\n".join(parts) + "\n"),
              _write(stem.with_name(f"{stem.name}.tex"), latex_table(reading, " ".join([full_caption, *excerpt]), stem.name))]
     return [*paths, _write_provenance(stem, paths, full_caption, provenance)]
