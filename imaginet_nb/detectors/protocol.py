@@ -24,13 +24,8 @@ from scipy.special import expit, softmax
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-<<<<<<< HEAD
-from ..data.manifest import FAMILIES, MANIFEST_COLUMNS, AnnotationError, table_rows
-from ..core import atomic_path, file_sha256, progress, rng
-=======
-from ..data.manifest import FAMILIES, MANIFEST_COLUMNS
+from ..data.manifest import FAMILIES, MANIFEST_COLUMNS, AnnotationError, image_file, table_rows
 from ..core import atomic_path, file_sha256, progress, rng, write_csv
->>>>>>> main
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
 from ..models.resnet import PixelDetector
@@ -99,9 +94,9 @@ class _Files(Dataset):
     def __len__(self) -> int: return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
-        path = self.root/self.paths[row]
-        try: image = decode(path)
-        except ImageError as error: return row, str(error).replace(str(path), self.paths[row])
+        path = self.root
+        try: image = decode(path := image_file(self.root, self.paths[row]))
+        except ValueError as error: return row, str(error).replace(str(path), self.paths[row])
         if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
         return row, torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
@@ -227,7 +222,7 @@ def _predictions(
         errors.update(batch.errors)
         unread += len(batch.errors)
     labels = part.drop(columns=[c for c in PREDICTION_COLUMNS if c in manifest]).reset_index(drop=True)
-    parts = gather_objects([(labels.join(_prediction_frame(detector, answers, errors)), len(errors) - unread)])
+    parts = gather_objects((labels.join(_prediction_frame(detector, answers, errors)), len(errors) - unread))
     return pd.concat([p for p, _ in parts if len(p)], ignore_index=True), sum(failed for _, failed in parts)
 
 
@@ -371,16 +366,32 @@ def _slices_of(out: Path) -> list[Path]:
     if missing: raise ValueError(f"{out}: {len(missing)} of {max(counts)} slices are missing, score them first: {', '.join(missing[:20])}")
     return paths
 
+def _differences(a: Any, b: Any, name: str = "") -> list[str]:
+    "Which entries of two records differ, such as `versions.torch`."
+    if not (isinstance(a, dict) and isinstance(b, dict)): return [] if a == b else [name]
+    keys = sorted(a.keys() | b.keys())
+    return [found for key in keys for found in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))]
+
+def _record_of(path: Path) -> dict[str, Any]:
+    "The JSON beside a slice."
+    beside = path.with_suffix(".json")
+    try:
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        rows = record["rows"]
+        if len(rows) == 2 and all(isinstance(row, int) for row in rows): return record
+    except (OSError, ValueError, KeyError, TypeError): pass
+    raise ValueError(f"{beside}: not the record of a slice, or damaged; score {path.name} again")
+
 def merge_slices(
     out: str | Path, # CSV to write; the slices lie beside it
 ) -> int: # rows
     "Put the predictions of all slices together, as one run would have written them."
     out = Path(out)
     paths, first = _slices_of(out), 0
-    records = [json.loads(p.with_suffix(".json").read_text()) for p in paths]
+    records = [_record_of(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         start, stop = record.pop("rows")
-        differing = sorted(key for key in record.keys() | records[0].keys() if record.get(key) != records[0].get(key))
+        differing = _differences(records[0], record)
         if differing or start != first:
             raise ValueError(f"{path.name} does not go with {paths[0].name} ({', '.join(differing) or 'rows'} differ): score it again")
         first = stop
