@@ -28,7 +28,7 @@ from ..models.checkpoints import load_checkpoint, save_checkpoint
 from ..core import Profile, Run, atomic_path, fingerprint, load_profile, pick_device, progress, repo_root
 from ..data.datasets import ManifestDataset, make_loader
 from .grad_cache import cached_step
-from .losses import ImagiNetLoss, select_rows
+from .losses import ImagiNetLoss
 from ..models.resnet import (Backbone, ImagiNetClassifier, Normalize, SelfConNet, create_backbone, load_imagenet_weights,
                                 to_device)
 from .processes import average_gradients, gather, joined, per_process, rank_and_size, synchronize
@@ -254,12 +254,13 @@ def two_track_loss(
     origin: Tensor, # (B,) 0 real, 1 synthetic
     family: Tensor, # (B,) 0..3, and 4 for real images
 ) -> Tensor: # 0-d
-    "Sigmoid cross-entropy on all images plus softmax cross-entropy on the synthetic ones."
-    found = F.binary_cross_entropy_with_logits(detection, origin.to(detection.device, non_blocking=True).float())
-    synthetic = origin.cpu() == 1 # asked of the CPU: see `losses`
-    if not synthetic.any(): return found + 0*identification.sum() # a batch of reals alone still has a gradient
-    chosen = select_rows(family.to(identification.device, non_blocking=True), synthetic)
-    return found + F.cross_entropy(select_rows(identification, synthetic), chosen)
+    "Sigmoid cross-entropy on all images plus softmax cross-entropy on the synthetic ones; the mask keeps the GPU from waiting."
+    origin, family = (codes.to(detection.device, non_blocking=True) for codes in (origin, family))
+    synthetic = origin == 1
+    found = F.binary_cross_entropy_with_logits(detection, origin.float())
+    ignored = -100 # torch's code for "no label"
+    named = F.cross_entropy(identification, family.where(synthetic, ignored), ignore_index=ignored, reduction="sum")
+    return found + named/synthetic.sum().clamp(min=1) # a batch of real images alone still has a gradient
 
 # %% ../../nbs/03_training/03_stages.ipynb #6ef780ba
 def train_detector(
