@@ -520,7 +520,7 @@ def score(
     with joined(pick_device(device)) as place:
         scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
         rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
-                              identity=identity, device=place.type, versions=versions())
+                              identified_by=identity, device=place.type, versions=versions())
         failed = int(rows["error"].notna().sum())
         if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
         if failed == len(rows):

@@ -27,7 +27,10 @@ from ..core import atomic_path, path_text, rng, text_path, write_csv
 
 # %% ../../nbs/01_data/00_manifest.ipynb #34b506ab
 class AnnotationError(ValueError):
-    "An annotation list or a manifest that cannot be used as it is."
+    "An annotation list or a manifest that cannot be used as it is. A long message, such as one that quotes a cell, loses its middle."
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 1000 else f"{message[:700]} … {message[-200:]}")
+
 
 # %% ../../nbs/01_data/00_manifest.ipynb #4dcfaef8
 _L = TypeVar("_L", bound="Label")
