@@ -83,6 +83,7 @@ def _judged(manifest: pd.DataFrame, split: str | None) -> pd.DataFrame:
                               "ones; for pictures of one kind there is `imaginet predict`")
     return rows.reset_index(drop=True)
 
+# %% ../../nbs/08_apps/02_evaluate.ipynb #5f0c3a41
 def _both_scored(predictions: pd.DataFrame) -> bool:
     "Is there a score of a real and of a synthetic picture?"
     return predictions.loc[predictions["error"].isna(), "origin"].nunique() == 2
@@ -98,6 +99,7 @@ def _refuse_one_kind(predictions: pd.DataFrame) -> None:
     raise ValueError(f"none of {len(mine)} {kind} pictures could be scored, and accuracy needs real and synthetic ones; "
                      f"the first: {mine['error'].iloc[0]}")
 
+# %% ../../nbs/08_apps/02_evaluate.ipynb #5f0c3a42
 def _thresholds(
     detector: Any,
     foreign: ForeignSet,
@@ -119,7 +121,6 @@ def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     "Which splits were left out."
     others = manifest.loc[~manifest["split"].isin(set(predictions["split"])), "split"].value_counts(sort=False)
     return [f"Not judged, because they are of the split {split}: {n:,} pictures; --split chooses another." for split, n in others.items()]
-
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #174c782e
 def _with_rules(table: pd.DataFrame, predictions: pd.DataFrame, by: str, options: dict[str, int]) -> pd.DataFrame:

@@ -378,6 +378,7 @@ def _csv_error(error: csv.Error) -> str:
     if "new-line character" in str(error): return "a carriage return that ends no line; put the cell in quotes, or end lines with a newline"
     return f"{error}; check the quotation marks"
 
+# %% ../../nbs/01_data/00_manifest.ipynb #5f0c3a25
 def table_rows(
     path: str | Path, # CSV file, the names of its columns in the first row
 ) -> Iterator[tuple[int, list[str]]]: # line on which a row begins, from 1, and its cells; the names of the columns come first
@@ -405,13 +406,13 @@ def table_rows(
     except csv.Error as error: raise AnnotationError(f"{path}, line {reader.line_num}: {_csv_error(error)}") from None
     if columns is None: raise AnnotationError(f"{path}: the file is empty; a list needs at least one line")
 
+# %% ../../nbs/01_data/00_manifest.ipynb #5f0c3a26
 def read_table(
     path: str | Path, # CSV file, the names of its columns in the first row
 ) -> tuple[pd.DataFrame, _Listing]: # all columns as text; where each row stands, for messages
     "The whole of a CSV file. Raises as `table_rows`."
     (_, columns), *rows = table_rows(path)
     return pd.DataFrame([cells for _, cells in rows], columns=columns, dtype=str), _Listing(str(path), [line for line, _ in rows])
-
 
 # %% ../../nbs/01_data/00_manifest.ipynb #f19326c5
 def read_manifest_csv(
