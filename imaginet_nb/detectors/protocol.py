@@ -366,6 +366,7 @@ def _slices_of(out: Path) -> list[Path]:
     if missing: raise ValueError(f"{out}: {len(missing)} of {max(counts)} slices are missing, score them first: {', '.join(missing[:20])}")
     return paths
 
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5f0c3a33
 def _differences(a: Any, b: Any, name: str = "") -> list[str]:
     "Which entries of two records differ, such as `versions.torch`."
     if not (isinstance(a, dict) and isinstance(b, dict)): return [] if a == b else [name]
