@@ -115,7 +115,8 @@ def test_a_file_damaged_anywhere_gives_pixels_or_one_kind_of_error(kind):
 # --- names, labels and cells with odd characters
 
 ODD = [b"\\", b"\\xff", b"\xff", b"\xc2\x85", b"\xe2\x80\xa8", b"\r", b"\n", b"\r\n", b"\x0b", b"\x0c", b"\x1c", b"\x1e", b"\t",
-       b"=", b"+1", b"-", b"@", b"\"", b",", b"'", b" ", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"a", b".png", b"u2028", b"\xe2\x80\xae", b"NA"]
+       b"=", b"+1", b"-", b"@", b"\"", b",", b"'", b" ", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"a", b".png",
+       b"u2028", b"\xe2\x80\xae", b"NA"]
 
 
 def odd_names(seed: int, n: int) -> list[bytes]:
@@ -176,7 +177,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([
 YAML = [BOMB, "["*30_000, "{"*30_000, "- "*30_000, "? "*20_000, "a: "*10_000, "seed: " + "9"*5000, "seed: 1" + ":1"*500 + ".5", "seed: 0b_",
         "seed: 99999999999999999999", "name: 2024-13-45", "seed: 2024-01-01", "name: !!timestamp x", "name: !!python/name:os.system",
         "<<: {name: demo}", "name: a\nname: b", "1: 2", "? [a]\n: b", "null: 1", "a: \0", "\0", b"\xff\xfe", b"name: \xe9", "#"*70_000,
-        "%"*60_000, "a\n"*30_000, "!"*30_000, "|"*100, "a: 1\n---\nb: 2", "seed: .nan", "seed: .inf", "a: *b", "\t", "a: [1,", "", "- 1", "x"]
+        "%"*60_000, "a\n"*30_000, "!"*30_000, "|"*100, "a: 1\n---\nb: 2",
+        "seed: .nan", "seed: .inf", "a: *b", "\t", "a: [1,", "", "- 1", "x"]
 
 
 @pytest.mark.parametrize("read, error", [(load_profile, ProfileError), (read_settings, PluginError)])
