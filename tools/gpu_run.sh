@@ -105,7 +105,7 @@ export PYTHONPATH=$root:$site PATH=$site/bin:$PATH JUPYTER_PATH=$site/share/jupy
 export TORCHINDUCTOR_CACHE_DIR=$root/$work/inductor # of all notebooks together
 python3 -c 'import torch, torchvision' || { say "python3 has no torch and torchvision"; exit 2; }
 install || { say "install: failed"; exit 1; }
-say "installed: $(find "$wheels" -name '*.whl' | wc -l) wheels"
+say "installed: $(find "$wheels" -type f -name '*.whl' | wc -l) wheels"
 machine > "$work/machine.txt" && for folder in "${reports[@]}"; do mkdir -p "$folder" && cp "$work/machine.txt" "$folder"; done
 while IFS= read -r line; do say "$line"; done < "$work/machine.txt"
 
