@@ -25,7 +25,7 @@ reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE
 	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(FORCE),--force) $(if $(DRYRUN),--dry-run)
 
 bench: setup ## times of every stage beside the plain way, to reports/benchmark/; leave the machine alone meanwhile
-	$(BIN)/python -c 'from imaginet_nb.pipeline import run_notebook, write_html; write_html(run_notebook("p95_benchmark", "benchmark"), "reports/benchmark/index.html")'
+	$(BIN)/python -c 'from imaginet_nb.apps.pipeline import run_notebook, write_html; write_html(run_notebook("p95_benchmark", "benchmark"), "reports/benchmark/index.html")'
 
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ check-notebooks: setup
 prepare: setup ## after editing notebooks: clean, export, render README.md and the map of reports
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/python -c 'from imaginet_nb.cards import write_map; from imaginet_nb.reporting import write_readme; write_map(); write_readme()'
+	$(BIN)/python -c 'from imaginet_nb.apps.cards import write_map; from imaginet_nb.reporting.tables import write_readme; write_map(); write_readme()'
 
 docs: setup ## a site of all notebooks, the API and a search, read offline: _docs/site/index.html
 	$(BIN)/python docs/pages.py _docs/source

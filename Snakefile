@@ -24,22 +24,25 @@ wildcard_constraints:
     profile="|".join(SETTINGS),
 
 
-def modules_of(source):
-    "Library modules that a piece of Python imports."
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module]
-    return {n.module.split(".")[-1] for n in nodes if n.level == 1 or n.module.startswith("imaginet_nb.")}
+def imports_of(source, package=()):
+    "Files of the library that a piece of Python imports; `package` is the folder that relative imports start from."
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom): continue
+        module = Path(*package[:len(package) + 1 - node.level] if node.level else (), *(node.module or "").split("."))
+        for path in (module.with_suffix(".py"), *((module/name.name).with_suffix(".py") for name in node.names)):
+            if path.parts[0] == "imaginet_nb" and path.is_file(): yield path
 
 
 def code_of(notebook):
     "Hash of a pipeline notebook and of every library module that it imports, directly or not."
     cells = json.loads(Path(f"nbs/pipelines/{notebook}.ipynb").read_text())["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    todo, seen = modules_of(text), {}
+    todo, seen = set(imports_of(text)), {}
     while todo:
-        name = todo.pop()
-        seen[name] = Path(f"imaginet_nb/{name}.py").read_text()
-        todo |= modules_of(seen[name]) - seen.keys()
-    return hashlib.sha256("\n".join([text, *(seen[name] for name in sorted(seen))]).encode()).hexdigest()
+        path = todo.pop()
+        seen[path] = path.read_text()
+        todo |= set(imports_of(seen[path], path.parent.parts)) - seen.keys()
+    return hashlib.sha256("\n".join([text, *(seen[path] for path in sorted(seen))]).encode()).hexdigest()
 
 
 def settings(*keys):

@@ -8,6 +8,7 @@ the comment beside each parameter, the first line of the docstring. Nothing of t
 import ast
 import copy
 import io
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,16 @@ def notebooks(pattern: str) -> list[Path]:
     return [p for p in sorted((ROOT/"nbs").glob(pattern)) if p.name != "index.ipynb"]
 
 
+def library() -> list[Path]:
+    "Notebooks that export a module, in reading order."
+    return [*notebooks("[0-9]*.ipynb"), *notebooks("[0-9]*/[0-9]*.ipynb")]
+
+
+def module_of(notebook: Path) -> str:
+    "Module that a library notebook exports, such as data.manifest: folder and file name without their numbers."
+    return ".".join(part.partition("_")[2] for part in notebook.relative_to(ROOT/"nbs").with_suffix("").parts)
+
+
 def shown_cell(cell: dict) -> dict | None:
     "A cell as the site shows it: without directives, and without outputs that need a kernel or a network."
     source = "".join(cell["source"])
@@ -54,9 +65,9 @@ def copy_notebook(path: Path, target: Path) -> None:
     executed = ROOT/"reports"/"demo"/"notebooks"/path.name
     notebook = json.loads((executed if executed.is_file() else path).read_text(encoding="utf-8"))
     cells = [shown for cell in notebook["cells"] if (shown := shown_cell(cell))]
-    module = path.stem.partition("_")[2]
-    if path.parent.name == "nbs":
-        names = f"Its public names: [`imaginet_nb.{module}`](../api/{module}.md)."
+    if path in library():
+        page = os.path.relpath(ROOT/"api"/f"{module_of(path)}.md", path.parent)
+        names = f"Its public names: [`imaginet_nb.{module_of(path)}`]({page})."
         cells.insert(1, {"cell_type": "markdown", "id": "names", "metadata": {}, "source": names})
     metadata = {k: v for k, v in notebook["metadata"].items() if k in ("kernelspec", "language_info")}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,9 +144,10 @@ def value_entry(node: ast.Assign | ast.AnnAssign, comments: dict[int, str]) -> t
     return ast.unparse(target), entry("data", ast.unparse(target), [" ".join(filter(None, [shown, comments.get(node.lineno, "")])), ""])
 
 
-def api_page(module: Path, notebook: str) -> str:
-    "All public names of a module."
-    source = module.read_text(encoding="utf-8")
+def api_page(notebook: Path) -> str:
+    "All public names of the module that a notebook exports."
+    module = module_of(notebook)
+    source = (ROOT/"imaginet_nb"/f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     tree, comments = ast.parse(source), comments_of(source)
     found = {}
     for node in tree.body:
@@ -145,14 +157,15 @@ def api_page(module: Path, notebook: str) -> str:
             name, lines = value_entry(node, comments)
             found[name] = lines
     public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
-    head = [f"# imaginet_nb.{module.stem}", "", f"Explained and tried in the notebook [{notebook}](../nbs/{notebook}.ipynb).", "",
-            f"```{{py:module}} imaginet_nb.{module.stem}", "```", ""]
+    link = f"[{notebook.stem}](../{notebook.relative_to(ROOT).as_posix()})"
+    head = [f"# imaginet_nb.{module}", "", f"Explained and tried in the notebook {link}.", "",
+            f"```{{py:module}} imaginet_nb.{module}", "```", ""]
     return "\n".join([*head, *(line for name in public for line in found.get(name, []))])
 
 
 def command_page() -> str:
     "The help of every command."
-    from imaginet_nb.cli import app
+    from imaginet_nb.apps.cli import app
     def helps(command: click.Command, path: str) -> Iterator[str]:
         context = click.Context(command, info_name=path, terminal_width=84, max_content_width=84)
         if path != "imaginet": yield f"## {path}\n"
@@ -192,16 +205,14 @@ def gather(folder: Path) -> None:
             shutil.copy(path, folder/name)
     documents = [name for name in DOCUMENTS if (ROOT/name).is_file()]
     for name in documents: write(folder/name, site_markdown(ROOT/name))
-    library, tutorials, pipeline = notebooks("[0-9]*.ipynb"), notebooks("tutorials/*.ipynb"), notebooks("pipelines/p*.ipynb")
-    for path in [*library, *tutorials, *pipeline]: copy_notebook(path, folder/path.relative_to(ROOT))
-    modules = [path.stem.partition("_")[2] for path in library]
-    for path, module in zip(library, modules, strict=True):
-        write(folder/"api"/f"{module}.md", api_page(ROOT/"imaginet_nb"/f"{module}.py", path.stem))
+    groups = notebooks("tutorials/*.ipynb"), library(), notebooks("pipelines/p*.ipynb")
+    for path in itertools.chain(*groups): copy_notebook(path, folder/path.relative_to(ROOT))
+    for path in library(): write(folder/"api"/f"{module_of(path)}.md", api_page(path))
     write(folder/"api"/"commands.md", command_page())
     readme = (ROOT/"README.md").read_text(encoding="utf-8")
-    names = [[p.relative_to(ROOT).as_posix() for p in group] for group in (tutorials, library, pipeline)]
+    names = [[p.relative_to(ROOT).as_posix() for p in group] for group in groups]
     parts = {"Use": [*names[0], "api/commands"], "Library": names[1], "Pipeline": names[2], "Documents": documents,
-             "API": [*(f"api/{module}" for module in modules), "genindex"]}
+             "API": [*(f"api/{module_of(path)}" for path in library()), "genindex"]}
     write(folder/"index.md", readme + "\n" + "\n".join(toctree(caption, pages) for caption, pages in parts.items()))
 
 

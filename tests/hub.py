@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from imaginet_nb.sources import HUB_DATASET, LISTS_COMMIT, LISTS_REPOSITORY
+from imaginet_nb.data.imaginet import HUB_DATASET, LISTS_COMMIT, LISTS_REPOSITORY
 
 COMMIT, TOKEN = "a"*40, "hf_let_me_in"
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imaginet_nb import annotations as an
 from imaginet_nb.core import repo_root
+from imaginet_nb.data import manifest as an
 
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
 needs_lists = pytest.mark.skipif(not (LISTS/"test_annotations.txt").is_file(),

@@ -6,15 +6,15 @@ import pytest
 from bad_images import BAD, ODD
 from typer.testing import CliRunner
 
-from imaginet_nb.annotations import MANIFEST_COLUMNS
-from imaginet_nb.audit import read_properties
-from imaginet_nb.checkpoints import save_checkpoint
-from imaginet_nb.cli import app
+from imaginet_nb.apps.cli import app
+from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import seed_everything
-from imaginet_nb.images import ImageError, decode
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
-from imaginet_nb.testset import make_testset
-from imaginet_nb.transforms import Perturb
+from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.images import ImageError, decode
+from imaginet_nb.data.manifest import MANIFEST_COLUMNS
+from imaginet_nb.data.perturbed import make_testset
+from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 NAMES = {**{name: f"bad-{i}.png" for i, name in enumerate(BAD)}, **{name: f"odd-{i}.png" for i, name in enumerate(ODD)}}
 

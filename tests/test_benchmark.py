@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from imaginet_nb import detectors
-from imaginet_nb.benchmark import (
+from imaginet_nb.apps.benchmark import (
     CPU,
     RATIO_COLUMNS,
     compare,
@@ -23,12 +22,13 @@ from imaginet_nb.benchmark import (
     training_case,
 )
 from imaginet_nb.core import load_profile
-from imaginet_nb.grad_cache import cached_step
-from imaginet_nb.inference import fast
-from imaginet_nb.models import ImagiNetClassifier, SelfConNet, create_backbone
-from imaginet_nb.reporting import read_table, save_table
-from imaginet_nb.store import pack
-from imaginet_nb.transforms import Stage1
+from imaginet_nb.data.augmentation import Stage1
+from imaginet_nb.data.packed import pack
+from imaginet_nb.detectors import protocol as detectors
+from imaginet_nb.models.fast import fast
+from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.reporting.tables import read_table, save_table
+from imaginet_nb.training.grad_cache import cached_step
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imaginet_nb.checkpoints import save_checkpoint
 from imaginet_nb.core import repo_root, seed_everything
-from imaginet_nb.images import save
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
+from imaginet_nb.data.images import save
+from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 ROOT = repo_root()
 COLUMNS = ["path", "logit", "probability", "verdict", "family", "error"]

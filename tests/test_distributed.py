@@ -13,15 +13,15 @@ import torch
 import torch.multiprocessing as mp
 import yaml
 
-from imaginet_nb import training
-from imaginet_nb.annotations import write_manifest_csv
-from imaginet_nb.checkpoints import load_checkpoint
 from imaginet_nb.core import Profile, load_profile, repo_root, seed_everything
-from imaginet_nb.detectors import embed, predict
-from imaginet_nb.images import save
-from imaginet_nb.models import ImagiNetClassifier, SelfConNet, create_backbone
-from imaginet_nb.processes import joined, rank_and_size
-from imaginet_nb.transforms import Perturb
+from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.images import save
+from imaginet_nb.data.manifest import write_manifest_csv
+from imaginet_nb.detectors.protocol import embed, predict
+from imaginet_nb.models.checkpoints import load_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.training import stages as training
+from imaginet_nb.training.processes import joined, rank_and_size
 
 ROOT, CPU = repo_root(), torch.device("cpu")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
@@ -218,7 +218,8 @@ def test_accelerate_launch_trains_what_the_notebook_trains(profile):
     "From the command line with two processes, and in this process as p30 does: one line an epoch, the same losses, the same weights."
     path, report = profile
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-             "--dynamo_backend", "no", "--main_process_port", "0", "-m", "imaginet_nb.training", "--profile", path, "--stage", "pretrain"]
+             "--dynamo_backend", "no", "--main_process_port", "0", "-m", "imaginet_nb.training.stages",
+             "--profile", path, "--stage", "pretrain"]
     result = subprocess.run([str(w) for w in words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert [line[:9] for line in result.stdout.splitlines()] == ["epoch 1/2", "epoch 2/2"] and "epoch" not in result.stderr

@@ -15,14 +15,14 @@ import pytest
 import torch
 import typer
 
-from imaginet_nb.cards import render_map
-from imaginet_nb.checkpoints import save_checkpoint
-from imaginet_nb.cli import app
+from imaginet_nb.apps.cards import render_map
+from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.pipeline import check_parameters
 from imaginet_nb.core import load_profile, repo_root, seed_everything
-from imaginet_nb.images import save
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
-from imaginet_nb.pipeline import check_parameters
-from imaginet_nb.training import STAGES
+from imaginet_nb.data.images import save
+from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.training.stages import STAGES
 
 ROOT = repo_root()
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -106,7 +106,7 @@ def parse(line: str) -> None:
     elif program == "accelerate":
         module, *rest = words[words.index("-m") + 1:]
         options = dict(zip(rest[::2], rest[1::2], strict=True))
-        assert module == "imaginet_nb.training" and options.keys() == {"--profile", "--stage"} and options["--stage"] in STAGES
+        assert module == "imaginet_nb.training.stages" and options.keys() == {"--profile", "--stage"} and options["--stage"] in STAGES
         load_profile(options["--profile"])
     elif program == "srun": parse(words[2])
     elif program == "snakemake": assert (ROOT/words[1]/"config.yaml").is_file()

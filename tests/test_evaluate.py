@@ -10,12 +10,12 @@ from click.testing import Result
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
-from imaginet_nb.checkpoints import save_checkpoint
-from imaginet_nb.cli import app
+from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.evaluate import judge, read_foreign
 from imaginet_nb.core import seed_everything
-from imaginet_nb.foreign import judge, read_foreign
-from imaginet_nb.images import save
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
+from imaginet_nb.data.images import save
+from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 METER = """
 class Meter:

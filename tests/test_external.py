@@ -16,11 +16,11 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from imaginet_nb import external as E
-from imaginet_nb.annotations import AnnotationError
 from imaginet_nb.core import load_profile, repo_root
-from imaginet_nb.images import ImageError, decode
-from imaginet_nb.protocols import calibrated_on, detection_by_clean_family, detection_on_lists, grouping_effect
+from imaginet_nb.data import benchmarks as E
+from imaginet_nb.data.images import ImageError, decode
+from imaginet_nb.data.manifest import AnnotationError
+from imaginet_nb.evaluation.protocols import calibrated_on, detection_by_clean_family, detection_on_lists, grouping_effect
 
 ROOT = repo_root()
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or ROOT.parent/"shared"/"annotations")
@@ -358,10 +358,10 @@ def workshop(tmp_path_factory) -> Path:
     "A repository of its own: smoke-sized networks of seeded numbers, predictions on a few training pictures, no external sets."
     import torch
 
-    from imaginet_nb.annotations import read_annotations, write_manifest_csv
-    from imaginet_nb.checkpoints import load_detector, save_checkpoint
-    from imaginet_nb.detectors import DETECTORS, predict, save_predictions
-    from imaginet_nb.models import ImagiNetClassifier, create_backbone
+    from imaginet_nb.data.manifest import read_annotations, write_manifest_csv
+    from imaginet_nb.detectors.protocol import DETECTORS, predict, save_predictions
+    from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
+    from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
     root = tmp_path_factory.mktemp("workshop")
     shutil.copy(ROOT/"settings.ini", root)
     (root/"profiles").mkdir()
@@ -387,7 +387,7 @@ def workshop(tmp_path_factory) -> Path:
 
 def run_p51(root: Path) -> dict[str, pd.DataFrame]:
     "Execute the notebook there; its tables."
-    code = "import sys; from imaginet_nb.pipeline import run_notebook; run_notebook(sys.argv[1], sys.argv[2])"
+    code = "import sys; from imaginet_nb.apps.pipeline import run_notebook; run_notebook(sys.argv[1], sys.argv[2])"
     words = [sys.executable, "-c", code, str(ROOT/"nbs"/"pipelines"/"p51_external.ipynb"), str(root/"profiles"/"smoke.yaml")]
     result = subprocess.run(words, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
@@ -396,8 +396,8 @@ def run_p51(root: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
-    from imaginet_nb.evaluation import DETECTION_COLUMNS
-    from imaginet_nb.peers import PEERS, create_peer_architecture, import_weights
+    from imaginet_nb.detectors.prior_work import PEERS, create_peer_architecture, import_weights
+    from imaginet_nb.evaluation.detection import DETECTION_COLUMNS
     tables = run_p51(workshop)
     for name, chosen in E.EXTERNAL_SETS.items():
         table = tables[name]

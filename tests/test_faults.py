@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from imaginet_nb.core import repo_root
-from imaginet_nb.images import ImageError, decode, save
+from imaginet_nb.data.images import ImageError, decode, save
 
 ROOT, PROGRAM = repo_root(), Path(sys.executable).with_name("imaginet")
 QUIET = {**os.environ, "TQDM_DISABLE": "1"}

@@ -11,13 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from imaginet_nb.annotations import FAMILIES
-from imaginet_nb.checkpoints import CheckpointError
-from imaginet_nb.detectors import embed, predict
-from imaginet_nb.images import save
-from imaginet_nb.linear_probe import BACKBONE, fit_linear_probe, load_linear_probe, save_linear_probe
-from imaginet_nb.models import WeightsError
-from imaginet_nb.transforms import Perturb
+from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.images import save
+from imaginet_nb.data.manifest import FAMILIES
+from imaginet_nb.detectors.linear_probe import BACKBONE, fit_linear_probe, load_linear_probe, save_linear_probe
+from imaginet_nb.detectors.protocol import embed, predict
+from imaginet_nb.models.checkpoints import CheckpointError
+from imaginet_nb.models.resnet import WeightsError
 
 timm = pytest.importorskip("timm")
 TINY = "test_vit.r160_in1k" # 0.3 million parameters; normalises with mean and standard deviation 0.5

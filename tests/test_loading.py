@@ -16,10 +16,10 @@ from bad_images import BAD, ODD
 from PIL import Image
 
 from imaginet_nb.core import repo_root, rng
-from imaginet_nb.datasets import ManifestDataset, make_loader
-from imaginet_nb.images import ImageError, LazyImage, decode
-from imaginet_nb.store import Store, StoreError, pack, verify_store
-from imaginet_nb.transforms import CenterCrop, Perturb, Stage1, Stage2
+from imaginet_nb.data.augmentation import CenterCrop, Perturb, Stage1, Stage2
+from imaginet_nb.data.datasets import ManifestDataset, make_loader
+from imaginet_nb.data.images import ImageError, LazyImage, decode
+from imaginet_nb.data.packed import Store, StoreError, pack, verify_store
 
 PROGRAM = Path(sys.executable).with_name("imaginet")
 WRITERS = {
@@ -76,7 +76,7 @@ def test_any_part_of_any_file_is_that_of_the_whole(folder, store, name):
 
 @pytest.mark.parametrize("name", ["plain.png", "jpeg.jpg", "lossy.webp"])
 def test_common_files_are_not_decoded_as_a_whole(folder, name, monkeypatch):
-    monkeypatch.setattr("imaginet_nb.images.decode", lambda *_: pytest.fail("decoded as a whole"))
+    monkeypatch.setattr("imaginet_nb.data.images.decode", lambda *_: pytest.fail("decoded as a whole"))
     assert LazyImage(folder/f"0-{name}")[10:40, 10:50].shape == (30, 40, 3)
 
 
@@ -139,7 +139,7 @@ def packed(folder: Path) -> dict[str, bytes]:
 
 
 SLOWLY = """
-import sys, pandas as pd, imaginet_nb.store as S
+import sys, pandas as pd, imaginet_nb.data.packed as S
 append, seen = S._append, []
 def stop_in_the_second(canvas, rows):
     seen.append(1)

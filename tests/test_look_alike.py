@@ -20,11 +20,11 @@ from multivolumefile import MultiVolume
 from py7zr import SevenZipFile
 from torchvision.models import resnet50
 
-from imaginet_nb.annotations import FAMILIES, draw_reals, perturbed_layout, read_annotations, write_annotations
 from imaginet_nb.core import load_profile, repo_root
-from imaginet_nb.images import decode
-from imaginet_nb.sandbox import make_sandbox
-from imaginet_nb.testset import LIST_NAMES, RAW_LIST_NAMES
+from imaginet_nb.data.images import decode
+from imaginet_nb.data.manifest import FAMILIES, draw_reals, perturbed_layout, read_annotations, write_annotations
+from imaginet_nb.data.perturbed import LIST_NAMES, RAW_LIST_NAMES
+from imaginet_nb.data.sandbox import make_sandbox
 
 ROOT = repo_root()
 PROFILE = load_profile("paper-look-alike")

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import SupConLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer
 
-from imaginet_nb.grad_cache import cached_step
-from imaginet_nb.losses import ImagiNetLoss, SelfConLoss
-from imaginet_nb.models import SelfConNet, create_backbone
+from imaginet_nb.models.resnet import SelfConNet, create_backbone
+from imaginet_nb.training.grad_cache import cached_step
+from imaginet_nb.training.losses import ImagiNetLoss, SelfConLoss
 
 
 def random_batch(seed: int):

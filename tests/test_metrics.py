@@ -9,9 +9,11 @@ from scipy.stats import norm
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
-from imaginet_nb.annotations import FAMILIES
 from imaginet_nb.core import rng
-from imaginet_nb.detectors import (
+from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.images import ImageError, decode, save
+from imaginet_nb.data.manifest import FAMILIES
+from imaginet_nb.detectors.protocol import (
     BASELINE,
     FAMILY_COLUMNS,
     OURS,
@@ -21,7 +23,7 @@ from imaginet_nb.detectors import (
     predict,
     save_predictions,
 )
-from imaginet_nb.evaluation import (
+from imaginet_nb.evaluation.detection import (
     as_published,
     calibrated,
     calibration_difference,
@@ -32,8 +34,7 @@ from imaginet_nb.evaluation import (
     identification_table,
     robustness_table,
 )
-from imaginet_nb.images import ImageError, decode, save
-from imaginet_nb.metrics import (
+from imaginet_nb.evaluation.metrics import (
     auc_statistic,
     balanced_accuracy,
     balanced_accuracy_statistic,
@@ -47,8 +48,7 @@ from imaginet_nb.metrics import (
     resample_counts,
     roc_auc,
 )
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
-from imaginet_nb.transforms import Perturb
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from imaginet_nb.checkpoints import (
+from imaginet_nb.models.checkpoints import (
     CheckpointError,
     convert_authors_checkpoint,
     load_checkpoint,
@@ -21,7 +21,7 @@ from imaginet_nb.checkpoints import (
     read_header,
     save_checkpoint,
 )
-from imaginet_nb.models import ImagiNetClassifier, SelfConNet, WeightsError, create_backbone, load_imagenet_weights
+from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, WeightsError, create_backbone, load_imagenet_weights
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -321,6 +321,6 @@ def test_saving_is_atomic(checkpoint, monkeypatch):
     def fails(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
-    monkeypatch.setattr("imaginet_nb.checkpoints.save_file", fails)
+    monkeypatch.setattr("imaginet_nb.models.checkpoints.save_file", fails)
     with pytest.raises(OSError, match="disk full"): save_checkpoint(small_classifier(), checkpoint)
     assert checkpoint.read_bytes() == before and len(list(checkpoint.parent.iterdir())) == 1

@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from imaginet_nb import peers
-from imaginet_nb.annotations import AnnotationError
-from imaginet_nb.checkpoints import CheckpointError, load_checkpoint, read_header
 from imaginet_nb.core import file_sha256
-from imaginet_nb.detectors import Detector, predict
-from imaginet_nb.images import ImageError, save
-from imaginet_nb.peers import (
+from imaginet_nb.data.images import ImageError, save
+from imaginet_nb.data.manifest import AnnotationError
+from imaginet_nb.detectors.prior_work import (
     PEERS,
     WEIGHTS,
     add_anchors,
@@ -31,6 +28,9 @@ from imaginet_nb.peers import (
     missing_peers,
     weights_table,
 )
+from imaginet_nb.detectors.protocol import Detector, predict
+from imaginet_nb.detectors.protocol import prior_work as peers
+from imaginet_nb.models.checkpoints import CheckpointError, load_checkpoint, read_header
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 Shapes = dict[str, tuple[int, ...]]

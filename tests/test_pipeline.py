@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from imaginet_nb.checkpoints import read_header
 from imaginet_nb.core import repo_root
-from imaginet_nb.images import decode, save
+from imaginet_nb.data.images import decode, save
+from imaginet_nb.models.checkpoints import read_header
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",

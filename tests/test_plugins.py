@@ -11,10 +11,10 @@ import yaml
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from imaginet_nb.annotations import FAMILIES
-from imaginet_nb.detectors import predict
-from imaginet_nb.images import save
-from imaginet_nb.plugins import PluginError, load_plugin
+from imaginet_nb.data.images import save
+from imaginet_nb.data.manifest import FAMILIES
+from imaginet_nb.detectors.custom import PluginError, load_plugin
+from imaginet_nb.detectors.protocol import predict
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 KEYS = dict(name="Somebody", input_size=16, range=[0, 1], mean=list(MEAN), std=list(STD), output="logit")

@@ -13,11 +13,11 @@ from bad_images import BAD, ODD
 from PIL import Image
 from typer.testing import CliRunner
 
-from imaginet_nb.checkpoints import load_detector, save_checkpoint
-from imaginet_nb.cli import app
+from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.predict import read_scores
 from imaginet_nb.core import only_run, seed_everything
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
-from imaginet_nb.scoring import read_scores
+from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 SIDE = 32 # of the detector's images
 SLOW = """
@@ -74,7 +74,7 @@ def test_every_format_is_read_and_every_file_has_a_row(net, tmp_path):
     assert len(rows) == sum(len(files) for _, _, files in os.walk(folder))
     assert rows["error"].notna().sum() == len(BAD)
     assert [rows.loc[str(folder/f"a.{suffix}"), "format"] for suffix in kinds] == list(kinds.values())
-    assert rows.loc[f"{folder}/caf\\xe9, \"b\"\n.png", "logit"] == rows.loc[str(folder/"a.png"), "logit"]
+    assert rows.loc[rf'{folder}/caf\xe9, "b"\x0a.png', "logit"] == rows.loc[str(folder/"a.png"), "logit"]
 
 
 def test_an_animation_and_a_turned_picture_are_told_apart_from_plain_ones(net, score, tmp_path):
@@ -241,7 +241,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     script = f"""if True:
         import resource, sys
         from types import SimpleNamespace
-        from imaginet_nb.scoring import Scorer, find_files, score_to_file
+        from imaginet_nb.apps.predict import Scorer, find_files, score_to_file
         detector = SimpleNamespace(name="stub", input_size=32, score=lambda images: images.float().mean((1, 2, 3)))
         files = find_files(["{tmp_path}"])
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024

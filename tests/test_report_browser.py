@@ -10,11 +10,11 @@ import pytest
 from browser import browser, needs_browser
 from PIL import Image
 
-from imaginet_nb.calibration import fit_calibration
-from imaginet_nb.checkpoints import save_checkpoint
+from imaginet_nb.apps.predict import Scorer, find_files, score_files, score_frame
 from imaginet_nb.core import seed_everything
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
-from imaginet_nb.scoring import Scorer, find_files, score_files, score_frame
+from imaginet_nb.evaluation.calibration import fit_calibration
+from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 pytestmark = needs_browser
 HOSTILE = "<img src=x onerror=alert(1)> & 'quotes'.png"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import imaginet_nb
+from imaginet_nb.apps.pipeline import notebook_parameters
 from imaginet_nb.core import load_profile, repo_root
-from imaginet_nb.pipeline import notebook_parameters
-from imaginet_nb.reporting import render_readme
+from imaginet_nb.reporting.tables import render_readme
 
 ROOT = repo_root()
-LIBRARY = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), *sorted((ROOT/"nbs").glob("[0-9]*/[0-9]*.ipynb"))] # in reading order
 PIPELINES = sorted((ROOT/"nbs"/"pipelines").glob("p*.ipynb"))
 
 
@@ -27,23 +27,33 @@ def module_of(path: Path) -> str:
     return found[0]
 
 
-def imported_modules(source: str) -> set[str]:
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module]
-    return {n.module.split(".")[-1] for n in nodes if n.level == 1 or n.module.startswith("imaginet_nb.")}
+def file_of(module: str) -> Path: return ROOT/"imaginet_nb"/f"{module.replace('.', '/')}.py"
+
+
+def imports(module: str) -> list[tuple[str, str]]:
+    "Module and name of everything that a module imports from the library, inside functions too."
+    found, package = [], ["imaginet_nb", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(file_of(module).read_text())):
+        if not isinstance(node, ast.ImportFrom): continue
+        start = package[:len(package) + 1 - node.level] if node.level else []
+        parts = [*start, *(node.module or "").split(".")]
+        if parts[0] == "imaginet_nb": found += [(".".join(parts[1:]), alias.name) for alias in node.names]
+    return found
 
 
 def test_every_notebook_has_a_module_of_its_name_and_no_module_is_an_orphan():
     modules = [module_of(p) for p in LIBRARY]
-    assert modules == [p.stem.split("_", 1)[1] for p in LIBRARY]
-    exported = {p.stem for p in (ROOT/"imaginet_nb").glob("*.py")} - {"__init__", "_modidx"}
-    assert exported == set(modules)
+    assert modules == [".".join(part.split("_", 1)[1] for part in p.relative_to(ROOT/"nbs").with_suffix("").parts) for p in LIBRARY]
+    exported = {p for p in (ROOT/"imaginet_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")}
+    assert exported == {file_of(module) for module in modules}
 
 
-def test_modules_import_only_from_rows_above():
+def test_imports_run_down_the_chapters():
+    "A module imports only from earlier chapters and, within its own, from notebooks with lower numbers."
     order = [module_of(p) for p in LIBRARY]
     for row, module in enumerate(order):
-        below = imported_modules((ROOT/"imaginet_nb"/f"{module}.py").read_text()) - set(order[:row])
-        assert not below, f"{module} imports {below}, which stand below it"
+        upward = {name for name, _ in imports(module)} - set(order[:row])
+        assert not upward, f"{module} imports {upward}, which come after it"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)

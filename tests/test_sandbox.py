@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imaginet_nb import sandbox as S
 from imaginet_nb.core import rng
+from imaginet_nb.data import sandbox as S
 
 TINY = dict(images=130, seed=5, sides=(64, 72), decoder_steps=4)
 LISTS = ("train_annotations", "test_annotations", "calibration")

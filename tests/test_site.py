@@ -49,7 +49,9 @@ def test_every_notebook_document_and_module_has_a_page(site):
     for notebook in (ROOT/"nbs").rglob("[!.]*.ipynb"):
         if notebook.name != "index.ipynb" and ".ipynb_checkpoints" not in notebook.parts:
             assert (site/notebook.relative_to(ROOT)).with_suffix(".html").is_file(), notebook.name
-    for module in (ROOT/"imaginet_nb").glob("[!_]*.py"): assert (site/"api"/f"{module.stem}.html").is_file(), module.name
+    for module in (ROOT/"imaginet_nb").rglob("[!_]*.py"):
+        name = ".".join(module.relative_to(ROOT/"imaginet_nb").with_suffix("").parts)
+        assert (site/"api"/f"{name}.html").is_file(), name
     cards = (f"reports/demo/{page}" for page in ("README", "data_card", "model_card"))
     for name in ("data/README", "reports/README", *cards, "CHANGELOG", "SECURITY"):
         assert (site/f"{name}.html").is_file(), name
@@ -86,8 +88,8 @@ def test_nothing_is_loaded_from_elsewhere(pages):
 
 
 def test_api_pages_have_names_types_and_meanings(site):
-    text = (site/"api"/"losses.html").read_text(encoding="utf-8")
-    assert 'id="imaginet_nb.losses.SelfConLoss"' in text and "divides every similarity" in text
+    text = (site/"api"/"training.losses.html").read_text(encoding="utf-8")
+    assert 'id="imaginet_nb.training.losses.SelfConLoss"' in text and "divides every similarity" in text
     assert "imaginet data sandbox" in (site/"api"/"commands.html").read_text(encoding="utf-8")
 
 
@@ -102,6 +104,6 @@ def test_in_a_browser_every_page_opens_without_an_error_and_the_search_finds(sit
         window.open((site/"search.html").as_uri() + "?q=SelfConLoss")
         found = window.until("[...document.querySelectorAll('#search-results li a')].map(a => a.href).join(' ')")
         window.until("/finished/i.test(document.querySelector('#search-results p')?.innerText)") # what would be fetched is fetched by now
-        assert "api/losses.html" in found
+        assert "api/training.losses.html" in found
         elsewhere = [address for address in window.requests if not address.startswith(("file:", "data:", "about:", "blob:"))]
         assert not elsewhere and not window.errors, (elsewhere, window.errors)

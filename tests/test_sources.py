@@ -19,9 +19,9 @@ from bad_images import BAD, ODD
 from hub import COMMIT, TOKEN, serve
 from multivolumefile import MultiVolume
 
-from imaginet_nb import sources as S
-from imaginet_nb.annotations import AnnotationError, read_annotations, write_annotations
-from imaginet_nb.images import decode, save
+from imaginet_nb.data import imaginet as S
+from imaginet_nb.data.images import decode, save
+from imaginet_nb.data.manifest import AnnotationError, read_annotations, write_annotations
 
 VOLUME = 20_000
 
@@ -196,7 +196,7 @@ def test_unpack_again_writes_only_what_is_missing_or_wrong(archive, original, tm
 
 def test_a_killed_unpack_goes_on(archive, original, tmp_path):
     """The process dies while the sixth file is being written: five are there, and no partial one under a final name."""
-    script = ("import os, sys; from imaginet_nb import sources as S\n"
+    script = ("import os, sys; from imaginet_nb.data import imaginet as S\n"
               "def write(self, s, n=[0], real=S._Target.write):\n    n[0] += 1\n    if n[0] > 5: os._exit(9)\n    return real(self, s)\n"
               "S._Target.write = write; S.unpack(sys.argv[1], sys.argv[2])")
     assert subprocess.run([sys.executable, "-c", script, archive, tmp_path/"out"]).returncode == 9

@@ -17,9 +17,9 @@ from skimage import data
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import gaussian_blur as torchvision_blur
 
-from imaginet_nb import transforms as T
-from imaginet_nb.datasets import ManifestDataset, make_loader
-from imaginet_nb.images import ImageError, check_image, decode, save
+from imaginet_nb.data import augmentation as T
+from imaginet_nb.data.datasets import ManifestDataset, make_loader
+from imaginet_nb.data.images import ImageError, check_image, decode, save
 
 ROCKET = data.rocket()
 TILE = np.ascontiguousarray(ROCKET[330:370, 300:340]) # 40 x 40, lights and lattice: no symmetry

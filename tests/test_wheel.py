@@ -18,10 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from imaginet_nb.checkpoints import save_checkpoint
 from imaginet_nb.core import repo_root, seed_everything
-from imaginet_nb.images import save
-from imaginet_nb.models import ImagiNetClassifier, create_backbone
+from imaginet_nb.data.images import save
+from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
 ROOT = repo_root()
 SETTINGS = ConfigParser(delimiters=["="])
@@ -71,7 +71,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_what_it_reads_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     own = {n for n in names if ".dist-info/" not in n}
-    modules = {f"imaginet_nb/{p.name}" for p in (ROOT/"imaginet_nb").glob("*.py")}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb").rglob("*.py")}
     read = [*(ROOT/"profiles").glob("*.yaml"), *(ROOT/"data").glob("*.csv"), *(ROOT/"reports"/"published").glob("*.csv")]
     assert own == modules | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
     assert any(n.endswith("LICENSE") for n in names)
@@ -149,7 +149,7 @@ def test_what_needs_a_clone_says_so(installed, pictures, words):
 
 def test_files_beside_the_library_are_found(installed, pictures):
     "The counts that `data verify` compares with, and the paper's numbers; without them both would go on in silence."
-    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting import published; "
+    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.tables import published; "
             "print(shipped('data/test_split_counts.csv').is_file(), len(published('table3_detection_by_family')) > 0)")
     assert run(installed/"python", "-c", code, cwd=pictures).stdout == "True True\n"
 

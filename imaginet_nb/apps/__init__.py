@@ -1,0 +1,1 @@
+"""What people start: prediction, evaluation, cards, the pipeline, the command line."""

@@ -1,0 +1,1 @@
+"""From files to tensors: manifests, images, augmentation, corruptions, test sets, the sandbox."""

@@ -1,0 +1,1 @@
+"""Anything with `score`: the protocol, prior methods, custom detectors, linear probes."""

@@ -1,0 +1,1 @@
+"""From predictions to table rows: metrics, calibration, detection, identification, robustness, embeddings."""

@@ -1,0 +1,1 @@
+"""The network: no-down ResNet, checkpoints, fast inference."""

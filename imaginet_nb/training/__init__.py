@@ -1,0 +1,1 @@
+"""Learning: losses, gradient caching, the two stages."""
