@@ -28,8 +28,8 @@ def imports_of(source, package=()):
     "Files of the library that a piece of Python imports; `package` is the folder that relative imports start from."
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom): continue
-        module = Path(*package[:len(package) + 1 - node.level] if node.level else (), *(node.module or "").split("."))
-        for path in (module.with_suffix(".py"), *((module/name.name).with_suffix(".py") for name in node.names)):
+        stem = Path(*package[:len(package) + 1 - node.level] if node.level else (), *(node.module or "").split("."))
+        for path in (stem.with_suffix(".py"), *((stem/name.name).with_suffix(".py") for name in node.names)):
             if path.parts[0] == "imaginet_nb" and path.is_file(): yield path
 
 
@@ -54,8 +54,10 @@ def settings(*keys):
 
 
 def training_threads(wildcards):
-    "Cores of a notebook that trains or predicts."
-    return workflow.cores if SETTINGS[wildcards.profile]["exclusive"] else 1
+    "Cores of a notebook that trains or predicts: all; with a GPU just over half, so that others run beside it, but no second one of these."
+    profile = SETTINGS[wildcards.profile]
+    if not profile["exclusive"]: return 1
+    return workflow.cores//2 + 1 if profile["device"].startswith("cuda") else workflow.cores
 
 
 def imported(wildcards):
@@ -215,7 +217,7 @@ rule p62_robustness:
 rule p63_speed:
     output: notebook("p63_speed"), tables("inference_time")
     params: settings=settings("speed"), code=code_of("p63_speed")
-    threads: training_threads # other work beside it would spoil the times
+    threads: lambda wildcards: workflow.cores if SETTINGS[wildcards.profile]["exclusive"] else 1 # other work would spoil the times
     shell: RUN
 
 

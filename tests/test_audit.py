@@ -15,9 +15,10 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
 from imaginet_nb.audit import files as au
-from imaginet_nb.audit.files import report as audit_page
+from imaginet_nb.audit import report as audit_page
 from imaginet_nb.core import repo_root
 from imaginet_nb.data.manifest import FAMILIES, AnnotationError, read_annotations, write_annotations
+from imaginet_nb.evaluation import shortcuts as bias
 from imaginet_nb.evaluation.detection import (
     calibrated,
     detection_by_content,
@@ -25,7 +26,6 @@ from imaginet_nb.evaluation.detection import (
     detection_by_generator,
     identification_table,
 )
-from imaginet_nb.evaluation.detection import shortcuts as bias
 
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
 needs_lists = pytest.mark.skipif(not (LISTS/"test_annotations.txt").is_file(),

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import recall_score, roc_auc_score
 
-from imaginet_nb.evaluation.detection import metrics
+from imaginet_nb.evaluation import metrics
 
 
 def test_counts_are_those_of_drawing_with_replacement():

@@ -8,7 +8,7 @@ from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer
 
 from imaginet_nb.models.resnet import SelfConNet, create_backbone
 from imaginet_nb.training.grad_cache import cached_step
-from imaginet_nb.training.losses import ImagiNetLoss, SelfConLoss
+from imaginet_nb.training.losses import ImagiNetLoss, SelfConLoss, loss_bounds
 
 
 def random_batch(seed: int):
@@ -84,6 +84,35 @@ def test_gradient_by_finite_differences():
     z, origin, family = random_batch(7)
     x = (2 * z).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: ImagiNetLoss(0.3)(F.normalize(x, dim=-1), origin, family), x)
+
+
+@pytest.mark.parametrize("seed", ONE_LABEL)
+def test_bounds_by_the_library(seed):
+    "Equal embeddings give the upper bound; one direction per class, at right angles, gives the lower one at a low temperature."
+    z, labels, _ = random_batch(seed)
+    clustered, equal = loss_bounds(labels, z.shape[1])
+    ones = F.normalize(torch.ones_like(z), dim=-1)
+    assert by_library(ones, labels, 0.07).item() == pytest.approx(equal, abs=1e-9)
+    one_direction = torch.eye(2, dtype=z.dtype)[labels][:, None].expand(-1, z.shape[1], -1)
+    assert by_library(one_direction, labels, 0.01).item() == pytest.approx(clustered, abs=1e-9)
+    assert clustered <= SelfConLoss(0.07)(z, labels).item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
+def test_no_training_step_waits_for_the_gpu(labels_on):
+    z, origin, family = (x.cuda() for x in random_batch(7))
+    origin, family = origin.to(labels_on), family.to(labels_on)
+    if labels_on == "cpu": origin, family = origin.pin_memory(), family.pin_memory() # as the loader does
+    expected = ImagiNetLoss()(z.cpu(), origin.cpu(), family.cpu())
+    ImagiNetLoss()(z.clone().requires_grad_(), origin, family).backward() # libraries load on first use
+    z.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = ImagiNetLoss()(z, origin, family)
+        loss.backward()
+    finally: torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.detach().cpu(), expected, rtol=1e-6, atol=1e-9)
 
 
 def degenerate_batches():

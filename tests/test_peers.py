@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from imaginet_nb.core import file_sha256
 from imaginet_nb.data.images import ImageError, save
 from imaginet_nb.data.manifest import AnnotationError
+from imaginet_nb.detectors import prior_work as peers
 from imaginet_nb.detectors.prior_work import (
     PEERS,
     WEIGHTS,
@@ -29,7 +30,6 @@ from imaginet_nb.detectors.prior_work import (
     weights_table,
 )
 from imaginet_nb.detectors.protocol import Detector, predict
-from imaginet_nb.detectors.protocol import prior_work as peers
 from imaginet_nb.models.checkpoints import CheckpointError, load_checkpoint, read_header
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
