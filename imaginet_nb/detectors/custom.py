@@ -283,6 +283,7 @@ def _external_files(path: Path) -> list[Path]:
         raise PluginError(f"{path}: not a whole ONNX file ({type(error).__name__}); copy it anew") from None
     return [path.parent/name for name in sorted(set(_external_names(model)))]
 
+# %% ../../nbs/04_detectors/02_custom.ipynb #5e77a1d3
 def _sources(spec: str) -> list[Path]:
     "Files of the module that a specification names, and of loaded modules that lie beside it or in its package."
     module = spec.partition(":")[0]
@@ -298,6 +299,7 @@ def _sources(spec: str) -> list[Path]:
         return place in file.resolve().parents and not {"site-packages", "dist-packages"} & set(file.parts)
     return [files[module], *sorted({file for name, file in files.items() if belongs(name, file)} - {files[module]})]
 
+# %% ../../nbs/04_detectors/02_custom.ipynb #5e77a1d4
 def detector_files(
     spec: str, # as for `load_plugin`, or any other file with a detector; loaded before
 ) -> list[Path]: # the one that is named first, then the YAML, external data, sources of other modules
