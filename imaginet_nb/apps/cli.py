@@ -36,14 +36,16 @@ app.add_typer(checkpoint_app, name="checkpoint")
 def command(
     group: typer.Typer,
     name: str,
-    alone: str | None = None, # option whose folder belongs to one run at a time
+    *alone: str, # options whose file or folder belongs to one run at a time
 ) -> Callable:
     "Register a command; expected errors end in one line on standard error and exit code 1, Ctrl-C in 130."
     def register(function: Callable) -> Callable:
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
-                with only_run(kwargs[alone]) if alone else contextlib.nullcontext(): function(*args, **kwargs)
+                with contextlib.ExitStack() as locks:
+                    for place in {kwargs[option] for option in alone} - {None}: locks.enter_context(only_run(place))
+                    function(*args, **kwargs)
             except typer.Exit: raise # which is a RuntimeError as well
             except (ValueError, RuntimeError, OSError) as error:
                 typer.secho(f"imaginet: {error}", err=True, fg="red")
@@ -134,7 +136,7 @@ def sandbox(
     typer.echo(f"{out}: lists in {out/'annotations'}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #91a0e53e
-@command(data_app, "download", alone="out")
+@command(data_app, "download", "out")
 def download(
     out: Annotated[Path, typer.Option(help="Folder of the data set, such as data/imaginet.")],
     what: Annotated[str, typer.Option(help="Any of annotations, images, weights, separated by commas.")] = "annotations,images",
@@ -149,7 +151,7 @@ def download(
     typer.echo(f"{out}: {len(files)} files there; next: imaginet data unpack {out/'archive'} --out {out}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #65b0027f
-@command(data_app, "unpack", alone="out")
+@command(data_app, "unpack", "out")
 def unpack(
     archive: Annotated[Path, typer.Argument(help="Folder with the volumes imaginet.7z.001, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the data set, such as data/imaginet.")],
@@ -162,7 +164,7 @@ def unpack(
     typer.echo(f"{out}: {extract(archive, out):,} files unpacked; next: imaginet data verify {out}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #58b19abc
-@command(data_app, "verify", alone="root")
+@command(data_app, "verify", "root")
 def verify(
     root: Annotated[Path, typer.Argument(help="Folder of the data set.")],
     out: Annotated[Path | None, typer.Option(help="CSV for the problems; if not given, the first ten are shown.")] = None,
@@ -182,7 +184,7 @@ def verify(
                      + (f"; all of them are in {out}" if out else "; --out FILE writes all of them"))
 
 # %% ../../nbs/08_apps/07_cli.ipynb #67d23005
-@command(data_app, "build", alone="out")
+@command(data_app, "build", "out")
 def build(
     out: Annotated[Path, typer.Option(help="Folder of the data set, with the lists in annotations/.")],
     source: Annotated[list[str], typer.Option(help="FOLDER=PATH, such as ffhq=/data/ffhq: data for a folder of the layout; repeat it.")],
@@ -197,7 +199,7 @@ def build(
     for row in report[report["missing"] > 0].itertuples(): typer.echo(f"{row.folder}: {row.missing:,} missing; {row.get}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #f3f5b4e0
-@command(data_app, "perturb", alone="root")
+@command(data_app, "perturb", "root")
 def perturb(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images; the set goes to FOLDER/testset.")],
     manifest: Annotated[Path | None, typer.Option("--list", help="Manifest (CSV) or list of the authors; if not given, "
@@ -221,7 +223,7 @@ def perturb(
     typer.echo(f"{root/'testset'}: {len(made)} images of {made['source'].nunique()} files; lists beside them")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #7d5adba1
-@command(data_app, "pack", alone="out")
+@command(data_app, "pack", "out")
 def pack(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images.")],
     out: Annotated[Path, typer.Option(help="Folder of the store.")],
@@ -270,7 +272,7 @@ def external(
     typer.echo(f"{target}: {made['path'].nunique()} images; run p51_external to score them")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #4fda56db
-@command(app, "audit")
+@command(app, "audit", "out")
 def audit(
     source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="Manifest (CSV), list or folder of lists of the authors, "
                                                                               "or a folder with subfolders real and fake.")],
@@ -400,7 +402,7 @@ def _detector(checkpoint: Path | None, detector: str | None, device: str, trust:
     return _foreign_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
 
 # %% ../../nbs/08_apps/07_cli.ipynb #a86b9de3
-@command(app, "predict", alone="out")
+@command(app, "predict", "out", "html")
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders (walked through), patterns in quotes, or - for a list on standard "
                                                     "input, one path a line.")],
@@ -410,9 +412,8 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[Path, typer.Option(help="Table to write: .csv, .parquet or .jsonl.")] = Path("preds.csv"),
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with pictures and maps of the evidence.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished rows of an earlier run; a picture whose content (SHA-256) has "
-                                                          "changed is scored again. Rows made with another detector, other options or "
-                                                          "other versions of libraries are refused, not mixed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished rows of an earlier run, except of pictures whose content (SHA-256) "
+                                                          "changed; rows of other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic pictures that may be judged wrongly; what lies between "
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
@@ -429,11 +430,11 @@ def predict(
     from imaginet_nb.models.fast import fast
     from imaginet_nb.apps.predict import Scorer, Settings, read_scores
     files = _existing_files(paths, out, html)
-    place = pick_device(device)
-    loaded, identity, notes = _detector(checkpoint, detector, str(place), trust)
+    place = str(pick_device(device))
+    loaded, identity, notes = _detector(checkpoint, detector, place, trust)
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views), identity, str(place))
+    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views), identity, place)
     _score(files, scorer if detector else replace(scorer, detector=fast(loaded)), out, resume)
     if html is not None:
         from imaginet_nb.apps.predict_page import write_page
@@ -476,7 +477,7 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
                f"{counts['error']} with an error" + (f"; {counts['kept']} rows kept" if resume else ""))
 
 # %% ../../nbs/08_apps/07_cli.ipynb #52779b86
-@command(app, "evaluate", alone="out")
+@command(app, "evaluate", "out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
     manifest: Annotated[Path | None, typer.Option(help="CSV with the columns path and label (real/synthetic or 0/1); generator, "

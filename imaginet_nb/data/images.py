@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..core import atomic_path
+from ..core import LOCK_SUFFIX, atomic_path
 
 # %% ../../nbs/01_data/01_images.ipynb #a0e8a75e
 Image.init()
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 def walk(
     folder: str | Path,
 ) -> list[Found]: # in the order of their paths
-    "All that lies in a folder and the folders below it, hidden files, broken links and special files included."
+    "All that lies in a folder and the folders below it, hidden files, broken links and special files included; not the locks of runs."
     found, left = [], [Path(folder)]
     while left:
         place = left.pop()
@@ -57,10 +57,9 @@ def walk(
             found.append(Found(place, f"a folder that cannot be opened: {error.strerror}"))
             continue
         left.extend(path for path, is_folder in inside if is_folder)
-        others = [path for path, is_folder in inside if not is_folder]
+        others = [path for path, is_folder in inside if not is_folder and not path.name.endswith(LOCK_SUFFIX)]
         found.extend(Found(path, "a link to a folder" if os.path.isdir(path) else None) for path in others)
     return sorted(found)
-
 
 # %% ../../nbs/01_data/01_images.ipynb #f11ba7ee
 def check_image(
