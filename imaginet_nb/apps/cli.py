@@ -275,7 +275,8 @@ def external(
 @command(app, "audit", "out")
 def audit(
     source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="Manifest (CSV), list or folder of lists of the authors, "
-                                                                              "or a folder with subfolders real and fake.")],
+                                                                              "or a folder with subfolders real and fake (label "
+                                                                              "words as for evaluate).")],
     out: Annotated[Path, typer.Option(help="Folder for the page, the tables and the figures.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the images; if not given, looked for beside the lists.")] = None,
     max_distance: Annotated[int, typer.Option(help="Bits of 64 by which near duplicates may differ in their perceptual hash.")] = 4,
@@ -283,6 +284,7 @@ def audit(
     """Say how far file format and content alone get, and what else the files give away.
 
     Writes zero_pixel.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
+    Of a folder every file has a row, or is counted with the reason, as for evaluate.
     """
     from imaginet_nb.audit.report import audit as write_audit
     for sentence in write_audit(source, out, root=root, max_distance=max_distance): typer.echo(f"- {sentence.replace('`', '')}")
@@ -492,7 +494,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:
-    """Measure a detector on labelled pictures: by generator and content, with intervals, beside rules that see no pixel."""
+    """Measure a detector on labelled pictures: by generator and content, with intervals, beside rules that see no pixel.
+
+    Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
+    Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
+    Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
+    """
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
@@ -500,7 +507,7 @@ def evaluate(
     pictures = read_foreign(source, root if manifest else None)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
-    for sentence in found: typer.echo(f"- {sentence}")
+    for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #5260c69f
@@ -535,6 +542,8 @@ def score(
                               identified_by=identity, **environment(str(place)))
         failed = int(rows["error"].notna().sum())
         if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
+        if failed == len(rows):
+            raise ValueError(f"none of {failed} pictures could be scored; the first, {rows['path'].iloc[0]}: {rows['error'].iloc[0]}")
 
 def _slice(text: str) -> tuple[int, int]:
     "3/16 as numbers."
@@ -549,7 +558,8 @@ def merge(
 ) -> None:
     """Put the slices that score wrote together, in order.
 
-    The result is byte for byte that of one run. A missing slice, or one made from other files or settings, is an error.
+    The result is byte for byte that of one run. A missing slice is an error; so is one of another detector, or with other files,
+    settings or versions, and the message names the difference.
     """
     from imaginet_nb.detectors.protocol import merge_slices
     typer.echo(f"{out}: {merge_slices(out)} rows")
