@@ -414,7 +414,7 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[Path, typer.Option(help="Table to write: .csv, .parquet or .jsonl.")] = Path("preds.csv"),
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with pictures and maps of the evidence.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished rows of an earlier run, except of pictures whose content (SHA-256) "
+    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic pictures that may be judged wrongly; what lies between "
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
