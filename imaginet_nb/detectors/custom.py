@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from ..data.manifest import FAMILIES
-from ..models.checkpoints import _digest
+from ..models.checkpoints import weights_digest
 from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector
 from ..data.augmentation import center_crop
@@ -314,4 +314,4 @@ def weights_sha256(
     held = [detector, *getattr(detector, "__dict__", {}).values()]
     states = [module.state_dict() for module in held if isinstance(module, nn.Module)]
     tensors = {f"{i}.{name}": t.detach().cpu() for i, state in enumerate(states) for name, t in state.items() if isinstance(t, Tensor)}
-    return _digest({}, tensors) if tensors else None
+    return weights_digest({}, tensors) if tensors else None
