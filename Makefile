@@ -13,7 +13,7 @@ help: ## this list
 setup: .venv/complete ## environment in .venv from requirements.lock, editable install, Jupyter kernel
 
 .venv/complete: requirements.lock settings.ini setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "Setting up .venv: some minutes and about 7 GB, most of it torch"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -50,8 +50,8 @@ docs: setup ## a site of all notebooks, the API and a search, read offline: _doc
 	$(BIN)/python -m sphinx -c docs -q -W --keep-going -j auto _docs/source _docs/site
 	@echo "Open _docs/site/index.html"
 
-lab: setup ## JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+lab: setup ## JupyterLab, open at the first tutorial
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/tutorials/00_imaginet_in_one_sitting.ipynb
 
 clean-reports: ## remove what `make reproduce` wrote for PROFILE; data and environment stay
 	@test -d reports/$(PROFILE) || { echo "no reports/$(PROFILE)"; exit 1; }

@@ -82,7 +82,9 @@ def test_the_wheel_says_what_it_needs(wheel):
         about = file.read(next(n for n in file.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     needs = {Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", about, flags=re.M) if "extra ==" not in line}
     assert needs == set(map(Requirement, SETTINGS["DEFAULT"]["requirements"].split()))
-    assert f"Version: {SETTINGS['DEFAULT']['version']}" in about and "Requires-Python: >=3.10" in about
+    assert f"Version: {SETTINGS['DEFAULT']['version']}" in about and f"Requires-Python: >={SETTINGS['DEFAULT']['min_python']}" in about
+    pythons = re.findall(r"^Classifier: Programming Language :: Python :: (3\.\d+)$", about, flags=re.M)
+    assert pythons == ["3.11", "3.12", "3.13"]
 
 
 def test_everything_that_the_library_imports_is_required():

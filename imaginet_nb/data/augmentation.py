@@ -171,7 +171,7 @@ def corrupt(
 ) -> np.ndarray: # same shape
     "Compress, blur or add noise."
     kind = rng.choice(CORRUPTIONS, p=odds(probabilities).corruptions)
-    if kind == "blur": return gaussian_blur(image, rng.choice(BLUR_KERNELS, p=BLUR_SHARES))
+    if kind == "blur": return gaussian_blur(image, int(rng.choice(BLUR_KERNELS, p=BLUR_SHARES)))
     if kind == "noise": return gaussian_noise(image, rng.uniform(3, 10), rng)
     return compress(image, str(kind), int(rng.integers(50, 96)))
 
