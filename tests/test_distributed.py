@@ -139,10 +139,10 @@ def folder(images, tmp_path_factory) -> Path:
 
     def killed(text):
         if text.startswith("epoch 3/4"): raise Killed
-    say, training._say = training._say, killed # after two epochs of a single process, to be continued by two
+    say, training._print_once = training._print_once, killed # after two epochs of a single process, to be continued by two
     try: whole_run(*images, folder/"left_by_one.pt")
     except Killed: pass
-    finally: training._say = say
+    finally: training._print_once = say
     assert (folder/"left_by_one.pt").exists()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
