@@ -14,12 +14,8 @@ import os
 import site
 import sys
 import warnings
-<<<<<<< HEAD
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-=======
 from collections.abc import Callable, Iterator, Sequence
->>>>>>> main
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +30,7 @@ from ..models.checkpoints import weights_digest
 from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector
 from ..data.augmentation import center_crop
-from ..models.resnet.graphs import GraphError, image_input, onnx_session, try_graph
+from ..data.graphs import GraphError, image_input, onnx_session, try_graph
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #54e78b28
 class PluginError(ValueError):
