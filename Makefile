@@ -50,10 +50,10 @@ docs: setup ## a site of all notebooks, the API and a search, read offline: _doc
 	$(BIN)/python -m sphinx -c docs -q -W --keep-going -j auto _docs/source _docs/site
 	@echo "Open _docs/site/index.html"
 
-lab: setup ## JupyterLab
+lab: setup ## JupyterLab, open at the first tutorial
 	# no news, no look for a newer version, no list of extensions from elsewhere
 	$(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
-	  --LabApp.extension_manager=readonly nbs/index.ipynb
+	  --LabApp.extension_manager=readonly --ServerApp.root_dir="$(CURDIR)" nbs/tutorials/00_imaginet_in_one_sitting.ipynb
 
 clean-reports: ## remove what `make reproduce` wrote for PROFILE; data and environment stay
 	@test -d reports/$(PROFILE) || { echo "no reports/$(PROFILE)"; exit 1; }

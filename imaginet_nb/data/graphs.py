@@ -76,7 +76,7 @@ def _trial(
 ) -> None:
     "What the process of `try_graph` does."
     session = onnx_session(path)
-    name, dtype, batch, sides = image_input(session)
-    session.run(None, {name: np.zeros((batch or 2, 3, *(fixed or int(side) for fixed in sides)), dtype)})
+    name, dtype, _, sides = image_input(session)
+    session.run(None, {name: np.zeros((1, 3, *(fixed or int(side) for fixed in sides)), dtype)})
 
 if __name__ == "__main__" and "__file__" in globals(): _trial(*sys.argv[1:]) # a notebook has no __file__
