@@ -12,11 +12,11 @@ import json
 from glob import glob
 from pathlib import Path
 
-import yaml
+from imaginet_nb.core import read_yaml
 
 NAMES = str(config.get("profile", "demo")).split(",")   # each a name in profiles/ or a path to a YAML file
 FILES = [Path(name if name.endswith((".yaml", ".yml")) else f"profiles/{name}.yaml") for name in NAMES]
-SETTINGS = {path.stem: yaml.safe_load(path.read_text()) for path in FILES}
+SETTINGS = {path.stem: read_yaml(path) for path in FILES}
 REPORT = "reports/{profile}"                            # everywhere below, {profile} is the name of one of them
 
 

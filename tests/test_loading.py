@@ -1,10 +1,13 @@
 """Three ways to the same crop: whole decoding, partial decoding, the packed store."""
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -15,7 +18,7 @@ import torch
 from bad_images import BAD, ODD
 from PIL import Image
 
-from imaginet_nb.core import repo_root, rng
+from imaginet_nb.core import file_sha256, repo_root, rng
 from imaginet_nb.data.augmentation import CenterCrop, Perturb, Stage1, Stage2
 from imaginet_nb.data.datasets import ManifestDataset, make_loader
 from imaginet_nb.data.images import ImageError, LazyImage, decode
@@ -198,3 +201,150 @@ def test_a_changed_source_is_packed_anew(many):
     (many/"many"/"33.png").write_bytes(buffer.getvalue())
     assert pack(rows, many/"many", many/"store", shard_images=10, jobs=1)["33.png"][:, :].tolist() == [[[255, 0, 0]]*30]*40
     assert verify_store(many/"store") == []
+
+
+# --- damaged stores
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory) -> Path:
+    "A folder with six images, and their store in two shards."
+    folder = tmp_path_factory.mktemp("six")
+    (folder/"images").mkdir()
+    for i in range(6):
+        image = np.random.default_rng(i).integers(0, 256, (90 + i, 120, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder/"images"/f"{i}.png")
+    pack(SIX, folder/"images", folder/"store", shard_images=4, jobs=1)
+    return folder
+
+
+@pytest.fixture
+def damaged(six, tmp_path) -> Path:
+    "A copy of the store, to be damaged."
+    return Path(shutil.copytree(six/"store", tmp_path/"store"))
+
+
+SIX = pd.DataFrame({"path": [f"{i}.png" for i in range(6)]})
+
+
+def read_all(folder: Path) -> dict[str, np.ndarray]:
+    store = Store(folder)
+    return {path: store[path][:, :] for path in SIX["path"]}
+
+
+def change(path: Path, place: int, bits: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= bits
+    path.write_bytes(content)
+
+
+def reindexed(folder: Path, index: np.ndarray, **facts: object) -> None:
+    "Another index, with the checksum that belongs to it."
+    np.save(folder/"index.npy", index)
+    known = json.loads((folder/"store.json").read_text())
+    known["sha256"]["index.npy"] = file_sha256(folder/"index.npy")
+    (folder/"store.json").write_text(json.dumps(known | facts))
+
+
+def test_a_changed_byte_of_a_shard_never_gives_other_pixels(damaged):
+    """300 places, the frame's head and end among them: the packed pixels, or an error that names the shard and the remedy."""
+    good, draw, refused = read_all(damaged), np.random.default_rng(0), 0
+    content = (damaged/"shard-00000.b2nd").read_bytes()
+    for n in range(300):
+        place = int(draw.integers(len(content)))
+        if n % 3 == 0: place = int(draw.integers(400)) if n % 2 else len(content) - 1 - int(draw.integers(400))
+        (damaged/"shard-00000.b2nd").write_bytes(content)
+        change(damaged/"shard-00000.b2nd", place, 1 << int(draw.integers(8)))
+        try: found = read_all(damaged)
+        except StoreError as error:
+            refused += 1
+            assert "shard-00000.b2nd" in str(error) and "imaginet data pack" in str(error)
+        else: assert all(np.array_equal(found[name], good[name]) for name in good), f"byte {place}"
+    assert refused > 150
+
+
+def test_a_crop_is_checked_and_the_remedy_works(damaged, six):
+    good = read_all(damaged)
+    content = bytearray((damaged/"shard-00001.b2nd").read_bytes())
+    for place in range(300, len(content) - 300, 50): content[place] ^= 1
+    (damaged/"shard-00001.b2nd").write_bytes(content)
+    with pytest.raises(StoreError, match="shard-00001.b2nd, image 5.png: "): Store(damaged)["5.png"][10:40, 20:50]
+    np.testing.assert_array_equal(Store(damaged)["1.png"][10:40, 20:50], good["1.png"][10:40, 20:50])
+    (damaged/"shard-00001.b2nd").unlink()
+    pack(SIX, six/"images", damaged, shard_images=4, jobs=1)
+    assert all(np.array_equal(pixels, good[name]) for name, pixels in read_all(damaged).items()) and verify_store(damaged) == []
+
+
+@pytest.mark.parametrize("name", ["index.npy", "shard-00000.crc32", "store.json"])
+def test_a_changed_byte_of_the_other_files_is_noticed(damaged, name):
+    good, content, draw = read_all(damaged), (damaged/name).read_bytes(), np.random.default_rng(1)
+    for _ in range(100):
+        (damaged/name).write_bytes(content)
+        change(damaged/name, int(draw.integers(len(content))), 1 << int(draw.integers(8)))
+        try: found = read_all(damaged)
+        except StoreError as error: assert str(damaged) in str(error) and "imaginet data pack" in str(error)
+        else: assert name != "index.npy" and all(np.array_equal(found[name], good[name]) for name in good)
+
+
+@pytest.mark.parametrize("entry, value", [("top", 2**40), ("top", 2**64 - 64), ("height", 2**32 - 1), ("width", 2**32 - 1), ("height", 0),
+                                          ("width", 0), ("tile", 2**63), ("shard", 7), ("shard", 2**32 - 1)])
+def test_an_absurd_entry_is_refused_before_anything_is_allocated(damaged, entry, value):
+    index = np.load(damaged/"index.npy")
+    index[entry] = value
+    reindexed(damaged, index)
+    store = Store(damaged)
+    tracemalloc.start()
+    with pytest.raises(StoreError, match=r"shard-\d+.b2nd"): store["1.png"]
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("entry, step", [("top", 64), ("tile", 1), ("width", -64), ("shard", 1)])
+def test_an_entry_of_another_image_gives_an_error_not_its_pixels(damaged, entry, step):
+    index = np.load(damaged/"index.npy")
+    index[entry] += np.array(step).astype(index[entry].dtype)
+    reindexed(damaged, index)
+    with pytest.raises(StoreError, match="shard-0000.*imaginet data pack"): read_all(damaged)
+
+
+@pytest.mark.parametrize("head", ["(999999999999,)", "(6, 6)", "()", "(-1,)", "(5,)"])
+def test_an_index_of_an_absurd_shape_is_refused(damaged, head):
+    path = damaged/"index.npy"
+    text = path.read_bytes().replace(b"(6,)", head.encode())
+    size = int.from_bytes(text[8:10], "little") + len(head) - 4
+    path.write_bytes(text[:8] + size.to_bytes(2, "little") + text[10:])
+    known = json.loads((damaged/"store.json").read_text())
+    known["sha256"]["index.npy"] = file_sha256(path)
+    (damaged/"store.json").write_text(json.dumps(known))
+    with pytest.raises(StoreError, match="index.npy: missing or damaged"): Store(damaged)
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "null", "[]", "{}", '{"version": 1}', '{"version": 2}', '{"version": 2, "images": -1, "sha256": {}}', "["*100_000,
+    '{"version": 2, "images": 6, "sha256": {"../secret": "' + "0"*64 + '"}}', '{"version": 2, "images": 6, "sha256": {"index.npy": 5}}',
+    '{"version": ' + "9"*5000 + "}"], ids=range(12))
+def test_an_odd_store_json_is_named(damaged, text):
+    (damaged/"store.json").write_text(text)
+    for read in (Store, verify_store):
+        with pytest.raises(StoreError, match="store.json: .*imaginet data pack") as error: read(damaged)
+        assert len(str(error.value)) < 500
+
+
+def test_a_store_without_checksums_is_packed_again(damaged, six):
+    """A store of an earlier release has version 1: refused with the remedy, and the remedy works."""
+    good = read_all(damaged)
+    known = json.loads((damaged/"store.json").read_text())
+    (damaged/"store.json").write_text(json.dumps(known | {"version": 1}))
+    for old in damaged.glob("*.crc32"): old.unlink()
+    with pytest.raises(StoreError, match="store.json: version 1, .*run `imaginet data pack` again"): Store(damaged)
+    pack(SIX, six/"images", damaged, shard_images=4, jobs=1)
+    assert all(np.array_equal(pixels, good[name]) for name, pixels in read_all(damaged).items())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"mark": 1}', '{"mark": 1, "sha256": []}', "["*100_000], ids=range(6))
+def test_what_is_known_about_a_shard_may_be_damaged(damaged, six, text):
+    """The shard is packed anew."""
+    good = read_all(damaged)
+    (damaged/"shard-00000.json").write_text(text)
+    change(damaged/"shard-00001.npy", 140)
+    pack(SIX, six/"images", damaged, shard_images=4, jobs=1)
+    assert all(np.array_equal(pixels, good[name]) for name, pixels in read_all(damaged).items())

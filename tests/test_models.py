@@ -1,9 +1,12 @@
 """Networks against torchvision's own, converted files against a forward pass written out, and damaged checkpoints."""
 
 import argparse
+import dataclasses
 import json
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,18 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file, save_file
 
+from imaginet_nb.evaluation.calibration import Calibration, fit_calibration
+from imaginet_nb.evaluation.open_set import open_set_of
 from imaginet_nb.models.checkpoints import (
     CheckpointError,
+    ProbabilityHeader,
+    amend_checkpoint,
     convert_authors_checkpoint,
     load_checkpoint,
     load_detector,
     read_header,
     save_checkpoint,
+    weights_digest,
 )
 from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, WeightsError, create_backbone, load_imagenet_weights
 
@@ -324,3 +332,173 @@ def test_saving_is_atomic(checkpoint, monkeypatch):
     monkeypatch.setattr("imaginet_nb.models.checkpoints.save_file", fails)
     with pytest.raises(OSError, match="disk full"): save_checkpoint(small_classifier(), checkpoint)
     assert checkpoint.read_bytes() == before and len(list(checkpoint.parent.iterdir())) == 1
+
+
+# --- headers whose checksum is right ----------------------------------------------------------------------------------
+
+FITTED = {"method": "platt", "slope": 2.0, "intercept": 0.5, "thresholds": {"0.05": 0.9, "0.001": None}, "n": 40, "n_real": 20}
+OPEN = {"score": "nearest", "neighbours": 5, "thresholds": {"0.05": 3.5}, "n": 40, "generators": ["ProGAN"]}
+
+
+def forged(path: Path, changes: dict, without: str = "") -> None:
+    "Write another header into a file, with the checksum that belongs to it."
+    header = {key: value for key, value in (read_header(path) | changes).items() if key not in ("sha256", without)}
+    tensors = load_file(path)
+    header["sha256"] = weights_digest(header, tensors)
+    save_file(tensors, path, metadata={"header": json.dumps(header)})
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"input_size": "abc"}, "input_size: .*valid integer, got 'abc'"),
+    ({"input_size": -96}, "input_size: .*got -96"),
+    ({"input_size": True}, "input_size"),
+    ({"width": 40}, "width: .*got 40"),
+    ({"width": "wide"}, "width: .*got 'wide'"),
+    ({"width": float("nan")}, "width"),
+    ({"width": 1e-9}, "width"),
+    ({"stem_stride": 3}, "stem_stride: .*got 3"),
+    ({"stem_stride": None}, "stem_stride"),
+    ({"architecture": ["resnet18"]}, "architecture"),
+    ({"kind": ["classifier"]}, "kind: .*valid string"),
+    ({"kind": "poem"}, "unknown kind .poem."),
+    ({"heads": {"detection": "batchnorm"}}, "heads.identification: missing entry"),
+    ({"heads": {"detection": "batchnorm", "identification": "batchnorm", "third": "l2"}}, "heads.third: unknown entry"),
+    ({"heads": {"detection": "linear", "identification": None}}, "heads.detection: .*got 'linear'"),
+    ({"heads": None}, "heads"),
+    ({"classes": {"detection": ["synthetic", "real"], "identification": ["GAN", "SD", "Midjourney", "DALL-E 3"]}},
+     r"classes: expected .*'real', 'synthetic'.* in this order, got .*'synthetic', 'real'"),
+    ({"classes": {"detection": ["real", "synthetic"], "identification": ["SD", "GAN", "Midjourney", "DALL-E 3"]}}, "classes: expected"),
+    ({"classes": {"detection": ["real", "synthetic"]}}, "classes: expected"),
+    ({"detector": 7}, "detector: .*got 7"),
+    ({"input": {"range": [0, 255]}}, "input: made for other pixels"),
+    ({"profile": 5}, "profile"),
+    ({"extra": "known_features"}, "extra"),
+    ({"extra": ["known_features"]}, "no tensor 'known_features'"),
+    ({"probability": FITTED | {"slope": float("nan")}}, "probability.slope: .*finite"),
+    ({"probability": FITTED | {"intercept": float("inf")}}, "probability.intercept: .*finite"),
+    ({"probability": FITTED | {"thresholds": {"0.05": 1.5}}}, "probability.thresholds.0.05"),
+    ({"probability": FITTED | {"thresholds": {"0.05": float("nan")}}}, "probability.thresholds.0.05"),
+    ({"probability": FITTED | {"tilt": 1}}, "probability.tilt: unknown entry"),
+    ({"probability": {"slope": 1.0}}, "probability.method: missing entry"),
+    ({"probability": [1.0, 0.0]}, "probability"),
+    ({"open_set": OPEN | {"thresholds": {"0.05": "far"}}}, "open_set.thresholds.0.05"),
+], ids=lambda value: str(value)[:60] if isinstance(value, dict) else "")
+def test_an_odd_header_is_refused_with_file_and_entry(checkpoint, changes, words):
+    forged(checkpoint, changes)
+    with pytest.raises(CheckpointError, match=words) as error: load_checkpoint(checkpoint)
+    assert "c.safetensors" in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("entry", ["kind", "architecture", "width", "stem_stride", "input", "detector", "input_size", "heads", "classes",
+                                   "profile", "data_hash", "git_commit"])
+def test_a_missing_entry_is_named(checkpoint, entry):
+    forged(checkpoint, {}, without=entry)
+    with pytest.raises(CheckpointError, match=f"c.safetensors: .*{entry}"): load_checkpoint(checkpoint)
+
+
+def test_a_complete_header_is_accepted_and_what_is_unknown_at_its_top_is_kept(checkpoint):
+    forged(checkpoint, {"probability": FITTED, "my_note": {"a": [1, None]}, "width": 0.125})
+    detector = load_detector(checkpoint)
+    assert detector.header["probability"] == FITTED and detector.header["my_note"] == {"a": [1, None]}
+
+
+def test_the_schema_of_a_calibration_has_the_fields_of_a_calibration():
+    assert list(ProbabilityHeader.model_fields) == [field.name for field in dataclasses.fields(Calibration)]
+    rng = np.random.default_rng(0)
+    fitted = fit_calibration(rng.normal(size=80) + np.repeat([0, 1], 40), np.repeat([False, True], 40)).header()
+    assert ProbabilityHeader.model_validate(json.loads(json.dumps(fitted))).slope == fitted["slope"]
+
+
+def test_what_could_not_be_read_again_is_not_written(checkpoint):
+    before = checkpoint.read_bytes()
+    bad = FITTED | {"slope": float("nan")}
+    with pytest.raises(CheckpointError, match="probability.slope"): amend_checkpoint(checkpoint, probability=bad)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"architecture": "resnet50", "width": 16}, {"projection_size": 65_536, "width": 16}])
+def test_no_memory_is_taken_for_a_network_that_the_file_does_not_hold(tmp_path, changes):
+    "Both headers ask for gigabytes; the process may take a tenth of that above what it has."
+    path = tmp_path / "s.safetensors"
+    save_checkpoint(SelfConNet(create_backbone("resnet18", width=0.125), projection_size=8), path)
+    forged(path, changes)
+    script = ("import sys, resource, torch; from imaginet_nb.models.checkpoints import load_checkpoint\n"
+              "from imaginet_nb.models.resnet import create_backbone; create_backbone('resnet18', width=0.125)\n"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "try: load_checkpoint(sys.argv[1])\n"
+              "except ValueError as error: print(type(error).__name__, 'of another shape' in str(error) or 'missing' in str(error))\n"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    what, kilobytes = result.stdout.splitlines()
+    assert what == "CheckpointError True" and int(kilobytes) < 400_000
+
+
+def test_an_open_set_without_its_features_is_said(checkpoint):
+    forged(checkpoint, {"open_set": OPEN})
+    with pytest.raises(ValueError, match="without its tensor 'known_features'"): open_set_of(load_detector(checkpoint))
+
+
+ODD_VALUES = (None, True, -1, 0, 3, 1e400, float("nan"), 2**80, 0.5, "", "abc", "x" * 5000, [], ["a"], [[1]], {}, {"a": 1},
+              {"detection": None})
+
+
+def test_fuzzed_headers_give_a_network_or_a_checkpoint_error(tmp_path):
+    "200 headers with one or two entries replaced, at any depth, and the checksum put right."
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    known = {"known_features": torch.ones(9, 64)}
+    save_checkpoint(small_classifier(input_size=96), files[0], probability=FITTED, open_set=OPEN, extra=known)
+    save_checkpoint(SelfConNet(create_backbone("resnet18", width=0.125), projection_size=8), files[1], history=[{"loss": 1.0}])
+    draw, loaded = random.Random(0), 0
+    honest = [(read_header(path), load_file(path)) for path in files]
+    clean = [load_checkpoint(path)[0].state_dict() for path in files]
+    for _ in range(200):
+        which = draw.randrange(2)
+        header, tensors = json.loads(json.dumps(honest[which][0])), honest[which][1]
+        header.pop("sha256")
+        for _ in range(draw.randint(1, 2)):
+            place = header
+            while True:
+                key = draw.choice([*place, "new"]) if draw.random() < 0.9 or not place else draw.choice(list(place))
+                inner = place.get(key)
+                if not isinstance(inner, dict) or not inner or draw.random() < 0.4: break
+                place = inner
+            if draw.random() < 0.15: place.pop(key, None)
+            else: place[key] = draw.choice(ODD_VALUES)
+        header["sha256"] = weights_digest(header, tensors)
+        save_file(tensors, files[which], metadata={"header": json.dumps(header)})
+        try: model = load_checkpoint(files[which])[0]
+        except CheckpointError as error: assert files[which].name in str(error)
+        else:
+            loaded += 1
+            assert all(torch.equal(t, clean[which][n]) for n, t in model.state_dict().items())
+    assert 10 < loaded < 150, "some changes are harmless, most are not"
+
+
+@pytest.mark.parametrize("text", [
+    "", "null", "[1]", "{", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, '{"format": "imaginet_nb checkpoint", "version": [[1]]}',
+    '{"format": "imaginet_nb checkpoint", "version": ' + "9" * 5000 + "}"], ids=range(8))
+def test_metadata_that_is_no_header_is_refused(tmp_path, text):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(1)}, path, metadata={"header": text})
+    with pytest.raises(CheckpointError, match="m.safetensors"): load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["BOOL", "U8", "I16", "U64", "F16", "BF16", "F64", "C64", "F8_E4M3", "F4", "F6_E2M3"])
+def test_tensors_of_any_type_of_numbers_are_read_or_refused(tmp_path, checkpoint, kind):
+    "Types that torch does not know must not end in a traceback; others do not fit their checksum."
+    content = checkpoint.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:8 + length])
+    name = next(n for n in head if n != "__metadata__")
+    head[name]["dtype"] = kind
+    text = json.dumps(head).encode()
+    checkpoint.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length:])
+    with pytest.raises(CheckpointError, match="c.safetensors"): load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("classifier", [[1, 2], {"4.weight": "x", "1.weight": 1, "0.weight": 2}, {3: torch.ones(1)},
+                                        {f"{n}.weight": torch.tensor(1.0) for n in (0, 1, 4)}])
+def test_an_odd_classifier_in_the_authors_file_is_refused(tmp_path, authors, classifier):
+    torch.save({"model": authors["model"], "classifier": classifier}, tmp_path / "authors.pth")
+    with pytest.raises(CheckpointError, match="authors.pth: unknown classifier"):
+        convert_authors_checkpoint(tmp_path / "authors.pth", tmp_path / "ours.safetensors")

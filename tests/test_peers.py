@@ -30,7 +30,7 @@ from imaginet_nb.detectors.prior_work import (
     weights_table,
 )
 from imaginet_nb.detectors.protocol import Detector, predict
-from imaginet_nb.models.checkpoints import CheckpointError, load_checkpoint, read_header
+from imaginet_nb.models.checkpoints import CheckpointError, load_checkpoint, read_header, weights_digest
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 Shapes = dict[str, tuple[int, ...]]
@@ -420,3 +420,21 @@ def test_a_header_without_its_weights_is_refused(folder, tmp_path):
     path = folder / "weights" / "grag2021.safetensors"
     save_file({"detection.bias": torch.zeros(1)}, tmp_path / "grag2021.safetensors", metadata={"header": json.dumps(read_header(path))})
     with pytest.raises(CheckpointError, match="checksum"): load_peer("Grag2021", tmp_path)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"converted_from": None}, "converted_from: .*got None"),
+    ({"licence_accepted": "yes"}, "licence_accepted: .*got 'yes'"),
+    ({"page": ["x"]}, "page: .*valid string"),
+    ({"kind": "classifier"}, "architecture: missing entry"),
+    ({"kind": 7}, "kind: .*got 7"),
+    ({"weights": ["grag2021"]}, r"holds \['grag2021'\], not grag2021"),
+], ids=str)
+def test_an_odd_header_of_imported_weights_is_refused(folder, tmp_path, changes, words):
+    """The checksum is right; the entries are not."""
+    path = folder / "weights" / "grag2021.safetensors"
+    header = {key: value for key, value in (read_header(path) | changes).items() if key != "sha256"}
+    tensors = load_file(path)
+    header["sha256"] = weights_digest(header, tensors)
+    save_file(tensors, tmp_path / "grag2021.safetensors", metadata={"header": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=f"grag2021.safetensors: .*{words}"): load_peer("Grag2021", tmp_path)

@@ -171,7 +171,7 @@ def refuse(spec, *words, **options):
     (dict(output="probability"), ["net.onnx", "output: probability", "is it a logit?"]),
     (dict(identification=["GAN", "SD"]), ["net.yaml", "identification", "Midjourney"]),
     (dict(identification=list(FAMILIES)), ["net.onnx", "only one output", "identification"]),
-    (dict(mean=[float("nan"), 0, 0]), ["net.onnx", "not finite"])])
+    (dict(mean=[float("nan"), 0, 0]), ["net.yaml", "mean.0", "finite number"])])
 def test_wrong_keys(net, tmp_path, changes, words):
     refuse(write_yaml(write_onnx(tmp_path/"net.onnx", net, scale=1e3), **changes), *words)
 

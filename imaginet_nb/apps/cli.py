@@ -36,14 +36,16 @@ app.add_typer(checkpoint_app, name="checkpoint")
 def command(
     group: typer.Typer,
     name: str,
-    alone: str | None = None, # option whose folder belongs to one run at a time
+    *alone: str, # options whose file or folder belongs to one run at a time
 ) -> Callable:
     "Register a command; expected errors end in one line on standard error and exit code 1, Ctrl-C in 130."
     def register(function: Callable) -> Callable:
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
-                with only_run(kwargs[alone]) if alone else contextlib.nullcontext(): function(*args, **kwargs)
+                with contextlib.ExitStack() as locks:
+                    for place in {kwargs[option] for option in alone} - {None}: locks.enter_context(only_run(place))
+                    function(*args, **kwargs)
             except typer.Exit: raise # which is a RuntimeError as well
             except (ValueError, RuntimeError, OSError) as error:
                 typer.secho(f"imaginet: {error}", err=True, fg="red")
@@ -134,7 +136,7 @@ def sandbox(
     typer.echo(f"{out}: lists in {out/'annotations'}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #91a0e53e
-@command(data_app, "download", alone="out")
+@command(data_app, "download", "out")
 def download(
     out: Annotated[Path, typer.Option(help="Folder of the data set, such as data/imaginet.")],
     what: Annotated[str, typer.Option(help="Any of annotations, images, weights, separated by commas.")] = "annotations,images",
@@ -149,7 +151,7 @@ def download(
     typer.echo(f"{out}: {len(files)} files there; next: imaginet data unpack {out/'archive'} --out {out}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #65b0027f
-@command(data_app, "unpack", alone="out")
+@command(data_app, "unpack", "out")
 def unpack(
     archive: Annotated[Path, typer.Argument(help="Folder with the volumes imaginet.7z.001, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the data set, such as data/imaginet.")],
@@ -162,7 +164,7 @@ def unpack(
     typer.echo(f"{out}: {extract(archive, out):,} files unpacked; next: imaginet data verify {out}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #58b19abc
-@command(data_app, "verify", alone="root")
+@command(data_app, "verify", "root")
 def verify(
     root: Annotated[Path, typer.Argument(help="Folder of the data set.")],
     out: Annotated[Path | None, typer.Option(help="CSV for the problems; if not given, the first ten are shown.")] = None,
@@ -182,7 +184,7 @@ def verify(
                      + (f"; all of them are in {out}" if out else "; --out FILE writes all of them"))
 
 # %% ../../nbs/08_apps/07_cli.ipynb #67d23005
-@command(data_app, "build", alone="out")
+@command(data_app, "build", "out")
 def build(
     out: Annotated[Path, typer.Option(help="Folder of the data set, with the lists in annotations/.")],
     source: Annotated[list[str], typer.Option(help="FOLDER=PATH, such as ffhq=/data/ffhq: data for a folder of the layout; repeat it.")],
@@ -197,7 +199,7 @@ def build(
     for row in report[report["missing"] > 0].itertuples(): typer.echo(f"{row.folder}: {row.missing:,} missing; {row.get}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #f3f5b4e0
-@command(data_app, "perturb", alone="root")
+@command(data_app, "perturb", "root")
 def perturb(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images; the set goes to FOLDER/testset.")],
     manifest: Annotated[Path | None, typer.Option("--list", help="Manifest (CSV) or list of the authors; if not given, "
@@ -221,7 +223,7 @@ def perturb(
     typer.echo(f"{root/'testset'}: {len(made)} images of {made['source'].nunique()} files; lists beside them")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #7d5adba1
-@command(data_app, "pack", alone="out")
+@command(data_app, "pack", "out")
 def pack(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images.")],
     out: Annotated[Path, typer.Option(help="Folder of the store.")],
@@ -270,10 +272,11 @@ def external(
     typer.echo(f"{target}: {made['path'].nunique()} images; run p51_external to score them")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #4fda56db
-@command(app, "audit")
+@command(app, "audit", "out")
 def audit(
     source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="Manifest (CSV), list or folder of lists of the authors, "
-                                                                              "or a folder with subfolders real and fake.")],
+                                                                              "or a folder with subfolders real and fake (label "
+                                                                              "words as for evaluate).")],
     out: Annotated[Path, typer.Option(help="Folder for the page, the tables and the figures.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the images; if not given, looked for beside the lists.")] = None,
     max_distance: Annotated[int, typer.Option(help="Bits of 64 by which near duplicates may differ in their perceptual hash.")] = 4,
@@ -281,6 +284,7 @@ def audit(
     """Say how far file format and content alone get, and what else the files give away.
 
     Writes zero_pixel.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
+    Of a folder every file has a row, or is counted with the reason, as for evaluate.
     """
     from imaginet_nb.audit.report import audit as write_audit
     for sentence in write_audit(source, out, root=root, max_distance=max_distance): typer.echo(f"- {sentence.replace('`', '')}")
@@ -396,7 +400,7 @@ def _detector(checkpoint: Path | None, detector: str | None, device: str, trust:
     return _foreign_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
 
 # %% ../../nbs/08_apps/07_cli.ipynb #a86b9de3
-@command(app, "predict", alone="out")
+@command(app, "predict", "out", "html")
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders (walked through), patterns in quotes, or - for a list on standard "
                                                     "input, one path a line.")],
@@ -459,7 +463,7 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
                f"{counts['error']} with an error" + (f"; {counts['kept']} rows kept" if resume else ""))
 
 # %% ../../nbs/08_apps/07_cli.ipynb #52779b86
-@command(app, "evaluate", alone="out")
+@command(app, "evaluate", "out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
     manifest: Annotated[Path | None, typer.Option(help="CSV with the columns path and label (real/synthetic or 0/1); generator, "
@@ -474,7 +478,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:
-    """Measure a detector on labelled pictures: by generator and content, with intervals, beside rules that see no pixel."""
+    """Measure a detector on labelled pictures: by generator and content, with intervals, beside rules that see no pixel.
+
+    Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
+    Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
+    Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
+    """
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
@@ -482,7 +491,7 @@ def evaluate(
     pictures = read_foreign(source, root if manifest else None)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
-    for sentence in found: typer.echo(f"- {sentence}")
+    for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #5260c69f
@@ -505,18 +514,19 @@ def score(
     Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
     what the predictions were made from.
     """
-    from imaginet_nb.core import file_sha256, pick_device
+    from imaginet_nb.core import pick_device, versions
     from imaginet_nb.detectors.protocol import score_manifest, slice_path
     from imaginet_nb.training.processes import joined, rank_and_size
     from imaginet_nb.data.augmentation import CenterCrop
     number, slices = _slice(slice_)
     with joined(pick_device(device)) as place:
-        scorer, _, _ = _detector(checkpoint, detector, str(place), trust)
-        weights = checkpoint or _trained_here() if detector is None else Path(detector)
+        scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
         rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
-                              weights=file_sha256(weights) if weights.is_file() else str(weights))
+                              identified_by=identity, device=place.type, versions=versions())
         failed = int(rows["error"].notna().sum())
         if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
+        if failed == len(rows):
+            raise ValueError(f"none of {failed} pictures could be scored; the first, {rows['path'].iloc[0]}: {rows['error'].iloc[0]}")
 
 def _slice(text: str) -> tuple[int, int]:
     "3/16 as numbers."
@@ -531,7 +541,8 @@ def merge(
 ) -> None:
     """Put the slices that score wrote together, in order.
 
-    The result is byte for byte that of one run. A missing slice, or one made from other files or settings, is an error.
+    The result is byte for byte that of one run. A missing slice is an error; so is one of another detector, or with other files,
+    settings or versions, and the message names the difference.
     """
     from imaginet_nb.detectors.protocol import merge_slices
     typer.echo(f"{out}: {merge_slices(out)} rows")

@@ -11,6 +11,7 @@ __all__ = ['SUFFIX_FORMATS', 'RULES', 'FOLDS', 'Fit', 'ZERO_PIXEL_COLUMNS', 'Gro
 
 # %% ../../nbs/06_audit/00_files.ipynb #47f1af19
 import hashlib
+import os
 import re
 import struct
 import warnings
@@ -30,8 +31,8 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 
-from ..data.manifest import FAMILIES, LABELS, REAL_SOURCES, family_groups
-from ..core import progress, rng, worker_processes
+from ..data.manifest import FAMILIES, LABELS, REAL_SOURCES, family_groups, image_file
+from ..core import path_text, progress, rng, worker_processes
 from ..data.images import FORMATS, ImageError, decode
 
 # %% ../../nbs/06_audit/00_files.ipynb #821c4e70
@@ -299,8 +300,8 @@ def image_properties(
             stream.seek(0)
             found.update(_header(stream, decodable=found["error"] is None))
     except Exception as error: # a hostile file can raise nearly anything
-        found["error"] = found["error"] or f"{type(error).__name__}: {error}".replace(str(file), Path(file).name)
-    return found
+        found["error"] = found["error"] or f"{type(error).__name__}: {error}".replace(str(file), path_text(Path(file).name))
+    return {name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value for name, value in found.items()}
 
 # %% ../../nbs/06_audit/00_files.ipynb #220609f4
 def read_properties(
@@ -312,7 +313,7 @@ def read_properties(
     unique = manifest.drop_duplicates("path", ignore_index=True)
     if len(unique) < 1000: jobs = 1 # starting processes takes longer
     with worker_processes(jobs) as parallel:
-        found = parallel(delayed(image_properties)(Path(root)/path) for path in unique["path"])
+        found = parallel(delayed(image_properties)(image_file(root, path)) for path in unique["path"])
         properties = pd.DataFrame(list(progress(found, "reading files", total=len(unique))), columns=list(PROPERTY_COLUMNS[1:]))
     return unique.join(properties)
 
@@ -449,7 +450,7 @@ def overlap_table(
     known = dict(hashes or {})
     if root is not None:
         unread = pd.concat([m["path"] for m in named.values()]).drop_duplicates()
-        unread = unread[[p not in known and (Path(root)/p).is_file() for p in unread]]
+        unread = unread[[p not in known and os.path.isfile(image_file(root, p)) for p in unread]]
         read = read_properties(unread.to_frame("path"), root) if len(unread) else pd.DataFrame(dict(path=[], pixel_hash=[]))
         known |= dict(read.dropna(subset="pixel_hash")[["path", "pixel_hash"]].itertuples(index=False, name=None))
     rows = []

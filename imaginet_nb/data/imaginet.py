@@ -11,7 +11,6 @@ __all__ = ['HUB_DATASET', 'LISTS_REPOSITORY', 'LISTS_COMMIT', 'LISTS', 'FFHQ_LIS
 import hashlib
 import http.client
 import json
-import lzma
 import os
 import re
 import shutil
@@ -262,17 +261,30 @@ def _check_end(volumes: Sequence[Path], total: int) -> None:
                           "or later ones are missing; download again")
 
 # %% ../../nbs/01_data/09_imaginet.ipynb #f8ee8743
-def _safe_names(archive: py7zr.SevenZipFile) -> dict[str, Any]: # name -> what the archive says of it
-    "The files of an archive; raises before anything is written if one of them could end up elsewhere."
-    found = {}
-    for info in archive.list():
+def _safe_names(
+    entries: Iterable[Any], # of the archive's list
+) -> dict[str, Any]: # name -> what the archive says of it
+    "The files of an archive; raises before anything is written if one of them has no plain name of its own."
+    found: dict[str, Any] = {}
+    for info in entries:
         name = info.filename
         if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\\" in name or "\0" in name:
             raise SourceError(f"the archive holds {name!r}, which leads out of the folder; nothing was unpacked, do not trust this archive")
         if info.is_symlink or not (info.is_file or info.is_directory):
             raise SourceError(f"the archive holds {name!r}, a link or device; nothing was unpacked, do not trust this archive")
-        if info.is_file: found[name] = info
+        if info.is_directory: continue
+        if {"", "."} & set(name.split("/")):
+            raise SourceError(f"the archive holds {name!r}, which is no plain file name; nothing was unpacked, do not trust this archive")
+        if name in found: raise SourceError(f"the archive holds {name!r} twice; nothing was unpacked, do not trust this archive")
+        found[name] = info
     return found
+
+def _check_places(targets: Mapping[str, Path]) -> None:
+    "Refuse files of an archive that would be written on top of each other."
+    owners = {path: name for name, path in targets.items()}
+    for path, name in owners.items():
+        if other := next((owners[place] for place in (_part(path), *path.parents) if place in owners), None):
+            raise SourceError(f"the archive holds {name!r} and {other!r}, which cannot lie beside each other; nothing was unpacked")
 
 def _complete(path: Path, info: Any) -> bool:
     "Is this file there, with the size and checksum of the archive?"
@@ -341,17 +353,19 @@ def _damage(error: Exception, volumes: Sequence[Path], folder: _Folder, end: int
 
 def _extract(opened: py7zr.SevenZipFile, folder: _Folder, missing: Sequence[str], volumes: Sequence[Path]) -> None:
     "Write the missing files; what was begun and not finished is removed."
-    try: opened.extract(targets=missing, factory=folder)
+    try: opened.extract(targets=missing, factory=folder) # py7zr opens each file through the factory, and writes none itself
     except OSError as error:
         if error.errno: raise # disk full, no rights: it says so itself
         raise SourceError(_damage(error, volumes, folder, folder.source.tell())) from None
     except (py7zr.exceptions.UnsupportedCompressionMethodError, py7zr.exceptions.PasswordRequired) as error:
         raise SourceError(f"{volumes[0].name}: encrypted, or compressed in a way that py7zr does not read ({type(error).__name__}); "
                           "unpack it with 7-Zip") from None
-    except (py7zr.exceptions.ArchiveError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
+    except Exception as error: # a damaged stream makes py7zr and its decoders raise almost anything
         raise SourceError(_damage(error, volumes, folder, folder.source.tell())) from None
     finally:
         if folder.last: _part(folder.targets[folder.last]).unlink(missing_ok=True)
+    if lost := [name for name in missing if not folder.targets[name].is_file()]:
+        raise SourceError(f"{lost[0]}: listed in the archive, but not found in it ({len(lost)} such files); download the volumes again")
 
 # %% ../../nbs/01_data/09_imaginet.ipynb #39d36809
 def unpack(
@@ -361,13 +375,16 @@ def unpack(
     "Unpack the volumes into the layout of the lists."
     volumes, out = find_volumes(archive), Path(out)
     with BufferedReader(MultiVolume(str(volumes[0])[:-4], "rb", ext_digits=3)) as source: # the name without .001
-        try: opened = py7zr.SevenZipFile(source)
-        except (py7zr.exceptions.ArchiveError, lzma.LZMAError, EOFError, ValueError, struct.error, OSError) as error:
+        try:
+            opened = py7zr.SevenZipFile(source)
+            entries = opened.list()
+        except Exception as error: # a damaged list makes py7zr raise almost anything
             raise SourceError(f"{volumes[-1].name}: the archive's list of files is damaged ({type(error).__name__}); it stands at the end "
                               "of the last volume: delete that and download again") from None
-        infos = _safe_names(opened)
+        infos = _safe_names(entries)
         _number_blocks(opened)
         targets = {name: out/inner for name, inner in zip(infos, _inner_names(list(infos)), strict=True)}
+        _check_places(targets)
         missing = [n for n in progress(infos, "looking what is there") if not _complete(targets[n], infos[n])]
         out.mkdir(parents=True, exist_ok=True)
         _check_disk(out, sum(infos[n].uncompressed for n in missing))

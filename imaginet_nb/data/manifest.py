@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LABELS', 'MANIFEST_COLUMNS', 'CONTENT_TYPES', 'FAMILIES', 'GENERATORS', 'UNKNOWN', 'FAMILY_FOLDERS',
            'CORVI_GENERATORS', 'PRACTICAL_FOLDERS', 'REAL_SOURCES', 'AnnotationError', 'Label', 'Origin', 'ContentType',
-           'Family', 'Generator', 'validate_manifest', 'read_annotations', 'write_annotations', 'read_corvi',
-           'read_practical', 'read_manifest_csv', 'write_manifest_csv', 'split_manifest', 'balanced_calibration',
-           'draw_reals', 'family_groups', 'perturbed_layout', 'overlap', 'count_table']
+           'Family', 'Generator', 'image_file', 'validate_manifest', 'read_annotations', 'write_annotations',
+           'read_corvi', 'read_practical', 'table_rows', 'read_table', 'read_manifest_csv', 'write_manifest_csv',
+           'split_manifest', 'balanced_calibration', 'draw_reals', 'family_groups', 'perturbed_layout', 'overlap',
+           'count_table']
 
 # %% ../../nbs/01_data/00_manifest.ipynb #a9213816
 import csv
 import difflib
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,11 +23,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from ..core import atomic_path, rng, write_csv
+from ..core import atomic_path, path_text, rng, text_path, write_csv
 
 # %% ../../nbs/01_data/00_manifest.ipynb #34b506ab
 class AnnotationError(ValueError):
-    "An annotation list or a manifest that cannot be used as it is."
+    "An annotation list or a manifest that cannot be used as it is. A long message, such as one that quotes a cell, loses its middle."
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 1000 else f"{message[:700]} … {message[-200:]}")
+
 
 # %% ../../nbs/01_data/00_manifest.ipynb #4dcfaef8
 _L = TypeVar("_L", bound="Label")
@@ -128,12 +131,16 @@ _PATH_FAULTS = ( # pattern of a bad path, what is wrong, what to do
     (r"^\s*$", "empty path", "name the image or delete the line"),
     (r"[\x00-\x1f\x7f]", "control character in path", "rename the file"),
     (r"^(?:/|\\\\|[A-Za-z]:[\\/])", "absolute path", "make it relative to the image folder, which is given separately"),
-    (r"\\", "backslash in path", "write / between folders"),
     (r"(?:^|/)\.\.(?:/|$)", "path leaves the image folder", "give a path inside of it"),
     (r"(?:^|/)\.?(?:/|$)", "path is not in its shortest form", "remove the empty or . folders"),
 )
 
 # %% ../../nbs/01_data/00_manifest.ipynb #c8902933
+def _is_written(path: str) -> bool:
+    "Is this what `path_text` writes? Any other spelling of a path could lead out of the folder."
+    try: return path_text(text_path(path)).removeprefix("./") == path
+    except ValueError: return False
+
 def _check_paths(
     paths: pd.Series,
     listing: _Listing,
@@ -142,8 +149,20 @@ def _check_paths(
     "Refuse paths that are empty, absolute, outside of the root, not in shortest form, or repeated."
     for pattern, why, remedy in _PATH_FAULTS:
         listing.refuse(paths.str.contains(pattern), paths, why, remedy)
+    odd = paths.str.contains("\\", regex=False)
+    listing.refuse([o and not _is_written(p) for o, p in zip(odd, paths)], paths, "backslash in path", "write / between folders, or "
+                   "what `path_text` writes for an odd character of a name")
     if not allow_duplicates:
         listing.refuse(paths.duplicated(), paths, "path occurs a second time:", "delete the line (in Python: or allow_duplicates=True)")
+
+# %% ../../nbs/01_data/00_manifest.ipynb #5f0c3a23
+def image_file(
+    root: str | Path, # folder of the images
+    path: str, # as in a manifest
+) -> Path:
+    r"""The file that a path of a manifest stands for. Raises `ValueError` for a backslash that `path_text` would not write."""
+    return Path(root)/text_path(path)
+
 
 # %% ../../nbs/01_data/00_manifest.ipynb #674a3fae
 def _check_words(
@@ -343,25 +362,57 @@ def read_practical(
     return _external(paths, origin, list(folder.map(PRACTICAL_FOLDERS).fillna(UNKNOWN)), split, listing)
 
 # %% ../../nbs/01_data/00_manifest.ipynb #b6550600
-def _read_table(
-    path: str | Path,
-) -> tuple[pd.DataFrame, _Listing]: # all columns as text
-    "Rows of a CSV file with the line on which each began."
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows, lines = [], []
+def _lines(path: str | Path) -> Iterator[str]:
+    "The lines of a UTF-8 file, without a byte-order mark."
+    try: file = open(path, "rb")
+    except OSError as error: raise AnnotationError(f"{path}: cannot be read ({error.strerror}); give the path of a CSV file") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            try: yield line.decode("utf-8" if number > 1 else "utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise AnnotationError(f"{path}, line {number}: byte 0x{line[e.start]:02x} is not UTF-8; save the file as UTF-8") from None
+
+def _csv_error(error: csv.Error) -> str:
+    "What is wrong and what to do, in our words where python's are of no help."
+    if "field limit" in str(error): return f"a cell of more than {csv.field_size_limit():,} characters; shorten it, or close its quotes"
+    if "new-line character" in str(error): return "a carriage return that ends no line; put the cell in quotes, or end lines with a newline"
+    return f"{error}; check the quotation marks"
+
+# %% ../../nbs/01_data/00_manifest.ipynb #5f0c3a25
+def table_rows(
+    path: str | Path, # CSV file, the names of its columns in the first row
+) -> Iterator[tuple[int, list[str]]]: # line on which a row begins, from 1, and its cells; the names of the columns come first
+    """Rows of a CSV file, one by one; blank lines at its end are no rows.
+
+    Raises `AnnotationError` with file and line for a file that cannot be read, bytes that are not UTF-8, a name of a
+    column that occurs twice or has several lines, a row with another number of cells, a cell of more than 131,072 characters, and wrong
+    quotation marks.
+    """
+    reader, start, columns, blank = csv.reader(_lines(path), strict=True), 1, None, 0
     try:
-        header = next(reader)
-        start = reader.line_num + 1
-        for row in reader:
-            rows.append(row)
-            lines.append(start)
-            start = reader.line_num + 1
-    except csv.Error as e: raise AnnotationError(f"{path}, line {reader.line_num}: {e}; check the quotation marks") from None
-    if len(set(header)) < len(header): raise AnnotationError(f"{path}, line 1: a column name occurs twice in {header}; rename one")
-    listing, n = _Listing(str(path), lines), len(header)
-    for i, row in enumerate(rows):
-        if len(row) != n: raise listing.error(i, f"{len(row)} fields instead of {n}", "quote fields that contain commas")
-    return pd.DataFrame(rows, columns=header, dtype=str), listing
+        for cells in reader:
+            line, start = start, reader.line_num + 1
+            if not cells: blank = blank or line
+            elif columns is None and len(set(cells)) < len(cells):
+                raise AnnotationError(f"{path}, line {line}: a column name occurs twice in {cells}; rename one")
+            elif columns is None and any(len(name.splitlines()) > 1 for name in cells):
+                raise AnnotationError(f"{path}, line {line}: a column name of several lines in {cells}; rename it")
+            elif columns is not None and (blank or len(cells) != len(columns)):
+                raise AnnotationError(f"{path}, line {blank or line}: {0 if blank else len(cells)} fields instead of {len(columns)}; "
+                                      + ("delete the blank line" if blank else "quote fields that contain commas"))
+            else:
+                columns = columns or cells
+                yield line, cells
+    except csv.Error as error: raise AnnotationError(f"{path}, line {reader.line_num}: {_csv_error(error)}") from None
+    if columns is None: raise AnnotationError(f"{path}: the file is empty; a list needs at least one line")
+
+# %% ../../nbs/01_data/00_manifest.ipynb #5f0c3a26
+def read_table(
+    path: str | Path, # CSV file, the names of its columns in the first row
+) -> tuple[pd.DataFrame, _Listing]: # all columns as text; where each row stands, for messages
+    "The whole of a CSV file. Raises as `table_rows`."
+    (_, columns), *rows = table_rows(path)
+    return pd.DataFrame([cells for _, cells in rows], columns=columns, dtype=str), _Listing(str(path), [line for line, _ in rows])
 
 # %% ../../nbs/01_data/00_manifest.ipynb #f19326c5
 def read_manifest_csv(
@@ -372,7 +423,7 @@ def read_manifest_csv(
     split: str = "test",            # for a file without the column `split`
 ) -> pd.DataFrame: # manifest; further columns kept as text
     "Read a manifest from a CSV file."
-    df, listing = _read_table(path)
+    df, listing = read_table(path)
     if external and "origin" in df.columns:
         synthetic = df["origin"].ne("real")
         if "content_type" not in df.columns: df["content_type"] = UNKNOWN

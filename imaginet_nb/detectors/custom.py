@@ -17,13 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from ..data.manifest import FAMILIES
-from ..core import Section, pick_device, rng
+from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector
 from ..data.augmentation import center_crop
 
@@ -60,11 +59,11 @@ def read_settings(
 ) -> FileSettings:
     "Read the YAML beside a network; every fault becomes a `PluginError` that names file and key."
     required = ", ".join(key for key, field in FileSettings.model_fields.items() if field.is_required())
-    try: content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try: content = read_yaml(path)
     except OSError: raise PluginError(f"{path}: no such file; it must say how to feed the network: {required}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise PluginError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error: raise PluginError(str(error)) from None
     if not isinstance(content, dict): raise PluginError(f"{path}: expected the keys {required}; found {type(content).__name__}")
-    try: settings = FileSettings(**{str(key): value for key, value in content.items()})
+    try: settings = FileSettings(**content)
     except ValidationError as error: raise PluginError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
     if (settings.output == "two_logits") != (settings.synthetic is not None):
         raise PluginError(f"{path}: synthetic: needed with output: two_logits (0 or 1: which logit is synthetic), and only there")

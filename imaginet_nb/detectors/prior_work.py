@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'PEERS', 'CLIP_RN50X64', 'PeerWeights', 'weights_folder', 'PeerNetwork', 'MeanDetector', 'AnchorHead',
-           'LastedNetwork', 'create_peer_architecture', 'import_weights', 'load_peer', 'draw_anchors', 'add_anchors',
-           'available_peers', 'missing_peers', 'weights_table']
+           'LastedNetwork', 'create_peer_architecture', 'PeerHeader', 'import_weights', 'load_peer', 'draw_anchors',
+           'add_anchors', 'available_peers', 'missing_peers', 'weights_table']
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #7ac80c6c
-import json
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..data.manifest import draw_reals
-from ..models.checkpoints import FORMAT, VERSION, CheckpointError, _digest, _fill, _verified_tensors, read_header, read_torch_file
-from ..core import atomic_path, file_sha256, pick_device, repo_root
+from ..models.checkpoints import (
+    FORMAT, VERSION, CheckpointError, WeightsHeader, check_header, fill, read_header, read_published, save_weights, verified_tensors)
+from ..core import file_sha256, pick_device, repo_root
 from .protocol import embed
 from ..models.resnet import L2Normalize, MissingHead, Normalize, PixelDetector, create_backbone
 from ..data.augmentation import center_crop
@@ -159,17 +160,6 @@ def create_peer_architecture(
     parts = [PeerNetwork(name) for _ in PEERS[name]]
     return parts[0] if len(parts) == 1 else MeanDetector(name, parts)
 
-# %% ../../nbs/04_detectors/01_prior_work.ipynb #21ac0d57
-def _read_published(
-    path: str | Path,
-) -> dict[str, Tensor]: # state dict
-    "Read a published file without running anything in it."
-    content = read_torch_file(path)
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{path}: holds no state dict, neither as a whole nor as its entry 'model'; download it anew")
-    return state
-
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #b2aa5995
 _TOWER, _LASTED = "module.clip_model.visual.", ("module.clip_model.", "module.output_layer.", "module.fc.")
 
@@ -203,14 +193,25 @@ def _published_network(
     path: str | Path, # the published file
 ) -> PixelDetector:
     "The network with the weights of a published file."
-    state = _rename(_read_published(path), name, path)
+    state = _rename(read_published(path)[0], name, path)
     network = _network(name)
     own = network.state_dict()
     counters = {n: torch.zeros_like(t) for n, t in own.items() if n.endswith("num_batches_tracked")}
-    _fill(network, counters | state, path, f"{name} is {WEIGHTS[name].file} of {WEIGHTS[name].page}")
+    fill(network, counters | state, path, f"{name} is {WEIGHTS[name].file} of {WEIGHTS[name].page}")
     broken = [n for n, t in own.items() if not t.isfinite().all()]
     if broken: raise CheckpointError(f"{path}: {len(broken)} weights are not finite (such as {broken[0]}); download it anew")
     return network
+
+# %% ../../nbs/04_detectors/01_prior_work.ipynb #64a0c001
+class PeerHeader(WeightsHeader):
+    "Header of an imported file."
+    kind: Literal["peer"]
+    weights: str         # key of `WEIGHTS`
+    converted_from: str  # name of the published file
+    converted_sha256: str = Field(pattern=r"^[0-9a-f]{64}$") # of the published file
+    page: str            # where its authors say how to get it, and on which terms
+    licence: str         # the terms in short
+    licence_accepted: bool
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #c032972e
 def _weights(
@@ -237,13 +238,12 @@ def import_weights(
     weights = _weights(name)
     if weights.restricted and not accept_licence:
         raise ValueError(f"{name}: {weights.licence}; read {weights.page}, and if the terms cover your use, repeat with --accept-licence")
-    tensors = {n: t.contiguous() for n, t in _published_network(name, source).state_dict().items()}
+    network, sha256 = _published_network(name, source), file_sha256(source)
+    _refuse_twin(name, sha256, Path(folder))
     header = {"format": FORMAT, "version": VERSION, "kind": "peer", "weights": name, "converted_from": Path(source).name,
-              "converted_sha256": file_sha256(source), "page": weights.page, "licence": weights.licence, "licence_accepted": accept_licence}
-    _refuse_twin(name, str(header["converted_sha256"]), Path(folder))
-    header["sha256"] = _digest(header, tensors)
+              "converted_sha256": sha256, "page": weights.page, "licence": weights.licence, "licence_accepted": accept_licence}
     path = Path(folder)/f"{name}.safetensors"
-    with atomic_path(path) as temporary: save_file(tensors, temporary, metadata={"header": json.dumps(header)})
+    save_weights(network.state_dict(), path, header, PeerHeader)
     return path
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #019bef9b
@@ -257,9 +257,11 @@ def _load_weights(
         raise CheckpointError(f"{path}: no such file; get {weights.file} from {weights.page}, then `imaginet weights import {name} FILE`")
     header = read_header(path)
     if header.get("weights") != name:
-        raise CheckpointError(f"{path}: holds {header.get('weights') or header.get('kind')}, not {name}; import {name} again")
+        held = reprlib.repr(header.get("weights") or header.get("kind")).strip("'")
+        raise CheckpointError(f"{path}: holds {held}, not {name}; import {name} again")
+    check_header(header, PeerHeader, path)
     network = _network(name)
-    _fill(network, _verified_tensors(path, header), path, f"import {name} again")
+    fill(network, verified_tensors(path, header), path, f"import {name} again")
     return network.eval()
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #570e27a4
@@ -333,6 +335,6 @@ def weights_table(
     rows = []
     for detector, part in ((detector, part) for detector, parts in PEERS.items() for part in parts):
         path, known = Path(folder)/f"{part}.safetensors", WEIGHTS[part]
-        imported = read_header(path).get("converted_from", "") if path.is_file() else ""
+        imported = str(read_header(path).get("converted_from", "")) if path.is_file() else ""
         rows.append(dict(weights=part, detector=detector, imported=imported, published=known.file, licence=known.licence, page=known.page))
     return pd.DataFrame(rows)

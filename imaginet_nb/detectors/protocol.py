@@ -8,7 +8,6 @@ __all__ = ['OURS', 'BASELINE', 'DETECTORS', 'FAMILY_COLUMNS', 'PREDICTION_COLUMN
            'merge_slices']
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #df86c0a0
-import csv
 import itertools
 import json
 import re
@@ -25,7 +24,7 @@ from scipy.special import expit, softmax
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.manifest import FAMILIES, MANIFEST_COLUMNS
+from ..data.manifest import FAMILIES, MANIFEST_COLUMNS, AnnotationError, image_file, table_rows
 from ..core import atomic_path, file_sha256, progress, rng, write_csv
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
@@ -95,9 +94,9 @@ class _Files(Dataset):
     def __len__(self) -> int: return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
-        path = self.root/self.paths[row]
-        try: image = decode(path)
-        except ImageError as error: return row, str(error).replace(str(path), self.paths[row])
+        path = self.root
+        try: image = decode(path := image_file(self.root, self.paths[row]))
+        except ValueError as error: return row, str(error).replace(str(path), self.paths[row])
         if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
         return row, torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
@@ -187,9 +186,50 @@ def _prediction_frame(
     return pd.DataFrame({**columns, "error": pd.Series([messages.get(row) for row in range(len(answers))], dtype=object)})
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #861458c1
+def _ask(
+    detector: Detector,
+    rows: list[int], # of the images
+    images: Tensor, # `(B, 3, H, W)`, uint8
+    answers: Tensor, # `(N, 5)`, filled in
+    errors: dict[int, str], # row -> what is wrong, filled in
+) -> None:
+    "Ask about images of one size; where the detector fails, about each alone, so that only those it fails on have the error."
+    try: answers[rows] = _answers(detector, images)
+    except Exception as error: # somebody else's code can raise anything
+        if len(rows) > 1:
+            for k, row in enumerate(rows): _ask(detector, [row], images[k:k + 1], answers, errors)
+        else: errors[rows[0]] = str(error) if str(error).startswith(detector.name) else f"{detector.name}: {type(error).__name__}: {error}"
+
+def _predictions(
+    detector: Detector,
+    manifest: pd.DataFrame,
+    root: str | Path,
+    transform: Transform | None = None,
+    batch_size: int = 64,
+    seed: int = 42,
+    stage: str = "test",
+    num_workers: int | None = None,
+    first_row: int = 0,
+) -> tuple[pd.DataFrame, int]: # as `predict`; on how many images the detector failed
+    "Ask a detector about every image, whatever happens."
+    own = _own_rows(manifest, batch_size)
+    answers = torch.full((len(own), 1 + len(FAMILIES)), torch.nan)
+    errors: dict[int, str] = {}
+    unread = 0
+    part = manifest.iloc[own.start:own.stop]
+    for batch in _batches(detector, part, root, transform, batch_size, seed, stage, num_workers, first_row + own.start):
+        for rows, images in batch.stacks: _ask(detector, rows, images, answers, errors)
+        errors.update(batch.errors)
+        unread += len(batch.errors)
+    labels = part.drop(columns=[c for c in PREDICTION_COLUMNS if c in manifest]).reset_index(drop=True)
+    parts = gather_objects((labels.join(_prediction_frame(detector, answers, errors)), len(errors) - unread))
+    return pd.concat([p for p, _ in parts if len(p)], ignore_index=True), sum(failed for _, failed in parts)
+
+
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5f0c3a31
 def predict(
     detector: Detector,
-    manifest: pd.DataFrame, # one row an image
+    manifest: pd.DataFrame, # one row per image
     root: str | Path, # folder that the paths are relative to
     transform: Transform | None = None, # from `transforms`; None = images as they are
     batch_size: int = 64, # images
@@ -198,17 +238,17 @@ def predict(
     num_workers: int | None = None, # loader processes; None chooses
     first_row: int = 0, # number of the first row, where the manifest is a slice of a larger one
 ) -> pd.DataFrame: # columns of the manifest, then `PREDICTION_COLUMNS`; rows in the order of the manifest
-    "Ask a detector about every image."
-    own = _own_rows(manifest, batch_size)
-    answers = torch.full((len(own), 1 + len(FAMILIES)), torch.nan)
-    errors: dict[int, str] = {}
-    part = manifest.iloc[own.start:own.stop]
-    for batch in _batches(detector, part, root, transform, batch_size, seed, stage, num_workers, first_row + own.start):
-        for rows, images in batch.stacks: answers[rows] = _answers(detector, images)
-        errors.update(batch.errors)
-    labels = part.drop(columns=[c for c in PREDICTION_COLUMNS if c in manifest]).reset_index(drop=True)
-    parts = gather_objects(labels.join(_prediction_frame(detector, answers, errors)))
-    return pd.concat([p for p in parts if len(p)], ignore_index=True)
+    """Ask a detector about every image.
+
+    An image that cannot be read, or on which the detector raises an exception, has a row with the error. Raises `ValueError`
+    where the detector fails on every image that could be read: then the fault is not that of an image.
+    """
+    frame, failed = _predictions(detector, manifest, root, transform, batch_size, seed, stage, num_workers, first_row)
+    if failed and frame["logit"].isna().all():
+        first = frame[frame["error"].str.startswith(detector.name)].iloc[0]
+        raise ValueError(f"the detector failed on all {failed} images that could be read; the first, {first['path']}: {first['error']}")
+    return frame
+
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #021b2423
 def embed(
@@ -265,19 +305,18 @@ def read_slice(
     slices: int, # how many there are
     batch_size: int, # images
 ) -> tuple[pd.DataFrame, int]: # the slice, as text, and the number of its first row
-    "Read one slice of a manifest, row by row."
-    def lines(file: Any) -> Iterator[list[str]]: return (line for line in csv.reader(file) if line)
-    with open(manifest, newline="", encoding="utf-8-sig") as file:
-        columns = next(lines(file), [])
-        if "path" not in columns: raise ValueError(f"{manifest}: its first line must name the columns, one of them `path`; found {columns}")
-        images = sum(1 for _ in lines(file))
+    "Read one slice of a manifest, row by row. Raises `AnnotationError` with the line, whichever slice it belongs to."
+    reader = table_rows(manifest)
+    _, columns = next(reader)
+    if "path" not in columns:
+        raise AnnotationError(f"{manifest}: its first line must name the columns, one of them `path`; found {columns}")
+    images = sum(1 for _ in reader)
+    if not images: raise AnnotationError(f"{manifest}: no rows; a manifest needs at least one image")
     rows = slice_rows(images, number, slices, batch_size)
     if not rows: raise ValueError(f"{manifest}: {images} images in batches of {batch_size} are too few for {slices} slices")
-    with open(manifest, newline="", encoding="utf-8-sig") as file:
-        found = list(itertools.islice(lines(file), 1 + rows.start, 1 + rows.stop))
-    if wrong := next((row for row, line in zip(rows, found, strict=True) if len(line) != len(columns)), None):
-        raise ValueError(f"{manifest}: row {wrong} has another number of cells than the {len(columns)} columns of the first line")
+    found = [cells for _, cells in itertools.islice(table_rows(manifest), 1 + rows.start, 1 + rows.stop)]
     return pd.DataFrame(found, columns=columns, dtype=str), rows.start
+
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #ed0d99b9
 def slice_path(
@@ -302,7 +341,7 @@ def score_manifest(
 ) -> pd.DataFrame: # predictions of the slice
     "Score one slice of a manifest; writes a CSV and a JSON."
     part, first = read_slice(manifest, number, slices, batch_size)
-    frame = predict(detector, part, root, transform, batch_size, num_workers=num_workers, first_row=first)
+    frame, _ = _predictions(detector, part, root, transform, batch_size, num_workers=num_workers, first_row=first)
     if rank_and_size()[0]: return frame
     path = slice_path(Path(out), number, slices)
     record = dict(detector=detector.name, manifest_sha256=file_sha256(manifest), transform=repr(transform), batch_size=batch_size, **facts)
@@ -327,16 +366,33 @@ def _slices_of(out: Path) -> list[Path]:
     if missing: raise ValueError(f"{out}: {len(missing)} of {max(counts)} slices are missing, score them first: {', '.join(missing[:20])}")
     return paths
 
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5f0c3a33
+def _differences(a: Any, b: Any, name: str = "") -> list[str]:
+    "Which entries of two records differ, such as `versions.torch`."
+    if not (isinstance(a, dict) and isinstance(b, dict)): return [] if a == b else [name]
+    keys = sorted(a.keys() | b.keys())
+    return [found for key in keys for found in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))]
+
+def _record_of(path: Path) -> dict[str, Any]:
+    "The JSON beside a slice."
+    beside = path.with_suffix(".json")
+    try:
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        rows = record["rows"]
+        if len(rows) == 2 and all(isinstance(row, int) for row in rows): return record
+    except (OSError, ValueError, KeyError, TypeError): pass
+    raise ValueError(f"{beside}: not the record of a slice, or damaged; score {path.name} again")
+
 def merge_slices(
     out: str | Path, # CSV to write; the slices lie beside it
 ) -> int: # rows
     "Put the predictions of all slices together, as one run would have written them."
     out = Path(out)
     paths, first = _slices_of(out), 0
-    records = [json.loads(p.with_suffix(".json").read_text()) for p in paths]
+    records = [_record_of(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         start, stop = record.pop("rows")
-        differing = sorted(key for key in record.keys() | records[0].keys() if record.get(key) != records[0].get(key))
+        differing = _differences(records[0], record)
         if differing or start != first:
             raise ValueError(f"{path.name} does not go with {paths[0].name} ({', '.join(differing) or 'rows'} differ): score it again")
         first = stop

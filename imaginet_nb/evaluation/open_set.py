@@ -92,7 +92,10 @@ def open_set_of(
 ) -> NearestKnown | None:
     "What a detector knows; None if that was never written down."
     stored = getattr(detector, "header", {}).get("open_set")
-    return NearestKnown(detector.extra[KNOWN].numpy(), stored["thresholds"]) if stored else None
+    if not stored: return None
+    if KNOWN not in detector.extra:
+        raise ValueError(f"{detector.name}: header entry open_set without its tensor {KNOWN!r}; fit the open set anew")
+    return NearestKnown(detector.extra[KNOWN].numpy(), stored["thresholds"])
 
 def predict_and_embed(
     detector: Any, # a network with `embed` and both heads
