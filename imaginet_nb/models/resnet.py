@@ -277,6 +277,11 @@ def _check_tensor(images: Any) -> None:
         raise TypeError(f"images must be a (B, 3, H, W) torch tensor, got {type(images).__name__}; "
                         "for an (H, W, 3) array: torch.from_numpy(array).permute(2, 0, 1)[None]")
 
+def _parts(images: Tensor, pixels: int | None) -> tuple[Tensor, ...]:
+    "The batch in parts of at most `pixels` pixels, but at least one image; whole if `pixels` is None."
+    if not pixels or not len(images): return (images,)
+    return images.split(max(pixels//images[0, 0].numel(), 1))
+
 # %% ../../nbs/02_models/00_resnet.ipynb #687cc920
 class PixelDetector(nn.Module):
     """Scores, families and features of pixels, for any network with a backbone and two heads.
@@ -299,11 +304,8 @@ class PixelDetector(nn.Module):
             raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
         device = self.normalize.mean.device
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        size = max(len(images), 1)
-        if self.pixels_at_once and len(images):
-            size = max(self.pixels_at_once//images[0, 0].numel(), 1)
         with evaluation_mode(self), torch.inference_mode(), autocast:
-            results = [head(self.backbone(self.normalize(part.to(device)))) for part in images.split(size)]
+            results = [head(self.backbone(self.normalize(part.to(device)))) for part in _parts(images, self.pixels_at_once)]
         return torch.cat(results).to("cpu", torch.float32).clone() # outside inference mode: an ordinary tensor, fit for training
 
     def score(self,
