@@ -277,6 +277,10 @@ def _check_tensor(images: Any) -> None:
         raise TypeError(f"images must be a (B, 3, H, W) torch tensor, got {type(images).__name__}; "
                         "for an (H, W, 3) array: torch.from_numpy(array).permute(2, 0, 1)[None]")
 
+def _check_precision(precision: str) -> None:
+    "Raise ValueError for anything but the two that networks compute in."
+    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+
 def _parts(images: Tensor, pixels: int | None) -> tuple[Tensor, ...]:
     "The batch in parts of at most `pixels` pixels, but at least one image; whole if `pixels` is None."
     if not pixels or not len(images): return (images,)
@@ -300,8 +304,7 @@ class PixelDetector(nn.Module):
     def _infer(self, images: Tensor, head: nn.Module) -> Tensor:
         "`head` of the features; the caller's tensor may lie on any device."
         _check_tensor(images)
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        _check_precision(self.precision)
         device = self.normalize.mean.device
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         with evaluation_mode(self), torch.inference_mode(), autocast:
