@@ -50,8 +50,8 @@ docs: setup ## a site of all notebooks, the API and a search, read offline: _doc
 	$(BIN)/python -m sphinx -c docs -q -W --keep-going -j auto _docs/source _docs/site
 	@echo "Open _docs/site/index.html"
 
-lab: setup ## JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+lab: setup ## JupyterLab, open at the first tutorial
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/tutorials/00_imaginet_in_one_sitting.ipynb
 
 clean-reports: ## remove what `make reproduce` wrote for PROFILE; data and environment stay
 	@test -d reports/$(PROFILE) || { echo "no reports/$(PROFILE)"; exit 1; }
