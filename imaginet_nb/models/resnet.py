@@ -61,6 +61,11 @@ def _stage(
     return nn.Sequential(block(inputs, planes, stride, shortcut), *(block(outputs, planes) for _ in range(depth - 1)))
 
 # %% ../../nbs/02_models/00_resnet.ipynb #761864a8
+def _initialize(module: nn.Module) -> None:
+    "He initialisation of convolutions, as torchvision does."
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
 def _check_backbone(name: str, width: float, stem_stride: int) -> None:
     "Raise ValueError for what cannot be built."
     if name not in _LAYOUTS: raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_LAYOUTS)}")
@@ -69,9 +74,7 @@ def _check_backbone(name: str, width: float, stem_stride: int) -> None:
 
 # %% ../../nbs/02_models/00_resnet.ipynb #274374dd
 class Backbone(nn.Module):
-    """ResNet without classifier, under torchvision's parameter names; normalised pixels in, one feature vector out.
-
-    With `stem_stride=1` this is the no-down network of Gragnaniello et al. (2021), which the paper uses."""
+    "ResNet under torchvision's parameter names, no classifier; no-down as in Gragnaniello et al. (2021) if `stem_stride=1`."
     def __init__(self,
         name: Architecture = "resnet50",
         width: float = 1.0, # factor on every channel count
@@ -91,9 +94,7 @@ class Backbone(nn.Module):
         inputs = [first, *self.stage_channels]
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             _stage(block, inputs[i], first*2**i, depths[i], stride=1 if i == 0 else 2) for i in range(4))
-        for module in self.modules(): # He initialisation, as torchvision does
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.apply(_initialize)
 
     def forward_stages(self,
         x: Tensor, # `(B, 3, H, W)`, normalised
@@ -288,10 +289,9 @@ def _parts(images: Tensor, pixels: int | None) -> tuple[Tensor, ...]:
 
 # %% ../../nbs/02_models/00_resnet.ipynb #687cc920
 class PixelDetector(nn.Module):
-    """Scores, families and features of pixels, for any network with a backbone and two heads.
+    """Scores, families and features of pixels, in evaluation mode, without gradients; float32 on the CPU.
 
-    All methods run in evaluation mode without gradients, and return float32 on the CPU. They raise TypeError for
-    arrays, and ValueError for wrong shapes, types, an unknown `precision` or a missing head."""
+    Raises TypeError for arrays, ValueError for wrong shapes or types, an unknown `precision` or a missing head."""
     name: str                                               # of the detector, in every table
     input_size: int | None                                  # side in pixels that images should be brought to; None = any will do
     precision: Literal["float32", "bfloat16"] = "float32"   # in which the network computes
