@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .resnet.graphs import onnx_session
+from .graphs import onnx_session
 from .resnet import Backbone, PixelDetector, to_device
 
 # %% ../../nbs/02_models/04_fast.ipynb #41c3e4fc

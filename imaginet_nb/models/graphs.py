@@ -63,7 +63,7 @@ def try_graph(
 ) -> None:
     "Load and run an ONNX file in a process of its own; raises `GraphError` if that ends the process."
     # -P: no module that lies in the working folder is imported in place of a library's
-    words = [sys.executable, "-P", "-m", "imaginet_nb.models.resnet.graphs", str(Path(path).absolute()), str(side)]
+    words = [sys.executable, "-P", "-m", "imaginet_nb.models.graphs", str(Path(path).absolute()), str(side)]
     code = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     if code >= 0: return
     try: name = signal.Signals(-code).name
