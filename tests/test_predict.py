@@ -17,7 +17,8 @@ from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import read_scores
 from imaginet_nb.core import only_run, seed_everything
 from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 SIDE = 32 # of the detector's images
 SLOW = """
