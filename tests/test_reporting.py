@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import file_sha256, load_profile, repo_root
-from imaginet_nb.data.manifest import CONTENT_TYPES, FAMILIES
+from imaginet_nb.data.labels import CONTENT_TYPES, FAMILIES
 from imaginet_nb.reporting import tables as reporting
 from imaginet_nb.reporting.tables import (
     PAPER_ITEMS,

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
-from ..data.manifest import CONTENT_TYPES
+from ..data.labels import CONTENT_TYPES
 from ..core import Profile, atomic_path, csv_text, repo_root, shipped
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #887a4816
