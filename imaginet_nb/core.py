@@ -95,14 +95,6 @@ def write_text(
     with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
 
-def write_text(
-    text: str,
-    path: str | Path, # its folder is made if missing
-) -> Path: # the same path
-    "Write a text as UTF-8, with plain line ends, complete or not at all."
-    with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8", newline="\n")
-    return Path(path)
-
 # %% ../nbs/00_core.ipynb #a1c0de02
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]") # control, line-breaking and direction characters
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20") # what spreadsheets compute, also in full width
