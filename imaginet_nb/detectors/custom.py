@@ -30,7 +30,7 @@ from ..models.checkpoints import weights_digest
 from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector
 from ..data.augmentation import center_crop
-from ..data.graphs import GraphError, image_input, onnx_session, try_graph
+from ..models.graphs import GraphError, image_input, onnx_session, try_graph
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #54e78b28
 class PluginError(ValueError):
