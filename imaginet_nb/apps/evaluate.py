@@ -26,7 +26,8 @@ from ..data.corruptions import grid_points, grid_transform
 from ..data.labels import label_of
 from ..data.folders import complete_manifest, read_labelled_folder
 from ..evaluation.probabilities import Fits, fit_all, operating_table
-from ..reporting.tables import plot_detection, save_figure, save_table
+from ..reporting.figures import plot_detection, save_figure
+from ..reporting.tables import save_table
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
 

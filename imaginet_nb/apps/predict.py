@@ -192,7 +192,7 @@ def environment(
     found: dict[str, str | None] = {codec: features.version(codec) for codec in _CODECS}
     for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
-    return {"libraries": found, "code": _package_code(), "device": device.partition(":")[0]}
+    return {"versions": found, "code": _package_code(), "device": device.partition(":")[0]}
 
 # %% ../../nbs/08_apps/00_predict.ipynb #be99777f
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Scorer:
         header, here = getattr(self.detector, "header", {}), environment(self.device)
         parts = {"detector": (self.identity, self.detector.name, self.detector.input_size),
                  "calibration": (calibration_of(self.detector), header.get("open_set")),
-                 "options": (asdict(self.settings), here["device"]), "libraries": here["libraries"],
+                 "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
                  "code": (here["code"], list(SCORE_COLUMNS))}
         return {part: fingerprint(value)[:8] for part, value in parts.items()}
 

@@ -15,6 +15,7 @@ import site
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from ..models.checkpoints import weights_digest
 from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector
 from ..data.augmentation import center_crop
+from ..models.graphs import GraphError, image_input, onnx_session, try_graph
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #54e78b28
 class PluginError(ValueError):
@@ -171,23 +173,18 @@ def _torch_program(path: Path, device: torch.device, trust: bool) -> _Network:
     return _Network(run)
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #378e99a7
-_ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_TRIAL = 256 # side of the trial images where a detector has no size of its own: that of the perturbed test set
 
-def _onnx_graph(path: Path, device: torch.device) -> _Network:
+def _onnx_graph(path: Path, device: torch.device, size: int | None) -> _Network:
     "An ONNX file; its operations are known ones, so no code of its own is run."
-    try: import onnxruntime
-    except ImportError: raise PluginError(f"{path}: ONNX files need onnxruntime: pip install imaginet_nb[peers]") from None
-    cuda = ["CUDAExecutionProvider"]*(device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers())
-    try: session = onnxruntime.InferenceSession(str(path), providers=[*cuda, "CPUExecutionProvider"])
+    if find_spec("onnxruntime") is None: raise PluginError(f"{path}: ONNX files need onnxruntime: pip install imaginet_nb[peers]")
+    try:
+        try_graph(path, size or _TRIAL)
+        session = onnx_session(path, torch.get_num_threads(), device.type == "cuda")
+        name, dtype, batch, sides = image_input(session)
+    except GraphError as error: raise PluginError(f"{path}: {error}") from None
     except Exception as error: # of onnxruntime's own kinds
         raise PluginError(f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}") from None
-    found = [(i.name, i.type, i.shape) for i in session.get_inputs()]
-    kind, shape = found[0][1:] if len(found) == 1 else ("", [])
-    batch, channels, *sides = [side if isinstance(side, int) else None for side in shape] if len(shape) == 4 else (None, 0)
-    if kind not in _ONNX_TYPES or channels not in (3, None): # a free dimension is a text or None
-        raise PluginError(f"{path}: expected one input of floats of shape (B, 3, H, W), the file has {found}")
-    if batch not in (None, 1): raise PluginError(f"{path}: made for batches of {batch} images; export it for one, or for any number")
-    name, dtype = found[0][0], _ONNX_TYPES[kind]
     return _Network(lambda x: [torch.from_numpy(np.asarray(r)) for r in session.run(None, {name: x.numpy().astype(dtype)})], sides, batch)
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #59b293d8
@@ -198,7 +195,7 @@ def _from_file(path: Path, device: torch.device, trust: bool) -> FileDetector:
     if not path.is_file(): raise PluginError(f"{path}: no such file")
     beside = path.with_suffix(".yaml")
     settings = read_settings(beside)
-    network = _onnx_graph(path, device) if path.suffix == ".onnx" else _torch_program(path, device, trust)
+    network = _onnx_graph(path, device, settings.input_size) if path.suffix == ".onnx" else _torch_program(path, device, trust)
     wrong = [side for side in network.sides if side not in (None, settings.input_size)]
     if wrong: raise PluginError(f"{beside}: input_size: {settings.input_size or 'null'}, but {path.name} takes {wrong[0]} pixels only")
     return FileDetector(network, settings, path)
@@ -228,8 +225,6 @@ def _from_module(spec: str, device: torch.device) -> Any:
     except Exception as error: raise PluginError(f"{spec}: making the detector failed: {type(error).__name__}: {error}") from error
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #e42a188b
-_TRIAL = 256 # side of the trial images where a detector has no size of its own: that of the perturbed test set
-
 def _ask(detector: Any, method: str, images: Tensor, shape: tuple[int, ...], spec: str) -> None:
     "One method on the trial images."
     try: answer = getattr(detector, method)(images)
