@@ -152,7 +152,7 @@ def test_what_needs_a_clone_says_so(installed, pictures, words):
 
 def test_files_beside_the_library_are_found(installed, pictures):
     "The counts that `data verify` compares with, and the paper's numbers; without them both would go on in silence."
-    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.tables import published; "
+    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.published import published; "
             "print(shipped('data/test_split_counts.csv').is_file(), len(published('table3_detection_by_family')) > 0)")
     assert run(installed/"python", "-c", code, cwd=pictures).stdout == "True True\n"
 

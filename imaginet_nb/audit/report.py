@@ -25,14 +25,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..data.manifest import FAMILIES, FAMILY_FOLDERS, UNKNOWN, image_file, read_annotations, read_corvi, read_manifest_csv
-from ..data.manifest import read_practical
+from ..data.labels import FAMILIES, UNKNOWN
+from ..data.manifest import image_file, read_manifest_csv
+from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
+from ..data.splits import read_practical
 from .files import RULES, composition, container_format, duplicate_table, duplicates, learned_null, overlap_table, property_table
 from .files import read_properties, zero_pixel_table
 from ..core import _git, atomic_path, file_sha256, versions, write_csv
 from ..data.folders import read_labelled_folder
-from ..reporting.tables import GREY, STYLE, _records, html_inline, html_table, looks_of, markdown_table, new_figure, published
-from ..reporting.tables import reading_frame, save_figure, save_table, text_frame
+from ..reporting.figures import GREY, label_styles, new_figure, save_figure
+from ..reporting.pages import STYLE, html_inline, html_table
+from ..reporting.published import published
+from ..reporting.tables import markdown_table, reading_frame, save_table, text_frame
 
 # %% ../../nbs/06_audit/03_report.ipynb #e6dafc8f
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def _shares(axes: Axes, manifest: pd.DataFrame, labels: pd.Series, column: str) 
     rows = ["real", *[f for f in (*FAMILIES, UNKNOWN) if family.eq(f).any()]]
     shares = pd.crosstab(family, labels, normalize="index").reindex(rows).fillna(0)
     left = np.zeros(len(rows))
-    for label, (colour, _) in looks_of(labels, column).items():
+    for label, (colour, _) in label_styles(labels, column).items():
         axes.barh(rows, shares[label], left=left, color=colour, height=0.7, label=label)
         left += shares[label].to_numpy()
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), title=column.replace("_", " "), xlabel="share of images")
@@ -226,7 +230,7 @@ def plot_zero_pixel(
     for axes, track in zip(panels, tracks, strict=True):
         rows = table[(table["track"] == track) & (table["fit"] == "in_sample")]
         groups = list(dict.fromkeys(rows["group"]))
-        for k, (rule, (colour, mark)) in enumerate(looks_of(RULES).items()):
+        for k, (rule, (colour, mark)) in enumerate(label_styles(RULES).items()):
             mine = rows[rows["rule"] == rule]
             y = np.array([groups.index(g) for g in mine["group"]]) + 0.2*(k - 1)
             axes.plot(mine["balanced_accuracy"], y, mark, color=colour, ms=6, label=f"rule: {rule}")
@@ -248,7 +252,7 @@ def plot_properties(
     side = (images["width"].astype(float)*images["height"].astype(float))**0.5
     quality = images["jpeg_quality"].astype(float)
     edges = np.geomspace(max(side.min(), 1)*0.95, max(side.max(), 2)*1.05, 25) if side.notna().any() else np.linspace(1, 2, 3)
-    for origin, (colour, _) in looks_of(images["origin"], "origin").items():
+    for origin, (colour, _) in label_styles(images["origin"], "origin").items():
         mine = images["origin"].eq(origin)
         for axes, values, bins in ((left, side, edges), (right, quality, np.arange(0.5, 101, 4))):
             known = values[mine].dropna()
@@ -274,7 +278,8 @@ def _value(table: pd.DataFrame, track: str, group: str, rule: str) -> float:
 def _given_away(table: pd.DataFrame, over: float = 0.9995) -> list[str]:
     "Groups that a rule without a pixel gets right in full, each with its smallest rule."
     rows = table[(table["track"] == "detection") & (table["fit"] == "in_sample") & (table["balanced_accuracy"] > over)]
-    return [f"{row['group']} (from the {row['rule'].replace('+', ' and the ')})" for row in _records(rows.drop_duplicates("group"))]
+    rows = rows.drop_duplicates("group")
+    return [f"{row['group']} (from the {row['rule'].replace('+', ' and the ')})" for row in rows.to_dict("records")]
 
 def _number(value: float) -> str: return f"{value + 1e-9:.3f}" # 0.7875 is 0.788
 
@@ -311,7 +316,7 @@ def _quoted(name: str) -> str: return name if " " in name else f"`{name}`" # lis
 
 def _overlap_findings(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[str]:
     "Lists that share images, and lists that repeat some."
-    found, pairs = [], _records(tables["overlap"][0]) if "overlap" in tables else []
+    found, pairs = [], tables["overlap"][0].to_dict("records") if "overlap" in tables else []
     for row in pairs:
         a, b, n, shared = row["a"], row["b"], row["n_a"], row["shared"]
         if (a, b) in EXPECTED:
@@ -320,7 +325,7 @@ def _overlap_findings(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[st
             share = f"All {n:,}" if shared == n else f"{shared:,} of {n:,}"
             found.append(f"{share} images of {_quoted(a)} are among the {row['n_b']:,} of {_quoted(b)} (compared by {row['by']}).")
     repeated = tables["lists"][0].query("repeats > 0")
-    words = [f"{_quoted(r['list'])} ({r['repeats']:,} of {r['images']:,})" for r in _records(repeated)]
+    words = [f"{_quoted(r['list'])} ({r['repeats']:,} of {r['images']:,})" for r in repeated.to_dict("records")]
     return found + ([f"Lists with repeated lines: {_list_of(words)}."] if words else [])
 
 # %% ../../nbs/06_audit/03_report.ipynb #564f76a0
@@ -338,7 +343,7 @@ def image_findings(
     signed = int(read["c2pa"].eq(True).sum())
     if len(named): found.append(f"{len(named):,} files name a generator in their metadata, such as `{named['names_generator'].iloc[0]}`.")
     if signed: found.append(f"{signed:,} files carry content credentials (C2PA).")
-    for row in _records(tables["duplicates_summary"][0].query("groups > 0")):
+    for row in tables["duplicates_summary"][0].query("groups > 0").to_dict("records"):
         what = "the same pixels" if row["kind"] == "exact" else "nearly the same perceptual hash"
         where = f"across {row['splits']}" if " + " in row["splits"] else f"within {row['splits']}"
         mixed = f"; {row['mixed_origin']:,} of the groups hold real and synthetic images" if row["mixed_origin"] else ""
@@ -360,7 +365,7 @@ def published_reference(
     ours = rows[rows["method"].eq("Ours*")].replace({"metric": {"balanced_accuracy": "acc", "accuracy": "acc"}, "subset": {"Mean": "all"}})
     ours = ours[~(ours["track"].eq("detection") & ours["subset"].eq("all"))] # their mean over groups is not our `all`
     pivot = ours.assign(value=ours["value"].astype(float)).pivot_table(index=["track", "subset"], columns="metric", values="value")
-    return {(r["track"], r["subset"].replace("DALL·E", "DALL-E")): (r["acc"], r["auc"]) for r in _records(pivot.reset_index())}
+    return {(r["track"], r["subset"].replace("DALL·E", "DALL-E")): (r["acc"], r["auc"]) for r in pivot.reset_index().to_dict("records")}
 
 def zero_pixel_overview(
     table: pd.DataFrame, # `ZERO_PIXEL_COLUMNS`
@@ -371,7 +376,7 @@ def zero_pixel_overview(
     def cell(acc: float, auc: float) -> str:
         return "–" if not np.isfinite(acc) else " / ".join(_number(x) for x in (acc, auc) if np.isfinite(x))
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in _records(table[table["fit"] == fit]):
+    for row in table[table["fit"] == fit].to_dict("records"):
         key = row["track"], row["group"]
         cells = rows.setdefault(key, dict(zip(("track", "group", "images"), (*key, f"{row['n']:,}"))))
         cells[row["rule"]] = cell(row["balanced_accuracy"], row["auc"])
