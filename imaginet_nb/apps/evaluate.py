@@ -14,14 +14,16 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..data.manifest import UNKNOWN, AnnotationError, read_table
+from ..data.labels import UNKNOWN, AnnotationError
+from ..data.manifest import read_table
 from ..evaluation.shortcuts import zero_pixel_rows
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
 from ..core import _git, file_sha256, fingerprint, versions, write_text
 from ..detectors.protocol import Detector, predict, save_predictions
 from ..evaluation.detection import MEAN, calibrated, detection_by_content, detection_by_generator
 from ..data.corruptions import grid_points, grid_transform
-from ..data.folders import complete_manifest, label_of, read_labelled_folder
+from ..data.labels import label_of
+from ..data.folders import complete_manifest, read_labelled_folder
 from ..evaluation.probabilities import Fits, fit_all, operating_table
 from ..reporting.figures import plot_detection, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
