@@ -17,10 +17,10 @@ def _notebook(path, *cells):
 
 
 def test_readme_rewrites_links_of_the_notebook_folder(tmp_path):
-    source = ("# T\n\n[a](01_data/00_manifest.ipynb) [b](pipelines/p05_data.ipynb#x) ![c](../reports/demo/c.png) <img src=\"../d.png\">\n"
+    source = ("# T\n\n[a](01_data/01_manifest.ipynb) [b](pipelines/p05_data.ipynb#x) ![c](../reports/demo/c.png) <img src=\"../d.png\">\n"
               "[e](https://e.org/x) [f](#f)\n\n```sh\nls [g](../g)\n```")
     text = render_readme(_notebook(tmp_path/"nbs"/"index.ipynb", ("markdown", source, [])), tmp_path)
-    for link in ("[a](nbs/01_data/00_manifest.ipynb)", "[b](nbs/pipelines/p05_data.ipynb#x)", "![c](reports/demo/c.png)",
+    for link in ("[a](nbs/01_data/01_manifest.ipynb)", "[b](nbs/pipelines/p05_data.ipynb#x)", "![c](reports/demo/c.png)",
                  "<img src=\"d.png\">", "[e](https://e.org/x)", "[f](#f)", "ls [g](../g)"): assert link in text, link
     assert text.startswith("<!-- rendered from nbs/index.ipynb by `make prepare`") and text.count("<!--") == 1
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import file_sha256, load_profile, repo_root
-from imaginet_nb.data.manifest import CONTENT_TYPES, FAMILIES
+from imaginet_nb.data.labels import CONTENT_TYPES, FAMILIES
 from imaginet_nb.reporting.figures import STYLES, plot_detection, save_figure
 from imaginet_nb.reporting.pages import report_index
 from imaginet_nb.reporting.published import PAPER_ITEMS, ledger, published

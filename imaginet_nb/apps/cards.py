@@ -71,7 +71,7 @@ _SANDBOX = """The **sandbox** is made by code, from a seed, with nothing downloa
 scikit-image and scikit-learn, taken by a simulated camera. Half of the scenes then pass through small autoencoders, which are
 **stand-ins** for the generators of the paper and bear their names; none of them is one. Folders, lists, labels and the skew of file
 formats are those of ImagiNet. `imaginet data sandbox` makes it; the notebook
-[01_data/08_sandbox](../../nbs/01_data/08_sandbox.ipynb) shows how.
+[01_data/10_sandbox](../../nbs/01_data/10_sandbox.ipynb) shows how.
 **For**: learning the method, trying code and tables, testing. **Not for**: any claim
 about real generators, real photographs or ImagiNet."""
 _IMAGINET = """**ImagiNet** ([arXiv 2407.20020](https://arxiv.org/abs/2407.20020)): 200,000 images, half real, half synthetic, of four types

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..data.manifest import UNKNOWN, AnnotationError, read_table
+from ..data.labels import UNKNOWN, AnnotationError
+from ..data.manifest import read_table
 from ..audit.report import Block, _html, _table_blocks
 from ..evaluation.shortcuts import zero_pixel_rows
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
@@ -22,7 +23,8 @@ from ..core import _git, atomic_path, file_sha256, fingerprint, versions
 from ..detectors.protocol import Detector, predict, save_predictions
 from ..evaluation.detection import MEAN, calibrated, detection_by_content, detection_by_generator
 from ..data.corruptions import grid_points, grid_transform
-from ..data.folders import complete_manifest, label_of, read_labelled_folder
+from ..data.labels import label_of
+from ..data.folders import complete_manifest, read_labelled_folder
 from ..evaluation.probabilities import Fits, fit_all, operating_table
 from ..reporting.figures import plot_detection, save_figure
 from ..reporting.tables import save_table

@@ -25,8 +25,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..data.manifest import FAMILIES, FAMILY_FOLDERS, UNKNOWN, image_file, read_annotations, read_corvi, read_manifest_csv
-from ..data.manifest import read_practical
+from ..data.labels import FAMILIES, UNKNOWN
+from ..data.manifest import image_file, read_manifest_csv
+from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
+from ..data.splits import read_practical
 from .files import RULES, composition, container_format, duplicate_table, duplicates, learned_null, overlap_table, property_table
 from .files import read_properties, zero_pixel_table
 from ..core import _git, atomic_path, file_sha256, versions, write_csv

@@ -25,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..models.checkpoints import weights_digest
 from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector

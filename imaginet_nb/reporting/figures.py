@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..core import atomic_path
-from ..data.manifest import CONTENT_TYPES
+from ..data.labels import CONTENT_TYPES
 from .tables import HEADINGS, has_interval, write_provenance
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #c0e9bfad

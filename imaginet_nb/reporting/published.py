@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import shipped
-from ..data.manifest import CONTENT_TYPES
+from ..data.labels import CONTENT_TYPES
 from .tables import read_table
 
 # %% ../../nbs/05_reporting/02_published.ipynb #c378b6bd
