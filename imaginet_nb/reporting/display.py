@@ -25,7 +25,7 @@ def show_table(
     from IPython.display import display # of notebooks only
     text = text_frame(frame, decimals)
     reading = reading_frame(text)
-    notes = [INTERVAL_NOTE] if any(has_interval(text, column) for column in text) else []
+    notes = [INTERVAL_NOTE] if any(has_interval(text, str(column)) for column in text) else []
     if len(reading) > rows:
         notes.append(f"The first {rows} of {len(reading):,} rows.")
     cells, headings = reading.head(rows).to_numpy().tolist(), list(reading.columns)
