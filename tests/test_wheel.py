@@ -74,7 +74,8 @@ def test_the_wheel_holds_the_package_and_what_it_reads_and_nothing_else(wheel):
     own = {n for n in names if ".dist-info/" not in n}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb").rglob("*.py")}
     read = [*(ROOT/"profiles").glob("*.yaml"), *(ROOT/"data").glob("*.csv"), *(ROOT/"reports"/"published").glob("*.csv")]
-    assert own == modules | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb"/"reporting"/"templates").iterdir()}
+    assert templates and own == modules | templates | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
     assert any(n.endswith("LICENSE") for n in names)
 
 
