@@ -124,18 +124,18 @@ class MissingHead(nn.Module):
         raise ValueError(f"this model has no {self.track} head; train one (stage 2), or load a checkpoint that has it")
 
 # %% ../../nbs/02_models/01_selfcon.ipynb #1c3b9197
-def _check_tensor(images: Any) -> None:
-    "Raise TypeError for an array; the message says how to turn it into a tensor."
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    "Mixed precision for bfloat16; raises ValueError for anything but the two precisions that networks compute in."
+    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+def _parts(images: Any, pixels: int | None) -> tuple[Tensor, ...]:
+    """The batch in parts of at most `pixels` pixels, but at least one image; whole if `pixels` is None.
+
+    Raises TypeError for an array; the message says how to turn it into a tensor."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a (B, 3, H, W) torch tensor, got {type(images).__name__}; "
                         "for an (H, W, 3) array: torch.from_numpy(array).permute(2, 0, 1)[None]")
-
-def _check_precision(precision: str) -> None:
-    "Raise ValueError for anything but the two that networks compute in."
-    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
-
-def _parts(images: Tensor, pixels: int | None) -> tuple[Tensor, ...]:
-    "The batch in parts of at most `pixels` pixels, but at least one image; whole if `pixels` is None."
     if not pixels or not len(images): return (images,)
     return images.split(max(pixels//images[0, 0].numel(), 1))
 
@@ -158,11 +158,8 @@ class PixelDetector(nn.Module):
         head: Callable[[Tensor], Tensor], # of the features `(B, D)`, on the device of the network
     ) -> Tensor: # float32, on the CPU
         "`head` of the features; what `score`, `identify` and `embed` are made of."
-        _check_tensor(images)
-        _check_precision(self.precision)
         device = self.normalize.mean.device
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with evaluation_mode(self), torch.inference_mode(), autocast:
+        with evaluation_mode(self), torch.inference_mode(), _autocast(device, self.precision):
             results = [head(self.backbone(self.normalize(part.to(device)))) for part in _parts(images, self.pixels_at_once)]
         return torch.cat(results).to("cpu", torch.float32).clone() # outside inference mode: an ordinary tensor, fit for training
 
