@@ -17,7 +17,8 @@ from sklearn.tree import DecisionTreeClassifier
 from imaginet_nb.audit import files as au
 from imaginet_nb.audit import report as audit_page
 from imaginet_nb.core import repo_root
-from imaginet_nb.data.manifest import FAMILIES, AnnotationError, read_annotations, write_annotations
+from imaginet_nb.data.labels import FAMILIES, AnnotationError
+from imaginet_nb.data.splits import read_annotations, write_annotations
 from imaginet_nb.evaluation import shortcuts as bias
 from imaginet_nb.evaluation.detection import (
     calibrated,

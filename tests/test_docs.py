@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import typer
+from render_documents import render_map
 
-from imaginet_nb.apps.cards import render_map
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.pipeline import check_parameters
 from imaginet_nb.core import load_profile, repo_root, seed_everything

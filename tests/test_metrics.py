@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from imaginet_nb.core import rng
 from imaginet_nb.data.augmentation import Perturb
 from imaginet_nb.data.images import ImageError, decode, save
-from imaginet_nb.data.manifest import FAMILIES
+from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.protocol import (
     BASELINE,
     FAMILY_COLUMNS,

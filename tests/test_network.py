@@ -164,7 +164,7 @@ def test_a_session_that_lives_long_sends_nothing(watched, tmp_path):
     inputs = [helper.make_tensor_value_info("x", 1, ["B"]), helper.make_tensor_value_info("y", 1, None)]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", inputs[:1], inputs[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path/"relu.onnx")
-    watched.run(sys.executable, "-c", "import sys, time; from imaginet_nb.data.graphs import onnx_session\n"
+    watched.run(sys.executable, "-c", "import sys, time; from imaginet_nb.models.graphs import onnx_session\n"
                                       "session = onnx_session(sys.argv[1]); time.sleep(16)", tmp_path/"relu.onnx")
     assert watched.tried() == [] and watched.traces() == []
 

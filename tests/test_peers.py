@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from imaginet_nb.core import file_sha256
 from imaginet_nb.data.images import ImageError, save
-from imaginet_nb.data.manifest import AnnotationError
+from imaginet_nb.data.labels import AnnotationError
 from imaginet_nb.detectors import prior_work as peers
 from imaginet_nb.detectors.prior_work import (
     PEERS,

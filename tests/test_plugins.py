@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from imaginet_nb.data.images import save
-from imaginet_nb.data.manifest import FAMILIES
+from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.custom import PluginError, load_plugin
 from imaginet_nb.detectors.protocol import predict
 

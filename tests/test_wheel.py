@@ -73,7 +73,8 @@ def test_the_wheel_holds_the_package_and_what_it_reads_and_nothing_else(wheel):
     own = {n for n in names if ".dist-info/" not in n}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb").rglob("*.py")}
     read = [*(ROOT/"profiles").glob("*.yaml"), *(ROOT/"data").glob("*.csv"), *(ROOT/"reports"/"published").glob("*.csv")]
-    assert own == modules | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb"/"reporting"/"templates").iterdir()}
+    assert templates and own == modules | templates | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
     assert any(n.endswith("LICENSE") for n in names)
 
 
@@ -151,7 +152,7 @@ def test_what_needs_a_clone_says_so(installed, pictures, words):
 
 def test_files_beside_the_library_are_found(installed, pictures):
     "The counts that `data verify` compares with, and the paper's numbers; without them both would go on in silence."
-    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.tables import published; "
+    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.published import published; "
             "print(shipped('data/test_split_counts.csv').is_file(), len(published('table3_detection_by_family')) > 0)")
     assert run(installed/"python", "-c", code, cwd=pictures).stdout == "True True\n"
 

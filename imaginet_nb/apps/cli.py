@@ -214,7 +214,8 @@ def perturb(
 
     Layout, running numbers and lists are those of the authors. A set made with other settings or images is replaced.
     """
-    from imaginet_nb.data.manifest import read_annotations, read_manifest_csv
+    from imaginet_nb.data.manifest import read_manifest_csv
+    from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.perturbed import make_testset
     from imaginet_nb.data.augmentation import Perturb
     manifest = manifest or root/"annotations"/"test_annotations.txt"
@@ -235,7 +236,8 @@ def pack(
 
     Goes on where a stopped run ended. Set data.store in a profile to the folder to train from it.
     """
-    from imaginet_nb.data.manifest import read_annotations, read_manifest_csv
+    from imaginet_nb.data.manifest import read_manifest_csv
+    from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.packed import StoreError, pack, verify_store
     if check:
         damaged = verify_store(out)

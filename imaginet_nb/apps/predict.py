@@ -33,7 +33,7 @@ import torch
 from PIL import Image, features
 from pydantic import ConfigDict, ValidationError, create_model
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
 from ..core import atomic_path, file_sha256, fingerprint, path_text, progress, write_csv
 from ..detectors.protocol import _answers

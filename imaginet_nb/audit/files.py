@@ -31,7 +31,9 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 
-from ..data.manifest import FAMILIES, LABELS, REAL_SOURCES, family_groups, image_file
+from ..data.labels import FAMILIES, LABELS
+from ..data.manifest import image_file
+from ..data.splits import REAL_SOURCES, family_groups
 from ..core import path_text, progress, rng, worker_processes
 from ..data.images import FORMATS, ImageError, decode
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..models.checkpoints import WeightsHeader, check_header, fill, read_weights_header, save_weights, verified_tensors
 from ..core import file_sha256, pick_device
 from ..data.datasets import Transform

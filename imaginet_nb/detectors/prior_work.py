@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..data.manifest import draw_reals
+from ..data.splits import draw_real_images
 from ..models.checkpoints import (
     FORMAT, VERSION, CheckpointError, WeightsHeader, check_header, fill, read_header, read_published, save_weights, verified_tensors)
 from ..core import file_sha256, pick_device, repo_root
@@ -282,7 +282,7 @@ def draw_anchors(
     n: int = 100, # fewer if there are fewer reals
 ) -> pd.DataFrame: # rows of `manifest`
     "Draw real images for Wu2023 to compare with."
-    return draw_reals(manifest, min(n, int(manifest["origin"].eq("real").sum())), seed, "anchors")
+    return draw_real_images(manifest, min(n, int(manifest["origin"].eq("real").sum())), seed, "anchors")
 
 def add_anchors(
     peer: LastedNetwork, # changed in place

@@ -24,7 +24,8 @@ from scipy.special import expit, softmax
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.manifest import FAMILIES, MANIFEST_COLUMNS, AnnotationError, image_file, table_rows
+from ..data.labels import FAMILIES, AnnotationError
+from ..data.manifest import MANIFEST_COLUMNS, image_file, table_rows
 from ..core import atomic_path, file_sha256, progress, rng, write_csv
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode

@@ -18,7 +18,8 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from ..data.manifest import FAMILIES, draw_reals
+from ..data.labels import FAMILIES
+from ..data.splits import draw_real_images
 from ..audit.files import read_properties
 from ..core import fingerprint
 
@@ -39,7 +40,7 @@ def choose_images(
     fresh = marked[marked["seen"].eq("no") | marked["origin"].eq("synthetic")]
     wanted = min(len(fakes), int(marked["origin"].eq("real").sum()))
     enough = int(fresh["origin"].eq("real").sum()) >= wanted
-    reals = draw_reals(fresh if enough else marked, wanted, seed, "probabilities")
+    reals = draw_real_images(fresh if enough else marked, wanted, seed, "probabilities")
     return pd.concat([fakes, reals], ignore_index=True)
 
 # %% ../../nbs/07_evaluation/01_calibration.ipynb #012b18c6

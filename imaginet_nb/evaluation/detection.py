@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from ..data.manifest import CONTENT_TYPES, FAMILIES, GENERATORS, draw_reals, family_groups, overlap
+from ..data.labels import CONTENT_TYPES, FAMILIES, GENERATORS
+from ..data.splits import draw_real_images
+from ..data.splits import family_groups, overlap
 from .calibration import fit_line
 from ..core import rng
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic, bootstrap, interval, macro_auc_statistic
@@ -109,7 +111,7 @@ def _published_subset(
         paths = np.sort(frame["path"][frame["generator_family"] == family].to_numpy(str))
         chosen += rng(seed, "as-published", family).permutation(paths)[:each].tolist()
     pool = frame[frame["group"] == FAMILIES[0]] if "group" in frame else frame # the published reals all lie in the GAN group
-    reals = draw_reals(pool, min(len(chosen), int(pool["origin"].eq("real").sum())), seed, "as-published")
+    reals = draw_real_images(pool, min(len(chosen), int(pool["origin"].eq("real").sum())), seed, "as-published")
     return frame[frame["path"].isin([*chosen, *reals["path"]])]
 
 def as_published(
@@ -251,7 +253,7 @@ def generator_rows(
     for generator in GENERATORS if present <= set(GENERATORS) else sorted(present):
         fakes = np.flatnonzero(~real & frame["generator"].eq(generator))
         n = min(len(fakes), int(real.sum()))
-        reals = draw_reals(frame, n, seed, generator).index if n else np.empty(0, int)
+        reals = draw_real_images(frame, n, seed, generator).index if n else np.empty(0, int)
         groups.append(Group(generator, np.concatenate([fakes, reals]).astype(int)))
     return groups
 

@@ -20,7 +20,7 @@ from ..core import fingerprint
 from .detection import _cell, _detectors, _estimates, _left_out, _scored
 from .metrics import average_statistic, balanced_accuracy_statistic, brier_values, ece_floor, ece_statistic, eer_statistic
 from .metrics import eer_threshold, equal_mass_bins, exact_interval, nll_values, tpr_at_fpr_statistic
-from ..reporting.tables import GREY, looks_of
+from ..reporting.figures import GREY, label_styles
 
 # %% ../../nbs/07_evaluation/05_probabilities.ipynb #c1b60e81
 Fits = Mapping[str, Mapping[Method, Calibration]] # detector -> method -> fit
@@ -131,7 +131,7 @@ def plot_reliability(
     title: str = "",
 ) -> Figure:
     "Reliability diagram: a panel a method, and under it how the probabilities are spread."
-    methods, looks = list(dict.fromkeys(bins["method"])), looks_of(bins["detector"], "detector")
+    methods, looks = list(dict.fromkeys(bins["method"])), label_styles(bins["detector"], "detector")
     figure = Figure(figsize=(6, 4.4), layout="constrained")
     panels = figure.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     for (diagram, counts), method in zip(panels.T, methods, strict=True):

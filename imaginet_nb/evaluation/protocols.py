@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from .detection import (
     DETECTION_COLUMNS, MEAN, Group, _cell, _detection_table, _detection_values, _detectors, _labels, _mean_values, _missing_rows,
     detection_by_family, family_rows, fit_score_calibration)

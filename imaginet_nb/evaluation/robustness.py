@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..detectors.protocol import FAMILY_COLUMNS
 from .detection import _cell, _detectors, _estimates, _left_out, _scored
 from ..data.corruptions import UNITS
