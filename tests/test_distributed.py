@@ -19,7 +19,8 @@ from imaginet_nb.data.images import save
 from imaginet_nb.data.manifest import write_manifest_csv
 from imaginet_nb.detectors.protocol import embed, predict
 from imaginet_nb.models.checkpoints import load_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
 from imaginet_nb.training import stages as training
 from imaginet_nb.training.processes import joined, rank_and_size
 

@@ -30,7 +30,8 @@ from ..core import repo_root, rng
 from ..data.datasets import ManifestDataset, Transform
 from ..data.images import Picture, save
 from ..training.losses import ImagiNetLoss
-from ..models.resnet import PixelDetector, SelfConNet, to_device
+from ..models.resnet import to_device
+from ..models.selfcon import PixelDetector, SelfConNet
 from ..data.sandbox import brush, city, dead_leaves, photograph
 from ..data.packed import Store
 from ..training.stages import Batch, make_optimizer, selfcon_step

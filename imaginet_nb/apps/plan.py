@@ -16,7 +16,8 @@ import torch
 from ..core import Profile, pick_device, repo_root
 from ..data.corruptions import grid_points
 from ..training.losses import ImagiNetLoss
-from ..models.resnet import ImagiNetClassifier, SelfConNet, create_backbone, to_device
+from ..models.resnet import create_backbone, to_device
+from ..models.selfcon import ImagiNetClassifier, SelfConNet
 from ..training.stages import autocast, make_optimizer, selfcon_step
 
 # %% ../../nbs/08_apps/05_plan.ipynb #9e9d9599

@@ -26,7 +26,7 @@ from PIL import Image
 from ..evaluation.calibration import calibration_of
 from ..core import atomic_path, path_text, progress, text_path, versions
 from ..data.images import decode
-from ..models.resnet import PixelDetector, evaluation_mode
+from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import VIEWS, Prepared, Scorer, prepare
 from ..reporting.pages import templates
 

@@ -29,8 +29,8 @@ from ..core import Profile, Run, atomic_path, fingerprint, load_profile, pick_de
 from ..data.datasets import ManifestDataset, make_loader
 from .grad_cache import cached_step
 from .losses import ImagiNetLoss
-from ..models.resnet import (Backbone, ImagiNetClassifier, Normalize, SelfConNet, create_backbone, load_imagenet_weights,
-                                to_device)
+from ..models.resnet import Backbone, Normalize, create_backbone, load_imagenet_weights, to_device
+from ..models.selfcon import ImagiNetClassifier, SelfConNet
 from .processes import average_gradients, gather, joined, per_process, rank_and_size, synchronize
 from ..data.augmentation import Stage1, Stage2
 
