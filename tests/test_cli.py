@@ -11,7 +11,8 @@ import pytest
 from imaginet_nb.core import repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT = repo_root()
 COLUMNS = ["path", "logit", "probability", "verdict", "family", "error"]

@@ -21,7 +21,8 @@ from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import Scorer, Settings, find_files, part_of, read_scores, score_files, score_to_file, write_scores
 from imaginet_nb.core import file_sha256, only_run, seed_everything, text_path
 from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 SIDE = 32 # of the detector's images
 SLOW = """

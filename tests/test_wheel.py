@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 from imaginet_nb.core import repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT = repo_root()
 SETTINGS = ConfigParser(delimiters=["="])
