@@ -142,7 +142,7 @@ def test_sandbox_with_your_own_profile_and_the_wheels(installed, pictures):
     again = run(installed/"imaginet", "data", "sandbox", "--out", "pictures", "--profile", "demo", cwd=pictures, ok=False)
     assert again.returncode == 1 and "pictures" in again.stderr and "Traceback" not in again.stderr # the name is known, the folder taken
     unknown = run(installed/"imaginet", "data", "sandbox", "--out", "x", "--profile", "dmeo", cwd=pictures, ok=False)
-    assert unknown.returncode == 1 and "known profiles: benchmark, demo, " in unknown.stderr
+    assert unknown.returncode == 1 and "known profiles: benchmark, benchmark-gpu, demo, " in unknown.stderr
 
 
 @pytest.mark.parametrize("words", [("reproduce",), ("notebook", "p50_detection")])
