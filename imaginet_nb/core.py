@@ -67,8 +67,8 @@ def _supply_user() -> None:
     os.environ.setdefault("USER", f"uid-{os.getuid()}")
     if os.access(os.environ.get("HOME", ""), os.W_OK): return
     home = Path(tempfile.gettempdir())/f"imaginet-home-{os.getuid()}"
-    home.mkdir(mode=0o700, exist_ok=True)
-    if home.is_symlink() or home.stat().st_uid != os.getuid(): home = Path(tempfile.mkdtemp(prefix="imaginet-home-"))
+    with contextlib.suppress(OSError): home.mkdir(mode=0o700, exist_ok=True) # somebody's file may have the name
+    if home.is_symlink() or not home.is_dir() or home.stat().st_uid != os.getuid(): home = Path(tempfile.mkdtemp(prefix="imaginet-home-"))
     os.environ["HOME"] = str(home)
 
 _supply_user()
@@ -161,6 +161,10 @@ def write_csv(
 LOCK_SUFFIX = ".imaginet-lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
+def _unwritable(out: Path, error: OSError) -> OSError:
+    "The same error, about the result instead of the folder above it or the lock beside it."
+    return type(error)(f"{out}: cannot be written ({error.filename}: {error.strerror}); choose another name or folder")
+
 @contextlib.contextmanager
 def only_run(
     out: str | Path, # file or folder that is about to be written
@@ -172,13 +176,14 @@ def only_run(
     """
     out = Path(out).resolve()
     missing = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try: out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise _unwritable(out, error) from None
     inside = out.is_dir() and not os.access(out.parent, os.W_OK)
     lock = FileLock((out if inside else out.parent)/f".{out.name}{LOCK_SUFFIX}", mode=0o666, timeout=0, fallback_to_soft=False)
     try: lock.acquire()
     except Timeout: raise RuntimeError(f"another run is at work on {out}: wait until it ends, or stop it") from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS: raise
+        if error.errno not in _NO_LOCKS: raise _unwritable(out, error) from None
         print(f"imaginet: the file system of {out} has no locks: see to it that no second run writes there", file=sys.stderr)
     try: yield
     finally:
@@ -215,6 +220,8 @@ class _PlainLoader(yaml.SafeLoader):
         if self.depth > _YAML_DEPTH: raise _refused(_TOO_DEEP, event)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+            raise _refused("half of a surrogate pair, which no file can hold", node)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -415,7 +422,7 @@ def load_profile(
     if not isinstance(content, dict): raise ProfileError(f"{path.name}: expected keys and values, found {type(content).__name__}")
     try: profile = Profile(**content)
     except ValidationError as error:
-        raise ProfileError(f"{path.name}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise ProfileError(f"{path.name}: " + "; ".join(_explain(e) for e in error.errors()[:10])) from None
     if profile.name != path.stem: raise ProfileError(f"{path.name}: name: must equal the file's name, got {profile.name!r}")
     if profile.data.source == "sandbox" and profile.sandbox is None:
         raise ProfileError(f"{path.name}: sandbox: missing section, needed because data.source is sandbox")

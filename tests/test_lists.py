@@ -32,6 +32,20 @@ class Picky(Meter):
         if (images.float().mean((1, 2, 3)) > 250).any(): raise KeyError("too bright")
         return super().score(images)
 
+class Odd(Meter):
+    def score(self, images):
+        scores = super().score(images)
+        if scores.max() < 12: return scores
+        raise {255: SystemExit(3), 254: ValueError("half \\ud800\\n")}[int(images.max())] if images.max() > 253 else Mute()
+
+class Mute(Exception):
+    def __str__(self): raise TypeError("no words")
+
+class Whole(Meter):
+    def score(self, images):
+        scores = super().score(images)
+        return scores.long() if scores.max() > 12 else scores
+
 class Never(Meter):
     def score(self, images):
         if images.float().std() < 60: raise RuntimeError("no memory") # not on the noise that a detector is tried on
@@ -80,6 +94,21 @@ def test_a_detector_that_fails_on_one_picture_costs_one_row(here):
     assert rows.loc[kept, "logit"].tolist() == pytest.approx(whole.loc[kept, "logit"].tolist(), rel=1e-6)
 
 
+def test_whatever_a_detector_raises_or_gives_is_a_row_with_the_error(here):
+    "It ends the program, says what no file can hold, or cannot say anything; gives whole numbers, which would round scores of a batch."
+    for k, value in enumerate((255, 254, 253)): save(np.full((40, 48, 3), value, np.uint8), here/f"set/real/{2*k}.png")
+    score("--out", "preds.csv", detector="Odd")
+    errors = pd.read_csv("preds.csv").set_index("path")["error"].dropna()
+    assert list(errors) == ["Brightness meter: SystemExit: 3", r"Brightness meter: ValueError: half \ud800\n", "Brightness meter: Mute: Mute"]
+    run("predict", "set", "--detector", "lists_detectors:Odd", "--no-views", "--out", "all.csv", code=0)
+    assert pd.read_csv("all.csv").set_index("path")["error"].dropna().to_dict() == {
+        "set/real/0.png": "Brightness meter: 3", "set/real/2.png": r"Brightness meter: half \ud800\n", "set/real/4.png": "Brightness meter: Mute"}
+    score("--out", "whole.csv", detector="Whole")
+    rows = pd.read_csv("whole.csv")
+    assert rows["error"].str.contains("score gave torch.int64, floats are needed").sum() == 3
+    assert (rows["logit"].dropna() % 1 != 0).all()
+
+
 def test_a_detector_that_fails_on_every_picture_is_one_message(here):
     result = score("--out", "preds.csv", detector="Never", code=1)
     assert "none of 12 pictures could be scored" in result.output and result.output.count("no memory") == 1
@@ -105,6 +134,19 @@ def test_slices_of_two_detectors_or_of_a_changed_one_are_not_merged(here):
     (here/"cut.2-of-2.json").write_text("[1]")
     assert "cut.2-of-2.json: not the record of a slice" in run("merge", "cut.csv", code=1).output
     assert not (here/"cut.csv").exists()
+
+
+def test_a_slice_that_is_not_the_one_its_record_describes_is_not_merged(here):
+    "Cut off on its way from another machine, or another run's: its rows would be missing, and counted all the same."
+    for k in (1, 2): score("--out", "cut.csv", "--slice", f"{k}/2", "--batch-size", 4)
+    whole = (here/"cut.2-of-2.csv").read_bytes()
+    for content in (b"", whole[:-40], whole.rstrip(b"\n"), (here/"cut.1-of-2.csv").read_bytes()):
+        (here/"cut.2-of-2.csv").write_bytes(content)
+        assert "cut.2-of-2.csv: not the file that cut.2-of-2.json describes" in run("merge", "cut.csv", code=1).output
+        assert not (here/"cut.csv").exists()
+    (here/"cut.2-of-2.csv").write_bytes(whole)
+    run("merge", "cut.csv", code=0)
+    assert len(pd.read_csv("cut.csv")) == 12
 
 
 # --- lists --------------------------------------------------------------------------------------------------------------------------

@@ -348,3 +348,26 @@ def test_what_is_known_about_a_shard_may_be_damaged(damaged, six, text):
     change(damaged/"shard-00001.npy", 140)
     pack(SIX, six/"images", damaged, shard_images=4, jobs=1)
     assert all(np.array_equal(pixels, good[name]) for name, pixels in read_all(damaged).items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are no bytes there")
+def test_a_picture_with_any_name_is_packed_and_trained_on_under_its_text(tmp_path):
+    "A manifest names files as `path_text` writes them."
+    picture = np.random.default_rng(0).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file: Image.fromarray(picture).save(file, "PNG")
+    manifest = pd.DataFrame({"path": [r"caf\xe9.png"], "origin": "real", "generator_family": "real", "generator": "real",
+                             "content_type": "photos", "split": "train"})
+    store = pack(manifest, tmp_path, tmp_path/"store")
+    assert np.array_equal(store[r"caf\xe9.png"][:, :], picture)
+    assert len(ManifestDataset(manifest, tmp_path, CenterCrop(64), 0, "train")[0]) > 0
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_shard_that_is_cut_off_is_packed_again(tmp_path, size):
+    picture = np.random.default_rng(0).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path/"a.png")
+    manifest = pd.DataFrame({"path": ["a.png"]})
+    pack(manifest, tmp_path, tmp_path/"store")
+    shard = tmp_path/"store"/"shard-00000.b2nd"
+    shard.write_bytes(shard.read_bytes()[:size])
+    assert np.array_equal(pack(manifest, tmp_path, tmp_path/"store")["a.png"][:, :], picture)

@@ -16,7 +16,7 @@ from torch import nn
 
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.custom import PluginError, load_plugin
+from imaginet_nb.detectors.custom import PluginError, load_plugin, read_settings, weights_sha256
 from imaginet_nb.detectors.predictions import predict
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -329,3 +329,40 @@ def test_every_fault_is_a_value_error_that_the_command_line_prints_in_one_line(h
     assert issubclass(PluginError, ValueError)
     with pytest.raises(PluginError) as caught: load_plugin(f"{here}:Raises")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("raise SystemExit(2)", "importing odd_module failed: SystemExit: 2"),
+    ("class D:\n    def __init__(self): raise SystemExit(2)", "making the detector failed: SystemExit: 2"),
+    ("class D:\n    name, input_size = 'D', 16\n    def score(self, images): raise SystemExit(2)", "score failed on 2 images of 16 pixels: SystemExit: 2"),
+    ("class D:\n    name, input_size, score = 'D', 10**7, None", "input_size: 1 to 16384 pixels or None, got 10000000"),
+    ("class D:\n    name, input_size, score = 'D', True, None", "input_size: 1 to 16384 pixels or None, got True"),
+    ("class D:\n    name, input_size, score = 'a\\ud800', 16, None", "name: must be a text on one line"),
+    ("class D:\n    name = property(lambda self: 1/0)", "asking D for its attributes failed: ZeroDivisionError")])
+def test_modules_that_end_the_program_or_ask_for_the_impossible_are_refused(tmp_path, monkeypatch, body, words):
+    (tmp_path/"odd_module.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_module", raising=False)
+    with pytest.raises(PluginError) as caught: load_plugin("odd_module:D")
+    assert words in str(caught.value)
+
+
+def test_an_input_size_beyond_all_memory_is_refused(tmp_path):
+    with pytest.raises(PluginError, match="input_size: .*16384"): read_settings(write_yaml(tmp_path/"net.onnx", input_size=10**7).with_suffix(".yaml"))
+
+
+def test_weights_count_in_whatever_a_detector_keeps_them(tmp_path, monkeypatch):
+    "Arrays and settings from files that only the detector knows: another file is another detector."
+    (tmp_path/"keeper.py").write_text("import json, numpy, torch\n" + "\n".join(
+        f"class {name}:\n    name, input_size = '{name}', 16\n    def __init__(self): self.held = {held}\n"
+        "    def score(self, images): return images.float().mean((1, 2, 3))" for name, held in (
+            ("Array", "numpy.load('w.npy')"), ("Deep", "{'a': [torch.nn.ParameterList([torch.from_numpy(numpy.load('w.npy'))])]}"),
+            ("Text", "json.load(open('w.json'))"))))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {}
+    for value in (1.0, 1.0, 2.0):
+        np.save("w.npy", np.full(3, value, np.float32))
+        Path("w.json").write_text(f'{{"factor": {value}}}')
+        for name in ("Array", "Deep", "Text"): found.setdefault(name, []).append(weights_sha256(load_plugin(f"keeper:{name}")))
+    assert all(first == second != third for first, second, third in found.values())

@@ -449,6 +449,23 @@ def test_resume_on_somebody_elses_or_a_damaged_file_says_so_and_leaves_it(net, t
     assert (tmp_path/name).read_bytes() == content
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.csv.part"])
+def test_resume_does_not_wait_for_a_pipe(net, tmp_path, name):
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    os.mkfifo(tmp_path/name)
+    found = predict(tmp_path/"a.png", "--checkpoint", net, "--out", tmp_path/name.removesuffix(".part"), "--resume")
+    assert found.exit_code == 1 and f"{tmp_path/name}: damaged" in found.output and "no regular file" in found.output
+
+
+def test_a_list_with_a_byte_order_mark_and_one_that_is_none(net, tmp_path):
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    marked = b"\xef\xbb\xbf" + os.fsencode(tmp_path/"a.png") + b"\r\n"
+    assert "1 scored" in predict("-", "--checkpoint", net, "--out", tmp_path/"p.jsonl", input=marked).output
+    other = predict("-", "--checkpoint", net, "--out", tmp_path/"q.jsonl", input=marked + b"x"*2_000_000)
+    assert other.exit_code == 1 and "line 2 of the list has 2,000,000 characters" in other.output and not (tmp_path/"q.jsonl").exists()
+
+
 def stub(path: Path) -> Scorer:
     "A scorer that takes no time."
     detector = SimpleNamespace(name="stub", input_size=8, score=lambda images: images.float().mean((1, 2, 3)) - 128)

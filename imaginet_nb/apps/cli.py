@@ -9,6 +9,7 @@ __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'STAND_INS', 'com
 
 # %% ../../nbs/08_apps/07_cli.ipynb #1503cd57
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -569,6 +570,8 @@ def merge(
 # %% ../../nbs/08_apps/07_cli.ipynb #03c653ab
 def main() -> None:
     "Entry point of `imaginet`."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace") # names of files may be any bytes
     app()
 
 if __name__ == "__main__" and "__file__" in globals(): main() # a notebook has no __file__

@@ -36,7 +36,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from ..data.labels import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
 from ..core import atomic_path, file_sha256, fingerprint, path_text, progress, write_csv
-from ..detectors.predictions import detector_outputs
+from ..detectors.predictions import detector_outputs, error_text
 from ..data.images import ImageError, decode, walk
 from ..evaluation.open_set import NearestKnown, open_set_of
 from ..data.augmentation import center_crop, compress, pad_to
@@ -59,14 +59,22 @@ def _line_name(line: str) -> str:
     name = line.removesuffix("\n")
     return name if os.path.lexists(name) else name.removesuffix("\r")
 
+_LONGEST_NAME = 1 << 16 # characters; no system takes more than a quarter of this for a path
+
+def _short(lines: Iterable[str]) -> Iterator[str]:
+    "The lines of a list; `ValueError` for one that can be no path, such as a file of another kind is full of."
+    for number, line in enumerate(lines, 1):
+        if len(line) > _LONGEST_NAME: raise ValueError(f"line {number} of the list has {len(line):,} characters: write one path a line")
+        yield line.removeprefix("\ufeff") if number == 1 else line # a byte-order mark
+
 def find_files(
     words: Iterable[str | Path], # files, folders, patterns, or - for the list
     listed: Iterable[str] = (), # lines that stand for -; empty ones do not count
 ) -> list[Path]: # each once
-    "Files to score."
+    "Files to score. Raises `ValueError` for a line of more than 65,536 characters."
     def expand(word: str) -> Iterable[Path]:
         if word != "-": return _reached(word)
-        return itertools.chain.from_iterable(map(_reached, filter(str.strip, map(_line_name, listed))))
+        return itertools.chain.from_iterable(map(_reached, filter(str.strip, map(_line_name, _short(listed)))))
     return list(dict.fromkeys(itertools.chain.from_iterable(expand(str(word)) for word in words)))
 
 # %% ../../nbs/08_apps/00_predict.ipynb #1d6e99c6
@@ -333,8 +341,8 @@ def score_files(
             while len(ahead) < 6 and i + len(ahead) < len(paths): ahead.append(reader.submit(_load, scorer, paths[i + len(ahead)]))
             prepared, row = ahead.popleft().result()
             try: judged = {} if prepared is None else score_picture(scorer, prepared)
-            except Exception as error: # somebody's detector can raise anything, too
-                judged = {"error": f"{scorer.detector.name}: {_one_line(error, path)}"}
+            except (Exception, SystemExit) as error: # somebody's detector can raise anything, too
+                judged = {"error": f"{scorer.detector.name}: {error_text(error)}"}
             yield row | judged
     finally: reader.shutdown(wait=True, cancel_futures=True)
 
@@ -457,7 +465,9 @@ def read_scores(
     "The rows of a table, one by one. Raises `ValueError` that names the file where it is damaged, or no such table."
     path = Path(path)
     part = path.suffix == ".part"
-    try: yield from _json_rows(path, part) if part or check_out(path).suffix == ".jsonl" else _table_rows(_pieces(path))
+    try:
+        if path.exists() and not path.is_file(): raise ValueError("no regular file") # a pipe would be waited for without end
+        yield from _json_rows(path, part) if part or check_out(path).suffix == ".jsonl" else _table_rows(_pieces(path))
     except Exception as error: # readers of damaged files raise nearly anything
         if isinstance(error, OSError) and error.filename: raise # such as no permission, and it says where
         kind = "rows of an interrupted `imaginet predict`" if part else "a table of `imaginet predict`"

@@ -23,6 +23,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from ..core import Section, atomic_path, file_sha256, progress, worker_processes
 from .images import ImageError, LazyImage, Picture
+from .manifest import image_file
 
 # %% ../../nbs/01_data/08_packed.ipynb #3b69f761
 class StoreError(ValueError):
@@ -179,7 +180,10 @@ _SUFFIXES = ".b2nd", ".crc32", ".npy" # canvas, checksums, part of the index
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
     "Stands for the files of a shard as they are now."
-    try: states = [(p, (root/p).stat().st_size, (root/p).stat().st_mtime_ns) for p in paths]
+    def state(path: str) -> tuple[str, int, int]:
+        found = image_file(root, path).stat()
+        return path, found.st_size, found.st_mtime_ns
+    try: states = [state(p) for p in paths]
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
@@ -189,7 +193,8 @@ def _packed(part: Path, mark: str) -> dict[str, str] | None: # SHA-256 of its fi
         facts: Any = json.loads(part.with_suffix(".json").read_text(encoding="utf-8"))
         hashes = {part.with_suffix(suffix).name: facts["sha256"][part.with_suffix(suffix).name] for suffix in _SUFFIXES}
         small = [part.with_suffix(suffix) for suffix in _SUFFIXES[1:]]
-        whole = part.with_suffix(".b2nd").is_file() and all(file_sha256(file) == hashes[file.name] for file in small)
+        _open_shard(part.with_suffix(".b2nd")) # its pixels are compared when they are read; a file that is cut off cannot be opened
+        whole = all(file_sha256(file) == hashes[file.name] for file in small)
     except (OSError, ValueError, RecursionError, KeyError, TypeError): return None
     return hashes if whole and facts.get("mark") == mark else None
 
@@ -253,7 +258,7 @@ def _pack_shard(
     mark: str, # stands for its images
 ) -> dict[str, str]: # SHA-256 of its files
     "Write the files of one shard; the one that says what went into it comes last."
-    widest = max(LazyImage(root/p).shape[1] for p in paths)
+    widest = max(LazyImage(image_file(root, p)).shape[1] for p in paths)
     entries, checksums = _write_shard(images, paths, widest + -widest % _CHUNK, number, part.parent)
     with atomic_path(part.with_suffix(".crc32")) as temporary: checksums.astype("<u4").tofile(temporary)
     with atomic_path(part) as temporary: np.save(temporary, entries)
@@ -286,7 +291,7 @@ def pack(
             hashes = _packed(part, mark)
             if hashes is None:
                 (out/_MARKER).unlink(missing_ok=True) # from here on there is no store, until it is finished again
-                images = parallel(delayed(_pixels)(root/p) for p in shard)
+                images = parallel(delayed(_pixels)(image_file(root, p)) for p in shard)
                 found = progress(images, f"packing {number + 1}/{len(shards)}", total=len(shard))
                 hashes = _pack_shard(iter(found), shard, root, part, number, mark)
             known[part] = hashes

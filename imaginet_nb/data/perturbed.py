@@ -19,6 +19,7 @@ from .labels import CONTENT_TYPES, FAMILIES, LABELS, AnnotationError
 from .splits import FAMILY_FOLDERS, family_groups, perturbed_layout, read_annotations, write_annotations
 from ..core import atomic_path, fingerprint, progress, rng, worker_processes
 from .images import decode, save
+from .manifest import image_file
 from .augmentation import Perturb
 
 # %% ../../nbs/01_data/09_perturbed.ipynb #ac4e3f48
@@ -83,7 +84,7 @@ def make_testset(
     root, layout = Path(root), _layout(manifest, seed, lists)
     _prepare(root/"testset", fingerprint(layout, transform, seed))
     paths = zip(layout["path"], layout["perturbed_path"])
-    tasks = (delayed(_perturb_file)(root/a, root/b, transform, seed, row) for row, (a, b) in enumerate(paths))
+    tasks = (delayed(_perturb_file)(image_file(root, a), root/b, transform, seed, row) for row, (a, b) in enumerate(paths))
     if len(layout) < 100: jobs = 1 # starting processes takes longer than a few images
     with worker_processes(jobs) as parallel:
         for _ in progress(parallel(tasks), "perturbing", total=len(layout)): pass

@@ -72,7 +72,7 @@ def score_manifest(
     record = dict(detector=detector.name, manifest_sha256=file_sha256(manifest), transform=repr(transform), batch_size=batch_size, **facts)
     path.with_suffix(".json").unlink(missing_ok=True) # without it the slice does not count as there
     save_predictions(frame, path)
-    _write_record(path, record | dict(rows=[first, first + len(part)]))
+    _write_record(path, record | dict(rows=[first, first + len(part)], sha256=file_sha256(path)))
     return frame
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
@@ -104,9 +104,11 @@ def _record_of(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(beside.read_text(encoding="utf-8"))
         rows = record["rows"]
-        if len(rows) == 2 and all(isinstance(row, int) for row in rows): return record
-    except (OSError, ValueError, KeyError, TypeError): pass
-    raise ValueError(f"{beside}: not the record of a slice, or damaged; score {path.name} again")
+        sound = len(rows) == 2 and all(isinstance(row, int) for row in rows) and isinstance(record["sha256"], str)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): sound = False
+    if not sound: raise ValueError(f"{beside}: not the record of a slice, or damaged; score {path.name} again")
+    if record.pop("sha256") == file_sha256(path): return record
+    raise ValueError(f"{path}: not the file that {beside.name} describes: damaged, cut off, or of another run; score it again")
 
 def merge_slices(
     out: str | Path, # CSV to write; the slices lie beside it
@@ -126,5 +128,5 @@ def merge_slices(
             with open(path, "rb") as source:
                 if k: source.readline() # the names of the columns
                 shutil.copyfileobj(source, target)
-    _write_record(out, records[0] | dict(rows=[0, first]))
+    _write_record(out, records[0] | dict(rows=[0, first], sha256=file_sha256(out)))
     return first
