@@ -261,6 +261,8 @@ def read_yaml(
         line, problem = mark.line + 1, str(error.problem)
     except yaml.reader.ReaderError as error:
         line, problem = raw.decode()[:error.position].count("\n") + 1, f"the character {chr(error.character)!a} is not allowed"
+    except (ValueError, OverflowError): # of `chr`, for an escape such as \UFFFFFFFF
+        raise ValueError(f"{path}: not valid YAML: an escape stands for no character of Unicode") from None
     raise ValueError(f"{path}, line {line}: not valid YAML: {problem[:200]}")
 
 # %% ../nbs/00_core.ipynb #c7c6ce4c

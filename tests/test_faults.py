@@ -178,7 +178,9 @@ YAML = [BOMB, "["*30_000, "{"*30_000, "- "*30_000, "? "*20_000, "a: "*10_000, "s
         "seed: 99999999999999999999", "name: 2024-13-45", "seed: 2024-01-01", "name: !!timestamp x", "name: !!python/name:os.system",
         "<<: {name: demo}", "name: a\nname: b", "1: 2", "? [a]\n: b", "null: 1", "a: \0", "\0", b"\xff\xfe", b"name: \xe9", "#"*70_000,
         "%"*60_000, "a\n"*30_000, "!"*30_000, "|"*100, "a: 1\n---\nb: 2",
-        "".join(f"k{i}: 1\n" for i in range(3000)), 'name: "\\ud800"', "seed: .nan", "seed: .inf", "a: *b", "\t", "a: [1,", "", "- 1", "x"]
+        "".join(f"k{i}: 1\n" for i in range(3000)),
+        'name: "\\ud800"', 'a: "\\UFFFFFFFF"', 'a: "\\U00110000"',
+        "seed: .nan", "seed: .inf", "a: *b", "\t", "a: [1,", "", "- 1", "x"]
 
 
 @pytest.mark.parametrize("read, error", [(load_profile, ProfileError), (read_settings, PluginError)])

@@ -99,10 +99,11 @@ def test_whatever_a_detector_raises_or_gives_is_a_row_with_the_error(here):
     for k, value in enumerate((255, 254, 253)): save(np.full((40, 48, 3), value, np.uint8), here/f"set/real/{2*k}.png")
     score("--out", "preds.csv", detector="Odd")
     errors = pd.read_csv("preds.csv").set_index("path")["error"].dropna()
-    assert list(errors) == ["Brightness meter: SystemExit: 3", r"Brightness meter: ValueError: half \ud800\n", "Brightness meter: Mute: Mute"]
+    assert list(errors) == [f"Brightness meter: {said}" for said in ("SystemExit: 3", r"ValueError: half \ud800\n", "Mute: Mute")]
     run("predict", "set", "--detector", "lists_detectors:Odd", "--no-views", "--out", "all.csv", code=0)
     assert pd.read_csv("all.csv").set_index("path")["error"].dropna().to_dict() == {
-        "set/real/0.png": "Brightness meter: 3", "set/real/2.png": r"Brightness meter: half \ud800\n", "set/real/4.png": "Brightness meter: Mute"}
+        "set/real/0.png": "Brightness meter: 3", "set/real/2.png": r"Brightness meter: half \ud800\n",
+        "set/real/4.png": "Brightness meter: Mute"}
     score("--out", "whole.csv", detector="Whole")
     rows = pd.read_csv("whole.csv")
     assert rows["error"].str.contains("score gave torch.int64, floats are needed").sum() == 3

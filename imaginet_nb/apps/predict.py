@@ -215,7 +215,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if not 1 <= self.settings.crops <= 5: raise ValueError(f"crops must be 1 to 5, got {self.settings.crops}")
-        _ = self.limits # a fault of the settings shows before the first picture
+        _ = self.limits, self.nearest # a fault of settings or checkpoint shows before the first picture
 
     @cached_property
     def limits(self) -> tuple[float, float]: return band(self.detector, self.settings.error_rate)
