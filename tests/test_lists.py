@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.core import text_path
+from imaginet_nb.core import only_run, text_path
 from imaginet_nb.data.folders import read_labelled_folder
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import AnnotationError
@@ -135,6 +135,14 @@ def test_slices_of_two_detectors_or_of_a_changed_one_are_not_merged(here):
     (here/"cut.2-of-2.json").write_text("[1]")
     assert "cut.2-of-2.json: not the record of a slice" in run("merge", "cut.csv", code=1).output
     assert not (here/"cut.csv").exists()
+
+
+def test_a_second_score_or_merge_of_one_table_is_refused_before_it_begins(here):
+    with only_run("preds.csv"):
+        assert "another run is at work" in score("--out", "preds.csv", detector="NoSuch", code=1).output
+        assert "another run is at work" in run("merge", "preds.csv", code=1).output
+        score("--out", "preds.csv", "--slice", "1/2", "--batch-size", 4) # slices are made side by side
+    assert sorted(path.name for path in here.glob("*preds*")) == ["preds.1-of-2.csv", "preds.1-of-2.json"]
 
 
 def test_a_slice_that_is_not_the_one_its_record_describes_is_not_merged(here):

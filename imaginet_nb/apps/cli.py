@@ -539,7 +539,8 @@ def score(
     from imaginet_nb.apps.predict import environment
     from imaginet_nb.data.augmentation import CenterCrop
     number, slices = _slice(slice_)
-    with joined(pick_device(device)) as place:
+    with joined(pick_device(device)) as place, contextlib.ExitStack() as locks:
+        if rank_and_size()[0] == 0: locks.enter_context(only_run(slice_path(out, number, slices))) # one of the processes that share the work
         scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
         rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
                               identified_by=identity, **environment(str(place)))
@@ -555,7 +556,7 @@ def _slice(text: str) -> tuple[int, int]:
     return int(number), int(slices)
 
 # %% ../../nbs/08_apps/07_cli.ipynb #0d76f035
-@command(app, "merge")
+@command(app, "merge", "out")
 def merge(
     out: Annotated[Path, typer.Argument(help="CSV to write, as given to score; its slices lie beside it.")],
 ) -> None:
