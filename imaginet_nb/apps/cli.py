@@ -540,7 +540,7 @@ def score(
     from imaginet_nb.data.augmentation import CenterCrop
     number, slices = _slice(slice_)
     with joined(pick_device(device)) as place, contextlib.ExitStack() as locks:
-        if rank_and_size()[0] == 0: locks.enter_context(only_run(slice_path(out, number, slices))) # one of the processes that share the work
+        if rank_and_size()[0] == 0: locks.enter_context(only_run(slice_path(out, number, slices))) # for all that share the work
         scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
         rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
                               identified_by=identity, **environment(str(place)))

@@ -337,7 +337,7 @@ def score_files(
     "Judge files one by one; the next ones are read meanwhile."
     reader, ahead = ThreadPoolExecutor(1), deque[Any]()
     try:
-        for i, path in enumerate(paths):
+        for i in range(len(paths)):
             while len(ahead) < 6 and i + len(ahead) < len(paths): ahead.append(reader.submit(_load, scorer, paths[i + len(ahead)]))
             prepared, row = ahead.popleft().result()
             try: judged = {} if prepared is None else score_picture(scorer, prepared)

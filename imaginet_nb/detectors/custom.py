@@ -228,7 +228,8 @@ def _from_module(spec: str, device: torch.device) -> Any:
         if inspect.isclass(made) or (callable(made) and not hasattr(made, "score")):
             made = made(device=str(device)) if "device" in inspect.signature(made).parameters else made()
         return made.to(device).eval() if isinstance(made, nn.Module) else made
-    except (Exception, SystemExit) as error: raise PluginError(f"{spec}: making the detector failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{spec}: making the detector failed: {type(error).__name__}: {error}") from error
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #e42a188b
 def _ask(detector: Any, method: str, images: Tensor, shape: tuple[int, ...], spec: str) -> None:
@@ -246,7 +247,8 @@ def _ask(detector: Any, method: str, images: Tensor, shape: tuple[int, ...], spe
 def _check(detector: Any, spec: str) -> Detector:
     "Refuse what does not keep to the protocol."
     try: missing = [name for name in ("name", "input_size", "score") if not hasattr(detector, name)]
-    except Exception as error: raise PluginError(f"{spec}: asking {type(detector).__name__} for its attributes failed: {error!r}") from error
+    except Exception as error:
+        raise PluginError(f"{spec}: asking {type(detector).__name__} for its attributes failed: {error!r}") from error
     if missing: raise PluginError(f"{spec}: {type(detector).__name__} has no {', '.join(missing)}; see detectors.Detector")
     name, size = detector.name, detector.input_size
     if not isinstance(name, str) or not name or not name.isprintable():
@@ -336,10 +338,10 @@ def weights_sha256(
     detector: Any, # a module, or an object that holds weights or settings as attributes, such as arrays from a file
 ) -> str | None: # 64 hexadecimal digits; None where it holds nothing
     "Hash of the weights and settings that a detector holds in memory, whichever files they came from."
-    digest, found = sha256(), 0
-    for found, value in enumerate(_held(detector, {}), 1):
+    digest, held = sha256(), list(_held(detector, {}))
+    for value in held:
         if isinstance(value, Tensor): value = weights_digest({}, {"": value.detach().to_dense().cpu()})
         elif isinstance(value, np.ndarray) and value.dtype != object:
             value = f"{value.dtype} {value.shape} {sha256(value.tobytes()).hexdigest()}"
         digest.update(f"{type(value).__name__} {value!r}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest() if found else None
+    return digest.hexdigest() if held else None
