@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'ImageError', 'is_image_path', 'Found', 'walk', 'check_image', 'decode', 'why_no_image',
-           'encode', 'save', 'Picture', 'LazyImage']
+           'encode', 'save', 'Picture', 'longer_side']
 
 # %% ../../nbs/01_data/03_images.ipynb #dd197ffd
 import contextlib
@@ -13,14 +13,12 @@ import os
 import stat
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core import LOCK_SUFFIX, atomic_path
 
@@ -85,7 +83,7 @@ def _to_rgb(
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 # %% ../../nbs/01_data/03_images.ipynb #c256bb2c
 _ONE_AT_A_TIME = threading.Lock()
@@ -119,7 +117,7 @@ def _read(
     stream: BinaryIO, # whole file, at its beginning
     max_pixels: int, # largest width times height
 ) -> np.ndarray: # `(H, W, 3)` uint8
-    "The five steps above; faults leave as whatever Pillow raises."
+    "The five steps above; errors are whatever Pillow raises."
     formats = (*FORMATS, *_heif(stream))
     picture = Image.open(stream, formats=formats)
     width, height = picture.size
@@ -128,12 +126,13 @@ def _read(
     stream.seek(0)
     picture = Image.open(stream, formats=formats)
     with _silent_libtiff() if picture.format == "TIFF" else contextlib.nullcontext(): picture.load()
-    return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
+    ImageOps.exif_transpose(picture, in_place=True)
+    return np.array(_to_rgb(picture))
 
 # %% ../../nbs/01_data/03_images.ipynb #c25f3346
 def _explain(
     error: Exception, # what Pillow or the system raised
-) -> str: # words for a person
+) -> str:
     "What is wrong with the file."
     if isinstance(error, UnidentifiedImageError): return f"not an image, or damaged at its beginning (read are {', '.join(FORMATS)})"
     if isinstance(error, ImageError): return str(error)
@@ -142,11 +141,11 @@ def _explain(
     return f"damaged image: {error}" if str(error) else f"damaged image: {type(error).__name__}"
 
 # %% ../../nbs/01_data/03_images.ipynb #3c65eb49
-def decode(
+@contextlib.contextmanager
+def _opened(
     source: str | Path | bytes, # a file, or the content of one
-    max_pixels: int = 100_000_000, # larger images are refused (Pillow itself stops at 178,956,970)
-) -> np.ndarray: # `(H, W, 3)` uint8 RGB
-    "Read one image, or raise an `ImageError` that names the file and what is wrong."
+) -> Iterator[BinaryIO]:
+    "The content, without Pillow's warnings; whatever is raised inside becomes an `ImageError` that names the image."
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():
@@ -155,9 +154,19 @@ def decode(
             warnings.simplefilter("ignore")
             if not stream.read(1): raise ImageError("empty file")
             stream.seek(0)
-            return _read(stream, max_pixels)
+            yield stream
     except Exception as error: # a hostile file can raise nearly anything
         raise ImageError(f"{name}: {_explain(error)}") from error
+
+def decode(
+    source: str | Path | bytes, # a file, or the content of one
+    max_pixels: int = 100_000_000, # larger images are refused (Pillow itself stops at 178,956,970)
+) -> np.ndarray: # `(H, W, 3)` uint8 RGB
+    """Read one image: the first frame, upright, transparent parts on white.
+
+    Raises `ImageError`, which names the file and the reason, for whatever cannot be read completely.
+    """
+    with _opened(source) as stream: return _read(stream, max_pixels)
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3a15
 def why_no_image(
@@ -227,99 +236,8 @@ class Picture(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray: ...
 
-def _png_chunks(
-    content: bytes, # of a whole PNG file
-) -> Iterator[tuple[bytes, bytes]]: # type and data
-    "The chunks of a PNG, their check sums checked; `ValueError` for one that is damaged or missing."
-    place, kind = 8, b""
-    while kind != b"IEND":
-        length, kind = int.from_bytes(content[place:place + 4], "big"), content[place + 4:place + 8]
-        checksum = content[place + 8 + length:place + 12 + length]
-        if zlib.crc32(content[place + 4:place + 8 + length]).to_bytes(4, "big") != checksum: raise ValueError("damaged chunk")
-        yield kind, content[place + 8:place + 8 + length]
-        place += 12 + length
-
-# %% ../../nbs/01_data/03_images.ipynb #9e477839
-def _is_plain(
-    picture: Image.Image, # opened, not loaded
-    content: bytes, # of the whole file
-) -> bool:
-    "Is the file whole, and is there nothing in it that `decode` would have to put right?"
-    if picture.format not in ("PNG", "JPEG", "WEBP") or picture.mode != "RGB" or picture.has_transparency_data: return False
-    if getattr(picture, "is_animated", False): return False
-    if picture.format == "PNG": # not interlaced, and no word of a camera that was turned
-        turned = (b"eXIf", b"Raw profile", b"rientation")
-        notes = b"".join(kind + data for kind, data in _png_chunks(content) if kind != b"IDAT")
-        return content[28] == 0 and not any(word in notes for word in turned)
-    if picture.format == "JPEG" and not content.endswith(b"\xff\xd9"): return False
-    return picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-
-# %% ../../nbs/01_data/03_images.ipynb #646a9b67
-def _shortened_png(
-    content: bytes, # a whole file, not interlaced
-    rows: int, # how many, from the top
-) -> bytes:
-    "The same PNG with a header that promises fewer rows."
-    header = content[12:20] + rows.to_bytes(4, "big") + content[24:29]
-    return content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
-
-def _shortened_webp(
-    content: bytes, # a whole file, not animated
-    rows: int, # how many, from the top, must be right
-) -> bytes: # the same file if it is lossless: that form cannot be cut
-    "The same lossy WebP with headers that promise fewer rows: whole blocks of 16, and one more, which smooths the edge of the last."
-    short, place, height = bytearray(content), 12, -(-rows//16)*16 + 16
-    while place < len(content):
-        kind, size, data = content[place:place + 4], int.from_bytes(content[place + 4:place + 8], "little"), place + 8
-        if kind == b"VP8X": short[data + 7:data + 10] = (height - 1).to_bytes(3, "little")
-        if kind == b"VP8 ":
-            stored = int.from_bytes(content[data + 8:data + 10], "little")
-            short[data + 8:data + 10] = (height | stored & 0xC000).to_bytes(2, "little")
-            return bytes(short) if height < stored & 0x3FFF else content
-        place = data + size + size % 2
-    return content
-
-def _upper_rows(content: bytes, format: str | None, rows: int) -> np.ndarray:
-    "The first rows at least of a plain file, the quick way."
-    if format == "PNG":
-        with Image.open(io.BytesIO(_shortened_png(content, rows)), formats=("PNG",)) as picture: return np.asarray(picture)
-    if format == "WEBP": content = _shortened_webp(content, rows)
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if pixels is None: raise ValueError("not decoded")
-    return pixels.astype(np.uint8, copy=False)
-
-# %% ../../nbs/01_data/03_images.ipynb #f1d591e7
-class LazyImage:
-    "An image file whose pixels are decoded when they are asked for, no more of them than needed; a `Picture`."
-    def __init__(self,
-        path: str | Path,
-        max_pixels: int = 100_000_000, # larger images are refused
-    ):
-        self.path, self.max_pixels = path, max_pixels
-        self._pixels: np.ndarray | None = None
-        try:
-            self._content = Path(path).read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore") # Pillow's word on large images; `max_pixels` is ours
-                with Image.open(io.BytesIO(self._content), formats=FORMATS) as picture:
-                    plain, self._format, (width, height) = _is_plain(picture, self._content), picture.format, picture.size
-        except Exception: plain = False # `decode` says what is wrong
-        if plain and width*height <= max_pixels: self.shape: tuple[int, ...] = (height, width, 3)
-        else: self.shape = self._whole().shape
-
-    def _whole(self) -> np.ndarray:
-        "All pixels, the usual way."
-        self._pixels = decode(self.path, self.max_pixels)
-        return self._pixels
-
-    def __getitem__(self,
-        key: tuple[slice, slice], # rows and columns, in steps of one
-    ) -> np.ndarray: # `(h, w, 3)` uint8
-        if self._pixels is None:
-            (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(key, self.shape))
-            try:
-                part = _upper_rows(self._content, self._format, bottom)[top:bottom, left:right]
-                if part.shape == (bottom - top, right - left, 3): return part
-            except (OSError, SyntaxError, ValueError, cv2.error): pass # `decode` says what is wrong
-            self._whole()
-        return self._pixels[key] # type: ignore[index]
+def longer_side(
+    source: str | Path | bytes, # a file, or the content of one
+) -> int: # pixels
+    "The larger of height and width, from the header alone. Raises `ImageError` where the header cannot be read."
+    with _opened(source) as stream, Image.open(stream, formats=(*FORMATS, *_heif(stream))) as picture: return max(picture.size)
