@@ -48,7 +48,8 @@ from imaginet_nb.evaluation.metrics import (
     resample_counts,
     roc_auc,
 )
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ from imaginet_nb.evaluation.open_set import KNOWN, fit_nearest_known, leave_one_
 from imaginet_nb.evaluation.probabilities import fit_all, operating_table, over_grid, probability_table, reliability_bins
 from imaginet_nb.evaluation.robustness import image_shifts, loss_table, shift_table
 from imaginet_nb.models.checkpoints import CheckpointError, load_detector, save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 
 def made_up(seed: int, split: str, n: int = 400) -> pd.DataFrame:

@@ -15,6 +15,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -436,9 +438,15 @@ def _table_rows(
             yield _checked(row, place)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c4
+_TRY = "import sys, fastparquet\nfor piece in fastparquet.ParquetFile(sys.argv[1]).iter_row_groups(): pass"
+
 def _pieces(path: Path) -> Iterable[pd.DataFrame]:
     "A CSV or Parquet file, piece by piece."
     if path.suffix == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE)
+    with open(path, "rb"): pass # no permission is no damage
+    tried = subprocess.run([sys.executable, "-c", _TRY, path], capture_output=True, text=True, errors="replace")
+    if tried.returncode < 0: raise ValueError("its reader crashes") # fastparquet, on damaged files, so that it is tried in another process
+    if tried.returncode: raise ValueError(tried.stderr.strip().rpartition("\n")[2])
     import fastparquet
     return fastparquet.ParquetFile(str(path)).iter_row_groups()
 

@@ -23,7 +23,8 @@ from ..models.checkpoints import WeightsHeader, check_header, fill, read_weights
 from ..core import file_sha256, pick_device
 from ..data.datasets import Transform
 from .protocol import embed
-from ..models.resnet import MissingHead, Normalize, PixelDetector, WeightsError
+from ..models.resnet import Normalize, WeightsError
+from ..models.selfcon import MissingHead, PixelDetector
 from .custom import fit_images
 
 # %% ../../nbs/04_detectors/03_linear_probe.ipynb #30d71176

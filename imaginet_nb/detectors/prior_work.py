@@ -9,7 +9,7 @@ __all__ = ['WEIGHTS', 'PEERS', 'CLIP_RN50X64', 'PeerWeights', 'weights_folder', 
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #7ac80c6c
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,8 @@ from ..models.checkpoints import (
     FORMAT, VERSION, CheckpointError, WeightsHeader, check_header, fill, read_header, read_published, save_weights, verified_tensors)
 from ..core import file_sha256, pick_device, repo_root
 from .protocol import embed
-from ..models.resnet import L2Normalize, MissingHead, Normalize, PixelDetector, create_backbone
+from ..models.resnet import Normalize, create_backbone
+from ..models.selfcon import L2Normalize, MissingHead, PixelDetector
 from ..data.augmentation import center_crop
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #c5f41f7d
@@ -131,12 +132,12 @@ class LastedNetwork(PixelDetector):
         "Keep the mean of these features."
         self.detection.anchor = features.mean(0).to(self.normalize.mean.device, torch.float32)
 
-    def _infer(self, images: Tensor, head: nn.Module) -> Tensor:
+    def infer(self, images: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         "As usual, of squares of the right size."
         if images.shape[2:] != (self.input_size, self.input_size):
             squares = [center_crop(image, self.input_size) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
             images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-        return super()._infer(images, head)
+        return super().infer(images, head)
 
 # %% ../../nbs/04_detectors/01_prior_work.ipynb #7438036b
 CLIP_RN50X64: dict[str, Any] = dict(layers=(3, 15, 36, 10), output_dim=1024, heads=64, image_size=448, width=128)

@@ -29,7 +29,7 @@ from ..data.manifest import MANIFEST_COLUMNS, image_file, table_rows
 from ..core import atomic_path, file_sha256, progress, rng, write_csv
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
-from ..models.resnet import PixelDetector
+from ..models.selfcon import PixelDetector
 from ..training.processes import gather_objects, rank_and_size
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #c8bd6696
@@ -164,7 +164,7 @@ def _answers(
     "All that a detector says about images of one size."
     identifies = "identification" in getattr(detector, "tracks", ())
     if identifies and isinstance(detector, PixelDetector):
-        return detector._infer(images, lambda f: torch.cat([detector.detection(f), detector.identification(f)], 1)) # type: ignore[arg-type]
+        return detector.infer(images, lambda f: torch.cat([detector.detection(f), detector.identification(f)], 1)) # type: ignore[arg-type]
     logits = detector.score(images)
     if logits.shape != (len(images),): raise ValueError(f"{detector.name}: score gave shape {tuple(logits.shape)} for {len(images)} images")
     families = detector.identify(images) if identifies else torch.full((len(images), len(FAMILIES)), torch.nan)
