@@ -19,7 +19,8 @@ from bad_images import BAD, ODD
 from PIL import Image
 
 from imaginet_nb.core import file_sha256, repo_root, rng
-from imaginet_nb.data.augmentation import CenterCrop, Perturb, Stage1, Stage2
+from imaginet_nb.data.augmentation import CenterCrop, Stage1, Stage2
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.datasets import ManifestDataset, make_loader
 from imaginet_nb.data.images import ImageError, decode, longer_side
 from imaginet_nb.data.packed import Store, StoreError, pack, verify_store
