@@ -14,7 +14,8 @@ from imaginet_nb.data.images import ImageError, decode
 from imaginet_nb.data.manifest import MANIFEST_COLUMNS
 from imaginet_nb.data.perturbed import make_testset
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 NAMES = {**{name: f"bad-{i}.png" for i, name in enumerate(BAD)}, **{name: f"odd-{i}.png" for i, name in enumerate(ODD)}}
 

@@ -13,16 +13,8 @@ from imaginet_nb.core import rng
 from imaginet_nb.data.augmentation import Perturb
 from imaginet_nb.data.images import ImageError, decode, save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.protocol import (
-    BASELINE,
-    FAMILY_COLUMNS,
-    OURS,
-    Detector,
-    embed,
-    load_predictions,
-    predict,
-    save_predictions,
-)
+from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, embed, load_predictions, predict, save_predictions
+from imaginet_nb.detectors.protocol import BASELINE, OURS, Detector
 from imaginet_nb.evaluation.detection import (
     as_published,
     calibrated,
@@ -48,7 +40,8 @@ from imaginet_nb.evaluation.metrics import (
     resample_counts,
     roc_auc,
 )
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ from onnx import helper
 from imaginet_nb.core import repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT, IMAGINET = repo_root(), (sys.executable, "-m", "imaginet_nb.apps.cli")
 GUARD = r"""
@@ -173,7 +174,8 @@ TRAINING = """
 import pandas as pd, torch
 from pathlib import Path
 from imaginet_nb.core import load_profile
-from imaginet_nb.models.resnet import SelfConNet, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import SelfConNet
 from imaginet_nb.training.stages import pretrain
 smoke = load_profile(profile)
 smoke = smoke.model_copy(update={"pretrain": smoke.pretrain.model_copy(update={"epochs": 1, "batch_size": 8, "chunk_size": None})})

@@ -13,14 +13,16 @@ from sklearn.calibration import calibration_curve
 from imaginet_nb.data.corruptions import grid_points, grid_transform
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.protocol import BASELINE, FAMILY_COLUMNS, OURS, predict
+from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, predict
+from imaginet_nb.detectors.protocol import BASELINE, OURS
 from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_calibration, fit_line, threshold_at
 from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, resample_counts, tpr_at_fpr_statistic
 from imaginet_nb.evaluation.open_set import KNOWN, fit_nearest_known, leave_one_generator_out, open_set_header, open_set_of
 from imaginet_nb.evaluation.probabilities import fit_all, operating_table, over_grid, probability_table, reliability_bins
 from imaginet_nb.evaluation.robustness import image_shifts, loss_table, shift_table
 from imaginet_nb.models.checkpoints import CheckpointError, load_detector, save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 
 def made_up(seed: int, split: str, n: int = 400) -> pd.DataFrame:

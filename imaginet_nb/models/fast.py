@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .graphs import onnx_session
-from .resnet import Backbone, PixelDetector, to_device
+from .resnet import Backbone, to_device
+from .selfcon import PixelDetector
 
 # %% ../../nbs/02_models/04_fast.ipynb #41c3e4fc
 def fold_batchnorm(
