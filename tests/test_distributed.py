@@ -17,7 +17,7 @@ from imaginet_nb.core import Profile, load_profile, repo_root, seed_everything
 from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import save
 from imaginet_nb.data.manifest import write_manifest_csv
-from imaginet_nb.detectors.protocol import embed, predict
+from imaginet_nb.detectors.predictions import embed, predict
 from imaginet_nb.models.checkpoints import load_checkpoint
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet

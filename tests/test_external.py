@@ -360,7 +360,8 @@ def workshop(tmp_path_factory) -> Path:
 
     from imaginet_nb.data.manifest import write_manifest_csv
     from imaginet_nb.data.splits import read_annotations
-    from imaginet_nb.detectors.protocol import DETECTORS, predict, save_predictions
+    from imaginet_nb.detectors.predictions import predict, save_predictions
+    from imaginet_nb.detectors.protocol import DETECTORS
     from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
     from imaginet_nb.models.resnet import create_backbone
     from imaginet_nb.models.selfcon import ImagiNetClassifier

@@ -20,7 +20,7 @@ from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import AnnotationError
 from imaginet_nb.data.manifest import image_file, read_manifest_csv, table_rows
 from imaginet_nb.data.splits import read_annotations
-from imaginet_nb.detectors.protocol import predict
+from imaginet_nb.detectors.predictions import predict
 
 DETECTORS = """
 class Meter:

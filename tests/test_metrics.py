@@ -13,16 +13,8 @@ from imaginet_nb.core import rng
 from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError, decode, save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.protocol import (
-    BASELINE,
-    FAMILY_COLUMNS,
-    OURS,
-    Detector,
-    embed,
-    load_predictions,
-    predict,
-    save_predictions,
-)
+from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, embed, load_predictions, predict, save_predictions
+from imaginet_nb.detectors.protocol import BASELINE, OURS, Detector
 from imaginet_nb.evaluation.detection import (
     as_published,
     calibrated,

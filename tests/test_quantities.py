@@ -13,7 +13,8 @@ from sklearn.calibration import calibration_curve
 from imaginet_nb.data.corruptions import grid_points, grid_transform
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.protocol import BASELINE, FAMILY_COLUMNS, OURS, predict
+from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, predict
+from imaginet_nb.detectors.protocol import BASELINE, OURS
 from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_calibration, fit_line, threshold_at
 from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, resample_counts, tpr_at_fpr_statistic
 from imaginet_nb.evaluation.open_set import KNOWN, fit_nearest_known, leave_one_generator_out, open_set_header, open_set_of

@@ -533,7 +533,7 @@ def score(
     what the predictions were made from.
     """
     from imaginet_nb.core import pick_device
-    from imaginet_nb.detectors.protocol import score_manifest, slice_path
+    from imaginet_nb.detectors.slices import score_manifest, slice_path
     from imaginet_nb.training.processes import joined, rank_and_size
     from imaginet_nb.apps.predict import environment
     from imaginet_nb.data.augmentation import CenterCrop
@@ -563,7 +563,7 @@ def merge(
     The result is byte for byte that of one run. A missing slice is an error; so is one of another detector, or with other files,
     settings or versions, and the message names the difference.
     """
-    from imaginet_nb.detectors.protocol import merge_slices
+    from imaginet_nb.detectors.slices import merge_slices
     typer.echo(f"{out}: {merge_slices(out)} rows")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #03c653ab

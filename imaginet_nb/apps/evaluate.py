@@ -19,7 +19,8 @@ from ..data.manifest import read_table
 from ..evaluation.shortcuts import zero_pixel_rows
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
 from ..core import _git, file_sha256, fingerprint, versions, write_text
-from ..detectors.protocol import Detector, predict, save_predictions
+from ..detectors.predictions import predict, save_predictions
+from ..detectors.protocol import Detector
 from ..evaluation.detection import MEAN, calibrated, detection_by_content, detection_by_generator
 from ..data.corruptions import grid_points, grid_transform
 from ..data.labels import label_of

@@ -36,7 +36,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from ..data.labels import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
 from ..core import atomic_path, file_sha256, fingerprint, path_text, progress, write_csv
-from ..detectors.protocol import _answers
+from ..detectors.predictions import detector_outputs
 from ..data.images import ImageError, decode, walk
 from ..evaluation.open_set import NearestKnown, open_set_of
 from ..data.augmentation import center_crop, compress, pad_to
@@ -247,7 +247,8 @@ def _ask(
     answers = np.full((len(crops), 1 + len(FAMILIES)), np.nan)
     for shape in dict.fromkeys(crop.shape for crop in crops):
         rows = [i for i, crop in enumerate(crops) if crop.shape == shape]
-        answers[rows] = _answers(detector, torch.from_numpy(np.stack([crops[i] for i in rows])).permute(0, 3, 1, 2).contiguous()).numpy()
+        images = torch.from_numpy(np.stack([crops[i] for i in rows])).permute(0, 3, 1, 2).contiguous()
+        answers[rows] = detector_outputs(detector, images).numpy()
     return answers
 
 def _family(scorer: Scorer, prepared: Prepared, logits: np.ndarray) -> dict[str, Any]: # logits: `(n, 4)` of the crops

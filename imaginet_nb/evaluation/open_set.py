@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from .calibration import threshold_at
 from ..data.datasets import Transform
-from ..detectors.protocol import _prediction_frame, embed
+from ..detectors.predictions import prediction_frame, embed
 from .embedding import check_features
 from .detection import MEAN, _cell, _estimates, _mean_values
 from .metrics import auc_statistic, average_statistic, exact_interval
@@ -110,7 +110,7 @@ def predict_and_embed(
     with torch.inference_mode():
         given = torch.from_numpy(features).to(device)
         answers = torch.cat([detector.detection(given), detector.identification(given)], 1).cpu().float()
-    return manifest.reset_index(drop=True).join(_prediction_frame(detector, answers, {})), features
+    return manifest.reset_index(drop=True).join(prediction_frame(detector, answers, {})), features
 
 # %% ../../nbs/07_evaluation/08_open_set.ipynb #4d29d64b
 OPEN_SET_COLUMNS = ("setting", "score", "group", "auroc", "auroc_low", "auroc_high", "false_alarm", "false_alarm_low", "false_alarm_high",

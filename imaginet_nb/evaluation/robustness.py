@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..data.labels import FAMILIES
-from ..detectors.protocol import FAMILY_COLUMNS
+from ..detectors.predictions import FAMILY_COLUMNS
 from .detection import _cell, _detectors, _estimates, _left_out, _scored
 from ..data.corruptions import UNITS
 from .metrics import Statistic, average_statistic
