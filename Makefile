@@ -31,8 +31,8 @@ test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, noteboo
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	# the longest files first, in this order
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_look_alike.py tests/test_pipeline.py tests -n 2 --dist loadfile --no-loadscope-reorder
+	# the longest files first, in this order; a worker that crashes ends the run, since what it had left would wait for ever
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_look_alike.py tests/test_pipeline.py tests -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
 
 # the same content before and after: what is committed is what the notebooks say
 check-notebooks: setup
@@ -50,8 +50,10 @@ docs: setup ## a site of all notebooks, the API and a search, read offline: _doc
 	$(BIN)/python -m sphinx -c docs -q -W --keep-going -j auto _docs/source _docs/site
 	@echo "Open _docs/site/index.html"
 
-lab: setup ## JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+lab: setup ## JupyterLab, open at the first tutorial
+	# no news, no look for a newer version, no list of extensions from elsewhere
+	$(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	  --LabApp.extension_manager=readonly --ServerApp.root_dir="$(CURDIR)" nbs/tutorials/00_imaginet_in_one_sitting.ipynb
 
 clean-reports: ## remove what `make reproduce` wrote for PROFILE; data and environment stay
 	@test -d reports/$(PROFILE) || { echo "no reports/$(PROFILE)"; exit 1; }

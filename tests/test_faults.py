@@ -1,10 +1,14 @@
-"""Faults really produced: a full disk, a read-only folder, damaged files by the hundred, dead workers, Ctrl-C, two runs at once."""
+"""Faults really produced: full disks, read-only folders, damaged files, odd names, YAML bombs, dead workers, Ctrl-C, two runs at once."""
+import csv
 import io
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,27 +17,37 @@ import pandas as pd
 import psutil
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from imaginet_nb.core import repo_root
+from imaginet_nb.apps.cli import app
+from imaginet_nb.core import ProfileError, load_profile, only_run, path_text, read_yaml, repo_root, text_path, write_csv
 from imaginet_nb.data.images import ImageError, decode, save
+from imaginet_nb.detectors.custom import PluginError, read_settings
 
 ROOT, PROGRAM = repo_root(), Path(sys.executable).with_name("imaginet")
 QUIET = {**os.environ, "TQDM_DISABLE": "1"}
 
 
-def start(*words, limit: int | None = None, cwd: Path = ROOT) -> subprocess.Popen:
+def start(*words, limit: int | None = None, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
     "The program in a process group of its own; `limit` is the largest file that it may write, in bytes."
     def restrict() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs, these tests perhaps, ignore Ctrl-C
         if limit is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.Popen([PROGRAM, *map(str, words)], cwd=cwd, env=QUIET, text=True, start_new_session=True, preexec_fn=restrict,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([PROGRAM, *map(str, words)], cwd=cwd, env={**QUIET, **environment}, text=True, start_new_session=True,
+                            preexec_fn=restrict, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
     try: _, words = process.communicate(timeout=seconds)
     finally: process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, words
+
+
+TINY = """
+class Tiny:
+    name, input_size = "Tiny", 32
+    def score(self, images): return images.float().mean((1, 2, 3)) - 128
+"""
 
 
 def wait_for(condition, seconds: float = 60):
@@ -98,6 +112,107 @@ def test_a_file_damaged_anywhere_gives_pixels_or_one_kind_of_error(kind):
     assert 10 < refused # and not one other exception, crash or hang
 
 
+# --- names, labels and cells with odd characters
+
+ODD = [b"\\", b"\\xff", b"\xff", b"\xc2\x85", b"\xe2\x80\xa8", b"\r", b"\n", b"\r\n", b"\x0b", b"\x0c", b"\x1c", b"\x1e", b"\t",
+       b"=", b"+1", b"-", b"@", b"\"", b",", b"'", b" ", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"a", b".png",
+       b"u2028", b"\xe2\x80\xae", b"NA"]
+
+
+def odd_names(seed: int, n: int) -> list[bytes]:
+    "File names of random bytes and of the pieces above."
+    draw = np.random.default_rng(seed)
+    mixed = [b"".join(ODD[i] for i in draw.integers(len(ODD), size=draw.integers(1, 7))) for _ in range(n)]
+    plain = [bytes(draw.integers(1, 256, draw.integers(1, 30), dtype=np.uint8)).replace(b"/", b"_") for _ in range(n)]
+    return sorted({name for name in mixed + plain if name not in (b".", b"..")})
+
+
+@pytest.mark.parametrize("folder", [b"", b"some/folder/", b"/data/"])
+def test_paths_and_their_texts_are_one_to_one(folder):
+    paths = {Path(os.fsdecode(folder + name)) for name in odd_names(0, 3000)}
+    texts = {path_text(path): path for path in paths}
+    assert len(texts) == len(paths)
+    for text, path in texts.items():
+        assert text_path(text) == path and len(text.encode().decode().splitlines()) == 1 and json.loads(json.dumps(text)) == text
+        assert not text.startswith(tuple("=+-@\t\r"))
+
+
+def test_a_table_is_read_back_with_every_row_whatever_its_cells_hold(tmp_path):
+    breaks = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    cells = sorted({name.decode(errors="ignore") for name in odd_names(1, 2000)} | {*breaks, *(2*c for c in breaks)})
+    frame = pd.DataFrame({"label": cells, "n": range(len(cells)), "text": cells[::-1]})
+    write_csv(frame, tmp_path/"table.csv")
+    back = pd.read_csv(tmp_path/"table.csv", keep_default_na=False)
+    assert back["n"].tolist() == frame["n"].tolist()
+    with open(tmp_path/"table.csv", newline="", encoding="utf-8") as file: rows = list(csv.reader(file))
+    assert rows == [["label", "n", "text"], *([a, str(n), b] for a, n, b in frame.itertuples(index=False, name=None))]
+    assert back[["label", "text"]].to_numpy().tolist() == frame[["label", "text"]].to_numpy().tolist()
+
+
+def test_every_table_is_written_by_the_one_writer():
+    sources = [*(ROOT/"imaginet_nb").rglob("*.py"), *(ROOT/"nbs"/"pipelines").glob("*.ipynb"), ROOT/"Snakefile"]
+    found = [(path.name, word) for path in sources for word in (".to_csv(", "csv.writer", "DictWriter", "yaml.safe_load", "yaml.load")
+             if word in path.read_text(encoding="utf-8")]
+    assert sorted(found) == [("core.py", ".to_csv("), ("core.py", "yaml.load")]
+
+
+def test_pictures_with_odd_names_have_a_row_each_and_no_formula(tmp_path):
+    names = [b"a\rb.png", b"a\\xff.png", b"a\xff.png", b"=1+1.png", b"-1.png", b"a\xe2\x80\xa8b.png", b"a\nb.png"]
+    save(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8), tmp_path/"pictures"/"plain.png")
+    for name in names: shutil.copy(tmp_path/"pictures"/"plain.png", os.fsencode(tmp_path/"pictures") + b"/" + name)
+    (tmp_path/"tiny.py").write_text(TINY)
+    code, words = finish(start("predict", ".", "--detector", "tiny:Tiny", "--out", tmp_path/"preds.csv", cwd=tmp_path/"pictures",
+                               PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"))
+    assert code == 0, words
+    rows = pd.read_csv(tmp_path/"preds.csv")
+    assert sorted(map(text_path, rows["path"])) == sorted([Path("plain.png"), *(Path(os.fsdecode(name)) for name in names)])
+    assert rows["error"].isna().all() and rows["logit"].nunique() == 1
+    assert not rows["path"].str.startswith(("=", "+", "-", "@")).any()
+
+
+# --- YAML that means harm
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}']*9)}]\n"
+                                                      for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True))
+YAML = [BOMB, "["*30_000, "{"*30_000, "- "*30_000, "? "*20_000, "a: "*10_000, "seed: " + "9"*5000, "seed: 1" + ":1"*500 + ".5", "seed: 0b_",
+        "seed: 99999999999999999999", "name: 2024-13-45", "seed: 2024-01-01", "name: !!timestamp x", "name: !!python/name:os.system",
+        "<<: {name: demo}", "name: a\nname: b", "1: 2", "? [a]\n: b", "null: 1", "a: \0", "\0", b"\xff\xfe", b"name: \xe9", "#"*70_000,
+        "%"*60_000, "a\n"*30_000, "!"*30_000, "|"*100, "a: 1\n---\nb: 2",
+        "seed: .nan", "seed: .inf", "a: *b", "\t", "a: [1,", "", "- 1", "x"]
+
+
+@pytest.mark.parametrize("read, error", [(load_profile, ProfileError), (read_settings, PluginError)])
+@pytest.mark.parametrize("content", YAML, ids=range(len(YAML)))
+def test_harmful_yaml_is_refused_at_once_with_the_name_of_the_file(content, read, error, tmp_path):
+    path = tmp_path/"mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    begin = time.process_time()
+    with pytest.raises(error) as caught: read(path)
+    assert time.process_time() - begin < 1.5 and "mine.yaml" in str(caught.value) and len(str(caught.value)) < 20_000
+
+
+def test_a_yaml_file_damaged_anywhere_is_read_or_refused_in_one_way(tmp_path):
+    path, whole, refused = tmp_path/"demo.yaml", (ROOT/"profiles"/"demo.yaml").read_bytes(), 0
+    pieces = [piece.encode() for piece in YAML[7:20] if isinstance(piece, str)]
+    for n in range(150):
+        draw = np.random.default_rng(n)
+        content = bytearray(whole)
+        for place in draw.integers(len(content), size=n % 4): content[place] = draw.integers(256)
+        if n % 3 == 0: content[(place := draw.integers(len(content))):place] = pieces[draw.integers(len(pieces))]
+        if n % 7 == 0: del content[draw.integers(len(content)):]
+        path.write_bytes(content)
+        try: load_profile(path)
+        except ProfileError as error:
+            refused += 1
+            assert "demo.yaml" in str(error)
+    assert refused > 75 # and not one other exception
+
+
+def test_an_error_in_yaml_names_its_line(tmp_path):
+    (tmp_path/"mine.yaml").write_text("a: 1\nb:\n  c: 2\n  c: 3\n")
+    with pytest.raises(ValueError, match="mine.yaml, line 4: .*'c' stands there twice"): read_yaml(tmp_path/"mine.yaml")
+
+
 # --- processes that die, are stopped, or meet each other
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -125,6 +240,75 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(tmp_path):
 
 
 def test_of_two_runs_at_once_in_one_folder_one_is_refused(tmp_path):
-    first, second = (start("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 40) for _ in range(2))
+    for name in ("one", "two"): (tmp_path/name).mkdir() # temporary folders, as of two containers
+    words = ("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 40)
+    first, second = (start(*words, TMPDIR=str(tmp_path/name)) for name in ("one", "two"))
     codes, words = zip(finish(first), finish(second), strict=True)
     assert sorted(codes) == [0, 1] and "another run" in "".join(words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "one", "two"] # no lock is left
+
+
+@pytest.mark.parametrize("words, out", [
+    (("predict", "pictures", "--out", "preds.csv"), "preds.csv"), (("predict", "pictures", "--html", "page.html"), "page.html"),
+    (("evaluate", "--root", "pictures", "--out", "found"), "found"), (("audit", "pictures", "--out", "found"), "found"),
+    (("data", "sandbox", "--profile", "smoke", "--out", "made"), "made"), (("data", "pack", "pictures", "--out", "store"), "store"),
+    (("data", "perturb", "pictures"), "pictures")])
+def test_a_second_run_with_the_same_output_is_refused_before_it_begins(words, out, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    with only_run(out):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"elsewhere"))
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1 and f"another run is at work on {tmp_path/out}" in result.output
+    assert tree(tmp_path) == before
+
+
+def test_a_killed_run_locks_nobody_out(tmp_path):
+    code = "import os, sys; from imaginet_nb.core import only_run\nwith only_run(sys.argv[1]): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, tmp_path/"preds.csv"], cwd=ROOT)
+    assert list(tmp_path.iterdir()) # its lock file
+    with only_run(tmp_path/"preds.csv"): pass
+    assert not list(tmp_path.iterdir())
+
+
+# --- a user id without a name
+
+NOBODY = 12345
+
+
+@pytest.fixture
+def nameless(pictures):
+    "A folder of pictures that everybody may use, as a user whom the system does not know has no other."
+    if os.geteuid() != 0 or not shutil.which("setpriv"): pytest.skip("only root can become another user, with setpriv")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shutil.copytree(pictures, Path(folder)/"pictures")
+        (Path(folder)/"tiny.py").write_text(TINY)
+        subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)
+        environment = {"PATH": os.environ["PATH"], "TMPDIR": folder, "TQDM_DISABLE": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
+        def run(*words):
+            become = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"]
+            return subprocess.run(list(map(str, [*become, *words])), cwd=folder, env=environment, capture_output=True, text=True,
+                                  timeout=300)
+        if run(sys.executable, "-c", "import numpy").returncode: pytest.skip("this Python lies where no other user may read")
+        yield run
+
+
+@pytest.mark.parametrize("words", [("--help",), ("predict", "pictures/real", "--detector", "tiny:Tiny", "--out", "preds.csv")])
+def test_the_program_works_for_a_user_id_without_a_name(nameless, words):
+    result = nameless(PROGRAM, *words)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_library_works_for_a_user_id_without_a_name(nameless):
+    code = """if True:
+        import getpass, pathlib
+        import imaginet_nb.training.stages
+        from jupyter_core.paths import jupyter_runtime_dir
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        import matplotlib.pyplot
+        pathlib.Path(jupyter_runtime_dir()).mkdir(parents=True)
+        pathlib.Path(cache_dir()).mkdir(parents=True, exist_ok=True)
+        print(getpass.getuser(), pathlib.Path.home().stat().st_mode & 0o777 == 0o700)"""
+    result = nameless(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [f"uid-{NOBODY}", "True"] and "Matplotlib" not in result.stderr

@@ -111,7 +111,7 @@ def test_a_run_that_is_stopped_leaves_its_archive_and_the_next_one_continues(che
 
     (checkout/"wait").unlink()
     second = start(checkout)
-    said = second.communicate(timeout=300)[0]
+    said = second.communicate(timeout=500)[0]
     assert second.returncode == 0, said
     files = archived(checkout)
     assert "p63_speed" in files["reports/smoke/notebooks/p63_speed.ipynb"] and "SelfCon" in files["reports/smoke/tables/inference_time.csv"]
@@ -120,7 +120,7 @@ def test_a_run_that_is_stopped_leaves_its_archive_and_the_next_one_continues(che
 
     times = {name: (checkout/name).stat().st_mtime for name in files if name.endswith(".ipynb")}
     third = start(checkout)
-    said = third.communicate(timeout=300)[0]
+    said = third.communicate(timeout=500)[0]
     assert third.returncode == 0 and "benchmark: done by an earlier call" in said, said
     assert times == {name: (checkout/name).stat().st_mtime for name in times}, "the third call ran something again"
 

@@ -1,4 +1,7 @@
 """Foreign detectors: real files written by onnx, TorchScript and torch.export, and what goes wrong with them."""
+import platform
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -187,6 +190,30 @@ def test_graphs_of_the_wrong_shape(net, tmp_path, shape, changes, words):
     path = write_yaml(write_onnx(tmp_path/"net.onnx", net, shape), **changes)
     with pytest.raises(PluginError) as caught: load_plugin(str(path))
     for word in words: assert any(w in str(caught.value) for w in word.split("|")), caught.value
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors divide without a signal")
+@pytest.mark.parametrize("when", ["load", "run"])
+def test_a_graph_that_crashes_the_runtime_is_refused(tmp_path, when):
+    """The smallest 64-bit integer by -1: constants are divided while the file is loaded, an input when the first image is scored.
+
+    Here, in this process, a loader without a trial would end the tests; so it is asked for in a process of its own.
+    """
+    nodes = [helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1, 2, 3], keepdims=0)]
+    nodes.append(helper.make_node("Cast", ["mean" if when == "run" else "zero"], ["whole"], to=TensorProto.INT64))
+    nodes += [helper.make_node("Mul", ["whole", "nought"], ["none"]), helper.make_node("Add", ["none", "least"], ["number"]),
+              helper.make_node("Div", ["number", "minus"], ["result"]),
+              helper.make_node("Cast", ["result"], ["small"], to=TensorProto.FLOAT),
+              helper.make_node("Add", ["mean", "small"], ["y"])]
+    integers = {"nought": 0, "least": np.iinfo(np.int64).min, "minus": -1}
+    constants = [numpy_helper.from_array(np.array([number], np.int64), name) for name, number in integers.items()]
+    constants.append(numpy_helper.from_array(np.zeros(1, np.float32), "zero"))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", ("B", 3, "H", "W")), ("y", None)))
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, write_yaml(tmp_path/"crash.onnx"))
+    code = f"from {load_plugin.__module__} import load_plugin; load_plugin('crash.onnx')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "PluginError: crash.onnx: ONNX Runtime crashes (SIGFPE)" in done.stderr, done
 
 
 def test_a_graph_of_integers_and_scores_that_are_no_numbers(net, tmp_path):

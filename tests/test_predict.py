@@ -220,7 +220,11 @@ def test_resume_makes_anew_what_is_not_the_same(slow):
     assert (slow/"preds.csv").read_bytes() != first
     (slow/"slow.py").write_text(SLOW + "# another version\n")
     del sys.modules["slow"]
-    assert "; 0 rows kept" in CliRunner().invoke(app, [*WORDS, "preds.csv", "--resume"]).output
+    kept = (slow/"preds.csv").read_bytes()
+    other = CliRunner().invoke(app, [*WORDS, "preds.csv", "--resume"])
+    assert other.exit_code == 1 and "(detector changed)" in other.output and "leave out --resume" in other.output
+    assert (slow/"preds.csv").read_bytes() == kept and not (slow/"preds.csv.part").exists()
+    assert CliRunner().invoke(app, [*WORDS, "preds.csv"]).exit_code == 0
     (slow/"mine.csv").write_text("path,score\na,1\n")
     foreign = CliRunner().invoke(app, [*WORDS, "mine.csv", "--resume"])
     assert foreign.exit_code == 1 and "not a table of `imaginet predict`" in foreign.output

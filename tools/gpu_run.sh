@@ -61,13 +61,21 @@ part() { # NAME COMMAND...
     say "$name: begins"
     setsid "$@" > >(while IFS= read -r line || [ -n "$line" ]; do say "$line"; done) 2>&1 < /dev/null &
     child=$!
+    echo "$child" > "$work/running"
     wait "$child"; local code=$?
     child=''
+    rm -f "$work/running"
     say "$name: ends with exit status $code"
     return "$code"
 }
 
-rm -f "$out"/.partial.*
+# a call that was killed outright could not end what it had started
+left=$(cat "$work/running" 2> /dev/null || true)
+if [ -n "$left" ] && grep -qa imaginet "/proc/$left/cmdline" 2> /dev/null; then
+    say "ending what an earlier call left running"
+    { kill -TERM -- "-$left"; timeout 10 tail --pid="$left" -f /dev/null; kill -KILL -- "-$left"; } 2> /dev/null
+fi
+rm -f "$out"/.partial.* "$work/running"
 (while sleep 30 && kill -0 $$; do pack; done) < /dev/null &> /dev/null & # nobody waits for this one's output
 packer=$!
 
@@ -101,12 +109,13 @@ machine() {
     python3 -c 'import platform, torch, torchvision; print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}")'
 }
 
-export PYTHONPATH=$root:$site PATH=$site/bin:$PATH JUPYTER_PATH=$site/share/jupyter PYTHONUNBUFFERED=1
+export PYTHONPATH=$root:$site${PYTHONPATH:+:$PYTHONPATH} PATH=$site/bin:$PATH PYTHONUNBUFFERED=1
+export JUPYTER_PATH=$site/share/jupyter${JUPYTER_PATH:+:$JUPYTER_PATH}
 export TORCHINDUCTOR_CACHE_DIR=$root/$work/inductor # of all notebooks together
-python3 -c 'import torch, torchvision' || { say "python3 has no torch and torchvision"; exit 2; }
+machine > "$work/machine.txt" || { say "python3 has no torch and torchvision"; exit 2; }
 install || { say "install: failed"; exit 1; }
-say "installed: $(find "$wheels" -name '*.whl' | wc -l) wheels"
-machine > "$work/machine.txt" && for folder in "${reports[@]}"; do mkdir -p "$folder" && cp "$work/machine.txt" "$folder"; done
+say "installed: $(find "$wheels" -type f -name '*.whl' | wc -l) wheels"
+for folder in "${reports[@]}"; do mkdir -p "$folder" && cp "$work/machine.txt" "$folder"; done
 while IFS= read -r line; do say "$line"; done < "$work/machine.txt"
 
 done_mark=$work/${reports[0]#reports/}.done

@@ -384,15 +384,19 @@ def _foreign_detector(
     trust: bool, # files may run code
 ) -> tuple[Any, str, list[str]]: # a `Detector`, what identifies it, no warnings
     "Somebody else's detector."
-    from imaginet_nb.core import file_sha256
+    from imaginet_nb.core import file_sha256, fingerprint
+    from imaginet_nb.detectors.custom import detector_files, load_plugin, weights_sha256
     if spec.endswith(".safetensors"):
         from imaginet_nb.detectors.linear_probe import load_linear_probe
         loaded: Any = load_linear_probe(spec, device)
-    else:
-        from imaginet_nb.detectors.custom import load_plugin
-        loaded = load_plugin(spec, device, trust)
-    source = Path(spec) if Path(spec).is_file() else Path(getattr(sys.modules[type(loaded).__module__], "__file__", None) or "")
-    return loaded, spec + (f", sha256 {file_sha256(source)}" if source.is_file() else ""), []
+    else: loaded = load_plugin(spec, device, trust)
+    files = detector_files(spec)
+    hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]]
+    if files[1:]:
+        rest = fingerprint([(path.name, file_sha256(path)) for path in files[1:]])
+        hashes.append(f"with {', '.join(path.name for path in files[1:])}: {rest[:16]}")
+    if not Path(spec).is_file() and (weights := weights_sha256(loaded)): hashes.append(f"weights {weights[:16]}")
+    return loaded, ", ".join([spec, *hashes]), []
 
 def _detector(checkpoint: Path | None, detector: str | None, device: str, trust: bool) -> tuple[Any, str, list[str]]:
     "The detector that the options name, what identifies it, and warnings."
@@ -410,7 +414,8 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[Path, typer.Option(help="Table to write: .csv, .parquet or .jsonl.")] = Path("preds.csv"),
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with pictures and maps of the evidence.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished rows of an earlier run with the same settings.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
+                                                          "changed; rows of other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic pictures that may be judged wrongly; what lies between "
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
@@ -427,10 +432,11 @@ def predict(
     from imaginet_nb.models.fast import fast
     from imaginet_nb.apps.predict import Scorer, Settings, read_scores
     files = _existing_files(paths, out, html)
-    loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
+    place = str(pick_device(device))
+    loaded, identity, notes = _detector(checkpoint, detector, place, trust)
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views), identity)
+    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views), identity, place)
     _score(files, scorer if detector else replace(scorer, detector=fast(loaded)), out, resume)
     if html is not None:
         from imaginet_nb.apps.predict_page import write_page
@@ -440,15 +446,25 @@ def predict(
         raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #231208b5
+def _is_missing(path: Path) -> bool:
+    "Is there certainly no such file? One that lies in a closed folder may be there."
+    try: os.stat(path)
+    except PermissionError: return False
+    except (OSError, ValueError): return True
+    return False
+
 def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path]:
     "Files to score, of which some exist: a slip of the pen must not cost an earlier table, or the one just made."
-    from imaginet_nb.apps.predict import check_out, find_files, without_results
+    from imaginet_nb.apps.predict import check_out, check_writable, find_files, without_results
     results = [check_out(out), *([] if html is None else [html])]
     if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
-    files = without_results(find_files(words, sys.stdin if "-" in words else ()), results)
-    if any(file.exists() for file in files): return files
-    fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
-    raise FileNotFoundError(f"{', '.join(words)}: {fault}")
+    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
+    files = without_results(find_files(words, listed), results)
+    if all(map(_is_missing, files)):
+        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
+        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
+    for result in results: check_writable(result) # before hours of work
+    return files
 
 def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
     "Write the table and say what is in it; when stopped, say how to go on."
@@ -514,15 +530,16 @@ def score(
     Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
     what the predictions were made from.
     """
-    from imaginet_nb.core import pick_device, versions
+    from imaginet_nb.core import pick_device
     from imaginet_nb.detectors.protocol import score_manifest, slice_path
     from imaginet_nb.training.processes import joined, rank_and_size
+    from imaginet_nb.apps.predict import environment
     from imaginet_nb.data.augmentation import CenterCrop
     number, slices = _slice(slice_)
     with joined(pick_device(device)) as place:
         scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
         rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
-                              identified_by=identity, device=place.type, versions=versions())
+                              identified_by=identity, **environment(str(place)))
         failed = int(rows["error"].notna().sum())
         if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
         if failed == len(rows):

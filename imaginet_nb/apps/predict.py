@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ANY_SIZE', 'Box', 'VIEWS', 'SCORE_COLUMNS', 'FORMATS_OUT', 'find_files', 'crop_boxes', 'Prepared', 'prepare', 'band',
-           'verdict', 'Settings', 'Scorer', 'score_picture', 'score_files', 'check_out', 'score_frame', 'write_scores',
-           'read_scores', 'part_of', 'without_results', 'score_to_file']
+           'verdict', 'Settings', 'environment', 'Scorer', 'score_picture', 'score_files', 'check_out',
+           'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of', 'without_results',
+           'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
+import contextlib
 import glob
 import itertools
 import json
@@ -17,39 +19,52 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, features
+from pydantic import ConfigDict, ValidationError, create_model
 
 from ..data.manifest import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
-from ..core import atomic_path, fingerprint, path_text, progress, text_path, write_csv
+from ..core import atomic_path, file_sha256, fingerprint, path_text, progress, write_csv
 from ..detectors.protocol import _answers
-from ..data.images import decode, walk
+from ..data.images import ImageError, decode, walk
 from ..evaluation.open_set import NearestKnown, open_set_of
 from ..data.augmentation import center_crop, compress, pad_to
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f46ffe74
+def _matches(pattern: str) -> list[str]:
+    "What a pattern finds, in the order of names; nothing where the system cannot take such a name."
+    try: return sorted(glob.glob(pattern, recursive=True))
+    except (OSError, ValueError): return []
+
+def _reached(word: str) -> Iterable[Path]:
+    "What one argument, or one line of a list, stands for."
+    path = Path(word)
+    if os.path.isdir(path): return [found.path for found in walk(path)]
+    found = _matches(word) if glob.has_magic(word) and not os.path.lexists(path) else []
+    return itertools.chain.from_iterable(map(_reached, found)) if found else [path]
+
+def _line_name(line: str) -> str:
+    "The path in a line; lists from other systems end their lines with a carriage return, which may be part of a name here."
+    name = line.removesuffix("\n")
+    return name if os.path.lexists(name) else name.removesuffix("\r")
+
 def find_files(
     words: Iterable[str | Path], # files, folders, patterns, or - for the list
-    listed: Iterable[str] = (), # lines that stand for -
+    listed: Iterable[str] = (), # lines that stand for -; empty ones do not count
 ) -> list[Path]: # each once
     "Files to score."
     def expand(word: str) -> Iterable[Path]:
-        path = Path(word)
-        if word == "-":
-            return itertools.chain.from_iterable(expand(line.rstrip("\r\n")) for line in listed if line.strip() not in ("", "-"))
-        if path.is_dir(): return [found.path for found in walk(path)]
-        if glob.has_magic(word) and not path.exists():
-            found = sorted(glob.glob(word, recursive=True))
-            return itertools.chain.from_iterable(map(expand, found)) if found else [path]
-        return [path]
+        if word != "-": return _reached(word)
+        return itertools.chain.from_iterable(map(_reached, filter(str.strip, map(_line_name, listed))))
     return list(dict.fromkeys(itertools.chain.from_iterable(expand(str(word)) for word in words)))
 
 # %% ../../nbs/08_apps/00_predict.ipynb #1d6e99c6
@@ -147,7 +162,8 @@ def verdict(
 # %% ../../nbs/08_apps/00_predict.ipynb #1e57840b
 SCORE_COLUMNS = {"path": str, "logit": float, "probability": float, "verdict": str, "family": str, "error": str, # then what is behind them
     "reason": str, "probability_low": float, "probability_high": float, "family_probability": float, "crops": int, "crop_spread": float,
-    **{f"p_{view}": float for view in list(VIEWS)[1:]}, "width": int, "height": int, "format": str, "note": str, "settings": str}
+    **{f"p_{view}": float for view in list(VIEWS)[1:]}, "width": int, "height": int, "format": str, "note": str,
+    "sha256": str, "settings": str}
 
 @dataclass(frozen=True)
 class Settings:
@@ -157,13 +173,35 @@ class Settings:
     views: bool = True          # judge re-saved and shrunk, too
     false_alarms: float = 0.05  # share of pictures by known generators that may be called unknown
 
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c1
+_LIBRARIES = ("numpy", "scipy", "pillow", "pillow-heif", "opencv-python-headless", "opencv-python", "torch", "torchvision", "onnx",
+              "onnxruntime", "onnxruntime-gpu", "timm", "open_clip_torch")
+_CODECS = ("libjpeg_turbo", "jpg", "jpg_2000", "webp", "avif", "libtiff", "zlib") # Pillow may be linked with others than its wheels bring
+
+@cache
+def _package_code() -> str:
+    "Hash of this package's modules."
+    import imaginet_nb
+    folder = Path(imaginet_nb.__file__).parent
+    return fingerprint(*((str(path.relative_to(folder)), file_sha256(path)) for path in sorted(folder.rglob("*.py"))))
+
+def environment(
+    device: str = "cpu", # where a detector runs; its number does not count
+) -> dict[str, Any]: # plain JSON
+    "What pixels and scores depend on besides pictures, detector and options: libraries, code, kind of device."
+    found: dict[str, str | None] = {codec: features.version(codec) for codec in _CODECS}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
+    return {"versions": found, "code": _package_code(), "device": device.partition(":")[0]}
+
 # %% ../../nbs/08_apps/00_predict.ipynb #be99777f
 @dataclass(frozen=True)
 class Scorer:
     "A detector and how its answers are read."
     detector: Any # `Detector`
     settings: Settings = Settings()
-    identity: str = "" # what tells this detector from others, such as the hash of its file
+    identity: str = "" # what tells this detector from others, such as the hashes of its files
+    device: str = "cpu" # where it runs
 
     def __post_init__(self) -> None:
         if not 1 <= self.settings.crops <= 5: raise ValueError(f"crops must be 1 to 5, got {self.settings.crops}")
@@ -178,10 +216,20 @@ class Scorer:
         nearest = open_set_of(self.detector)
         return nearest if nearest and nearest.thresholds.get(f"{self.settings.false_alarms:g}") is not None else None
 
-    @property
-    def fingerprint(self) -> str:
-        "Same settings, same rows: 12 digits that stand in each of them."
-        return fingerprint(self.identity, self.detector.name, asdict(self.settings), list(SCORE_COLUMNS))[:12]
+    @cached_property
+    def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits
+        "All that decides a row, apart from the picture: a hash for each of five parts."
+        header, here = getattr(self.detector, "header", {}), environment(self.device)
+        parts = {"detector": (self.identity, self.detector.name, self.detector.input_size),
+                 "calibration": (calibration_of(self.detector), header.get("open_set")),
+                 "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
+                 "code": (here["code"], list(SCORE_COLUMNS))}
+        return {part: fingerprint(value)[:8] for part, value in parts.items()}
+
+    @cached_property
+    def fingerprint(self) -> str: # such as `detector 0a1b2c3d calibration ...`
+        "The same in two rows only if both were made in the same way; stands in each of them."
+        return " ".join(f"{part} {digits}" for part, digits in self.made_with.items())
 
     def prepare(self, picture: np.ndarray) -> Prepared:
         "Crops of a picture as this detector wants them."
@@ -202,7 +250,7 @@ def _ask(
 
 def _family(scorer: Scorer, prepared: Prepared, logits: np.ndarray) -> dict[str, Any]: # logits: `(n, 4)` of the crops
     "Which family made a synthetic picture, or `unknown`; nothing if the detector does not identify."
-    if np.isnan(logits).any(): return {}
+    if np.isnan(logits).any(): return {} # this detector does not identify
     shares = torch.from_numpy(logits).softmax(1).mean(0).numpy()
     found = {"family": FAMILIES[int(shares.argmax())], "family_probability": float(shares.max())}
     if scorer.nearest is None: return found
@@ -218,7 +266,7 @@ def score_picture(
     views = prepared.views
     answers = _ask(scorer.detector, [crop for crops in views.values() for crop in crops]).reshape(len(views), -1, 1 + len(FAMILIES))
     logits = answers[:, :, 0].mean(1)
-    if not np.isfinite(logits).all(): return {"error": f"{scorer.detector.name} gave a score that is not finite"}
+    if not np.isfinite(logits).all() or np.isinf(answers).any(): return {"error": f"{scorer.detector.name} gave a score that is not finite"}
     p = dict(zip(views, map(float, calibrated_probability(scorer.detector, logits)), strict=True))
     word, reason = verdict(p, *scorer.limits)
     own = answers[0, :, 0]
@@ -247,30 +295,44 @@ def _facts(
     if size and min(height, width) < size: notes.append(f"padded to {size} pixels")
     return {"width": width, "height": height, "format": kind, "note": "; ".join(notes) or None}
 
+def _state(path: Path) -> tuple[int, ...] | None:
+    "What changes when a file is written or replaced; None if it cannot be reached."
+    try: found = os.stat(path)
+    except (OSError, ValueError): return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+def _one_line(error: Exception, path: Path) -> str:
+    "What went wrong, without characters that break lines or cannot be written."
+    text = (str(error) or type(error).__name__).replace(str(path), path_text(path))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:1000])
+
 # %% ../../nbs/08_apps/00_predict.ipynb #530a461a
 def _load(scorer: Scorer, path: Path) -> tuple[Prepared | None, dict[str, Any]]:
     "Crops of a file and what is known about it, or its error."
     row = {"path": path_text(path), "settings": scorer.fingerprint}
-    if path.is_dir(): return None, row | {"error": f"{row['path']}: a link to a folder, or one that cannot be opened; name it to score it"}
     try:
-        picture = decode(path)
-        return scorer.prepare(picture), row | _facts(path, picture, scorer.detector.input_size)
-    except (ValueError, OSError, MemoryError, cv2.error) as error:
-        return None, row | {"error": f"{error}".replace(str(path), path_text(path)) or type(error).__name__}
+        if os.path.isdir(path): raise ImageError(f"{path}: a link to a folder, or one that cannot be opened; name it to score it")
+        before, picture = _state(path), decode(path)
+        row |= _facts(path, picture, scorer.detector.input_size) | {"sha256": file_sha256(path)}
+        if before != _state(path): raise ImageError(f"{path}: changed while it was read; score it again")
+        return scorer.prepare(picture), row
+    except Exception as error: # a hostile file can raise nearly anything, and the rest goes on
+        return None, row | {"error": _one_line(error, path)}
 
 def score_files(
     paths: Sequence[Path],
     scorer: Scorer,
-) -> Iterator[dict[str, Any]]: # one row a path, in order
+) -> Iterator[dict[str, Any]]: # one row per path, in order
     "Judge files one by one; the next ones are read meanwhile."
     reader, ahead = ThreadPoolExecutor(1), deque[Any]()
     try:
-        for i in range(len(paths)):
+        for i, path in enumerate(paths):
             while len(ahead) < 6 and i + len(ahead) < len(paths): ahead.append(reader.submit(_load, scorer, paths[i + len(ahead)]))
             prepared, row = ahead.popleft().result()
-            try: yield row if prepared is None else row | score_picture(scorer, prepared)
-            except (ValueError, RuntimeError) as error: # of the detector
-                yield row | {"error": f"{scorer.detector.name}: {error}"}
+            try: judged = {} if prepared is None else score_picture(scorer, prepared)
+            except Exception as error: # somebody's detector can raise anything, too
+                judged = {"error": f"{scorer.detector.name}: {_one_line(error, path)}"}
+            yield row | judged
     finally: reader.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #ceb31577
@@ -284,6 +346,23 @@ def check_out(
     if Path(out).suffix not in FORMATS_OUT: raise ValueError(f"{out}: choose one of {', '.join(FORMATS_OUT)} by the suffix")
     return Path(out)
 
+class _Tried(Exception):
+    "A file could be written; thrown so that it is not kept."
+
+def check_writable(
+    path: str | Path, # a result that this run will write; its folder is made if missing
+) -> None:
+    "Find out before hours of work that a result cannot be written; `OSError` with the path and what to do."
+    if os.path.isdir(path): raise IsADirectoryError(f"{path}: there is a folder of this name; choose another one")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path}: the file is read-only; change its permissions or choose another name")
+    try:
+        with contextlib.suppress(_Tried), atomic_path(path) as temporary:
+            temporary.touch()
+            raise _Tried
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be written ({error.strerror or error}); choose another name or folder") from None
+
 def score_frame(
     rows: Iterable[dict[str, Any]],
 ) -> pd.DataFrame: # `SCORE_COLUMNS`
@@ -292,6 +371,7 @@ def score_frame(
     kinds: dict[Any, Any] = {str: object, float: float, int: "Int64"}
     return frame.astype({column: kinds[kind] for column, kind in SCORE_COLUMNS.items()})
 
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c3
 def write_scores(
     rows: Iterable[dict[str, Any]],
     out: str | Path, # .csv, .parquet or .jsonl
@@ -300,11 +380,12 @@ def write_scores(
     out, rows = check_out(out), iter(rows)
     pieces = itertools.chain([list(itertools.islice(rows, _PIECE))], iter(lambda: list(itertools.islice(rows, _PIECE)), []))
     if out.suffix == ".csv": return write_csv(map(score_frame, pieces), out)
+    texts = {column: "utf8" for column, kind in SCORE_COLUMNS.items() if kind is str} # also where a piece has none in it
     with atomic_path(out) as temporary:
         for i, piece in enumerate(pieces):
             if out.suffix == ".parquet":
                 import fastparquet
-                fastparquet.write(str(temporary), score_frame(piece), append=i > 0, write_index=False)
+                fastparquet.write(str(temporary), score_frame(piece), append=i > 0, write_index=False, object_encoding=texts)
             else:
                 with open(temporary, "a", encoding="utf-8") as file: file.writelines(_line(row) for row in piece)
 
@@ -313,24 +394,66 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps({column: row.get(column) for column in SCORE_COLUMNS}, allow_nan=False) + "\n"
 
 # %% ../../nbs/08_apps/00_predict.ipynb #db295498
-def read_scores(
-    path: str | Path, # as written by `write_scores`
-) -> Iterator[dict[str, Any]]: # rows; None for what is missing
-    "The rows of a table, one by one."
-    path = check_out(path)
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file: yield from map(json.loads, file)
-        return
-    if path.suffix == ".parquet":
-        import fastparquet
-        pieces: Iterable[pd.DataFrame] = fastparquet.ParquetFile(str(path)).iter_row_groups()
-    else: pieces = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE)
+_fields: dict[str, Any] = {column: (kind | None, ...) for column, kind in SCORE_COLUMNS.items()}
+_fields |= {"path": (str, ...), "settings": (str, ...), "verdict": (Literal["real", "synthetic", "unsure"] | None, ...)}
+_Row = create_model("_Row", __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False), **_fields)
+
+def _checked(row: Any, place: str) -> dict[str, Any]:
+    "The same row, or an error that says where it is and what is wrong with it."
+    try: _Row.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{place}: {'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}") from None
+    if (row["verdict"] is None) == (row["error"] is None): raise ValueError(f"{place}: a row has either a verdict or an error")
+    return row
+
+_LONGEST = 1 << 20 # bytes of a line; longer ones are no rows
+
+def _json_rows(
+    path: Path, # .jsonl, or a part
+    cut: bool, # the last line may be cut off, and does not count then
+) -> Iterator[dict[str, Any]]:
+    "Rows that are written as lines of JSON."
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
+            if cut and len(line) < _LONGEST and not line.endswith(b"\n"): return
+            try: row = json.loads(line)
+            except (ValueError, RecursionError): raise ValueError(f"line {number}: not JSON") from None
+            yield _checked(row, f"line {number}")
+
+def _table_rows(
+    pieces: Iterable[pd.DataFrame], # of a CSV or Parquet file
+) -> Iterator[dict[str, Any]]:
+    "Rows of a table; None for what is missing."
+    rows = itertools.count(1)
     for piece in pieces:
-        if missing := [column for column in SCORE_COLUMNS if column not in piece]:
-            raise ValueError(f"{path}: not a table of `imaginet predict`, columns missing: {', '.join(missing)}")
+        wrong = sorted(map(str, set(SCORE_COLUMNS) ^ set(piece.columns)))
+        if wrong: raise ValueError(f"columns missing or too many: {', '.join(wrong)}")
         for values in piece[list(SCORE_COLUMNS)].itertuples(index=False, name=None):
-            cells = zip(SCORE_COLUMNS.items(), values, strict=True)
-            yield {column: None if pd.isna(value) else kind(value) for (column, kind), value in cells}
+            place, cells = f"row {next(rows)}", zip(SCORE_COLUMNS.items(), values, strict=True)
+            try: row = {column: None if pd.isna(value) else kind(value) for (column, kind), value in cells}
+            except ValueError as error: raise ValueError(f"{place}: {error}") from None
+            yield _checked(row, place)
+
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c4
+def _pieces(path: Path) -> Iterable[pd.DataFrame]:
+    "A CSV or Parquet file, piece by piece."
+    if path.suffix == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE)
+    import fastparquet
+    return fastparquet.ParquetFile(str(path)).iter_row_groups()
+
+def read_scores(
+    path: str | Path, # as written by `write_scores`, or what `part_of` names
+) -> Iterator[dict[str, Any]]: # rows; None for what is missing
+    "The rows of a table, one by one. Raises `ValueError` that names the file where it is damaged, or no such table."
+    path = Path(path)
+    part = path.suffix == ".part"
+    try: yield from _json_rows(path, part) if part or check_out(path).suffix == ".jsonl" else _table_rows(_pieces(path))
+    except Exception as error: # readers of damaged files raise nearly anything
+        if isinstance(error, OSError) and error.filename: raise # such as no permission, and it says where
+        kind = "rows of an interrupted `imaginet predict`" if part else "a table of `imaginet predict`"
+        raise ValueError(f"{path}: damaged, or not {kind} ({error or type(error).__name__}); "
+                         "keep it and choose another --out, or leave out --resume to replace it") from None
 
 # %% ../../nbs/08_apps/00_predict.ipynb #090e5737
 def part_of(
@@ -339,24 +462,31 @@ def part_of(
     "Where finished rows wait."
     return Path(out).with_name(Path(out).name + ".part")
 
+def _refuse_other(row: dict[str, Any], scorer: Scorer, source: Path) -> None:
+    "`ValueError` if a row was made in another way than this run would make it."
+    if row["settings"] == scorer.fingerprint: return
+    words = row["settings"].split()
+    before = dict(zip(words[::2], words[1::2], strict=False))
+    changed = [part for part, digits in scorer.made_with.items() if before.get(part) != digits]
+    raise ValueError(f"{source}: its rows were made in another way than this run would ({', '.join(changed)} changed), so they are not "
+                     "mixed with new ones. To keep them, choose another --out, or use what they were made with; to score all files "
+                     "anew, leave out --resume")
+
 def _kept(
     out: Path,
     scorer: Scorer,
-    wanted: set[str], # paths of this run
+    wanted: dict[str, Path], # files of this run by their text
 ) -> Iterator[dict[str, Any]]:
-    "Rows of an earlier run that need not be made again."
-    source = part_of(out) if part_of(out).exists() else out
+    "Rows of an earlier run that need not be made again, each once."
+    source, seen = part_of(out) if part_of(out).exists() else out, set[str]()
     if not source.exists(): return
-    written = source.stat().st_mtime_ns
-    for row in _whole_lines(source) if source != out else read_scores(out):
-        fresh = row["path"] in wanted and row["settings"] == scorer.fingerprint and row["error"] is None
-        if fresh and (path := text_path(row["path"])).exists() and path.stat().st_mtime_ns <= written: yield row
-
-def _whole_lines(part: Path) -> Iterator[dict[str, Any]]:
-    "Rows of a part, without a last line that was cut off."
-    with open(part, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"): yield json.loads(line)
+    for row in read_scores(source):
+        if row["error"] is not None or row["path"] in seen or row["path"] not in wanted: continue
+        _refuse_other(row, scorer, source)
+        with contextlib.suppress(OSError): # a file that is gone is scored again, which gives a row with an error
+            if file_sha256(wanted[row["path"]]) == row["sha256"]:
+                seen.add(row["path"])
+                yield row
 
 # %% ../../nbs/08_apps/00_predict.ipynb #85237408
 def without_results(
@@ -367,10 +497,12 @@ def without_results(
     written = [path for result in results for path in (result, part_of(result))]
     names = "|".join(rf"{re.escape(path.name)}|\.{re.escape(path.stem)}\.[0-9a-f]{{8}}{re.escape(path.suffix)}" for path in written)
     folders = {os.path.realpath(path.parent) for path in written}
-    return [file for file in files if not (re.fullmatch(names, file.name) and os.path.realpath(file.parent) in folders)]
+    def is_result(file: Path) -> bool:
+        return "\0" not in str(file) and bool(re.fullmatch(names, file.name)) and os.path.realpath(file.parent) in folders
+    return [file for file in files if not is_result(file)]
 
 # %% ../../nbs/08_apps/00_predict.ipynb #b21e696d
-def _in_order(part: Path, order: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _in_order(part: Path, order: Iterable[str]) -> Iterator[dict[str, Any]]:
     "Rows of a part in the order of the files; only the places of the lines are in memory."
     places: dict[str, int] = {}
     with open(part, "rb") as file:
@@ -378,8 +510,8 @@ def _in_order(part: Path, order: Sequence[Path]) -> Iterator[dict[str, Any]]:
         for line in file:
             places[json.loads(line)["path"]] = place
             place += len(line)
-        for path in order:
-            file.seek(places[path_text(path)])
+        for text in order:
+            file.seek(places[text])
             yield json.loads(file.readline())
 
 def score_to_file(
@@ -390,20 +522,20 @@ def score_to_file(
 ) -> dict[str, int]: # verdict, `error` or `kept` -> number of files
     "Judge files and write the table."
     out, counts = check_out(out), dict.fromkeys(("real", "synthetic", "unsure", "error", "kept"), 0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done: set[str] = set()
+    check_writable(out)
+    check_writable(part_of(out))
+    wanted, done = {path_text(path): path for path in paths}, set[str]()
     with atomic_path(part_of(out)) as fresh, open(fresh, "w", encoding="utf-8") as file: # without broken or outdated lines
-        for row in _kept(out, scorer, {path_text(path) for path in paths}) if resume else ():
-            if row["path"] in done: continue
+        for row in progress(_kept(out, scorer, wanted), "comparing files") if resume else ():
             file.write(_line(row))
             done.add(row["path"])
-    left = [path for path in paths if path_text(path) not in done]
+    left = [path for text, path in wanted.items() if text not in done]
     with open(part_of(out), "a", encoding="utf-8") as file:
         for row in progress(score_files(left, scorer), "scoring", total=len(left)):
             file.write(_line(row))
             file.flush()
     def counted() -> Iterator[dict[str, Any]]:
-        for row in _in_order(part_of(out), paths):
+        for row in _in_order(part_of(out), wanted):
             counts[row["verdict"] or "error"] += 1
             yield row
     write_scores(counted(), out)

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..evaluation.calibration import calibration_of
-from ..core import atomic_path, progress, versions
+from ..core import atomic_path, path_text, progress, text_path, versions
 from ..data.images import decode
 from ..models.resnet import PixelDetector, evaluation_mode
 from .predict import VIEWS, Prepared, Scorer, prepare
@@ -91,7 +91,7 @@ def _small(picture: np.ndarray) -> np.ndarray:
 
 def _pictures(scorer: Scorer, row: Mapping[str, Any]) -> dict[str, str]:
     "Picture and map of a row; no map if there can be none."
-    picture = decode(row["path"])
+    picture = decode(text_path(row["path"]))
     found = {"picture": _data_url(_small(picture))}
     if not isinstance(scorer.detector, PixelDetector): return found
     ready = prepare(picture, scorer.detector.input_size, scorer.settings.crops, ("original",))
@@ -110,14 +110,16 @@ def card(
     row: Mapping[str, Any], # columns of `SCORE_COLUMNS`
 ) -> Markup:
     "One picture, or one file that could not be read."
-    shown: dict[str, Any] = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if v is not None and k != "settings"}
-    shown |= {"number": number, "verdict": row["verdict"] or "error"}
+    shown: dict[str, Any] = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()
+                             if v is not None and k not in ("sha256", "settings")}
+    name = path_text(text_path(row["path"]).name)
+    shown |= {"number": number, "name": name, "verdict": row["verdict"] or "error"}
     image = Markup('<span class="none">no picture</span>')
     if row["error"] is None:
         try: shown |= _pictures(scorer, row)
         except (ValueError, OSError): shown["fault"] = "The file cannot be read any more."
+        except Exception as error: shown["fault"] = f"No map: {error}" # the table is there; one picture must not cost the page
         else: image = Markup('<img loading="lazy" decoding="async" alt="" src="{}">').format(shown.pop("picture"))
-    name = row["path"].replace("\\", "/").rsplit("/", 1)[-1]
     probability = "" if row["probability"] is None else f"{row['probability']:.3f}"
     return _CARD.format(verdict=shown["verdict"], row=json.dumps(shown), number=number, image=image, probability=probability, name=name)
 
@@ -240,7 +242,7 @@ function figure(row, image) {
 PAGE_SCRIPT_ROUTE = """
 function show(number) {
   const row = rows[number], image = cards[number].querySelector("img"), at = shown.indexOf(number);
-  const nav = make("nav"), right = make("div"), title = make("h2", row.path.replace(/.*[/\\\\]/, ""), {tabindex: -1});
+  const nav = make("nav"), right = make("div"), title = make("h2", row.name, {tabindex: -1});
   nav.append(make("a", "Back to all", {class: "back", href: "#"}));
   if (at > 0) nav.append(make("a", "\\u2190 Previous", {class: "back", href: `#${shown[at - 1]}`, id: "previous"}));
   if (at >= 0 && at + 1 < shown.length) nav.append(make("a", "Next \\u2192", {class: "back", href: `#${shown[at + 1]}`, id: "next"}));

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..data.graphs import onnx_session
 from .resnet import Backbone, PixelDetector, to_device
 
 # %% ../../nbs/02_models/03_fast.ipynb #41c3e4fc
@@ -40,10 +41,7 @@ class OnnxBackbone(nn.Module):
         backbone: Backbone, # not changed
     ):
         super().__init__()
-        import onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        self.session = onnxruntime.InferenceSession(_onnx_file(backbone), options, providers=["CPUExecutionProvider"])
+        self.session = onnx_session(_onnx_file(backbone), torch.get_num_threads())
 
     def forward(self,
         x: Tensor, # `(B, 3, H, W)` float32, normalised

@@ -27,26 +27,31 @@ def joined(
         return
     from accelerate import PartialState
     state = PartialState(cpu=device.type == "cpu")
-    try: yield state.device
-    finally: state.destroy_process_group()
+    try:
+        yield state.device
+    finally:
+        state.destroy_process_group()
 
+# %% ../../nbs/03_training/01_processes.ipynb #70a490d8
 def rank_and_size() -> tuple[int, int]: # (0, 1) for a process on its own
     "Number of this process, and how many there are."
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
+# %% ../../nbs/03_training/01_processes.ipynb #ee353dbb
 def per_process(
     images: int, # of all processes together
-    key: str, # of the profile that says so, for the message
+    key: str, # its key in the profile, for the message
 ) -> int: # of this process
-    "The share of each process in a batch; it must come out even."
+    "The share of each process in a batch. Raises ValueError if the processes cannot share it evenly."
     size = rank_and_size()[1]
-    if images % size: raise ValueError(f"{key} is {images}, which {size} processes cannot share evenly: choose a multiple of {size}")
+    if images % size > 0:
+        raise ValueError(f"{key} is {images}, which {size} processes cannot share evenly: choose a multiple of {size}")
     return images//size
 
 # %% ../../nbs/03_training/01_processes.ipynb #c9d7da6c
 class _Gather(torch.autograd.Function):
-    "Rows of all processes in turn; backwards, the sum of what all processes ask of a row."
+    "Rows of all processes in turn; backward, the sum of the gradients that a row gets from all processes."
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor: # type: ignore[override]
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -59,18 +64,23 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(gradient)
         return gradient[dist.get_rank()::dist.get_world_size()]
 
+# %% ../../nbs/03_training/01_processes.ipynb #6f92e602
 def gather(
     x: Tensor, # `(B, ...)`, of one shape in all processes
 ) -> Tensor: # `(W*B, ...)`
     "The rows of all processes, in the order of one process, with gradients."
-    return x if rank_and_size()[1] == 1 else _Gather.apply(x.contiguous())
+    if rank_and_size()[1] == 1: return x
+    return _Gather.apply(x.contiguous())
 
+# %% ../../nbs/03_training/01_processes.ipynb #d6a10d0d
 def gather_objects(
     x: Any, # anything that can be pickled
-) -> list[Any]: # one of each process
-    "What the other processes have, for things that are no tensors."
-    found: list[Any] = [x]*rank_and_size()[1]
-    if len(found) > 1: dist.all_gather_object(found, x)
+) -> list[Any]: # one per process, in the order of their numbers
+    "The objects of all processes, for things that are no tensors."
+    processes = rank_and_size()[1]
+    if processes == 1: return [x]
+    found: list[Any] = [None]*processes
+    dist.all_gather_object(found, x)
     return found
 
 # %% ../../nbs/03_training/01_processes.ipynb #5da518f1
@@ -78,12 +88,14 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     "BatchNorm over the images of all processes: torch's on a GPU; on a CPU, where torch has none, by definition."
     def forward(self, x: Tensor) -> Tensor: # type: ignore[override]
         if x.is_cuda or not self.training: return super().forward(x)
-        def mean(t: Tensor) -> Tensor: return gather(t.mean((0, 2, 3))[None]).mean(0)
+        def mean(t: Tensor) -> Tensor:
+            return gather(t.mean((0, 2, 3))[None]).mean(0)
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         centre = mean(y)
         y = y - centre.view(-1, 1, 1)
         variance = mean(y**2)
-        if self.track_running_stats: self._track(centre.detach(), variance.detach(), x.numel()//x.shape[1]*rank_and_size()[1])
+        if self.track_running_stats:
+            self._track(centre.detach(), variance.detach(), x.numel()//x.shape[1]*rank_and_size()[1])
         y = y*(self.weight*(variance + self.eps).rsqrt()).view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return y.to(x.dtype)
 
@@ -101,7 +113,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 def synchronize(
     model: nn.Module, # on its device; changed in place
 ) -> None:
-    "Give all processes the first one's weights, and BatchNorm layers that look at the images of all."
+    "Give all processes the weights of the first one, and BatchNorm layers with the statistics of all images."
     if rank_and_size()[1] == 1: return
     for tensor in model.state_dict().values():
         dist.broadcast(first := tensor.contiguous(), src=0)
@@ -111,6 +123,7 @@ def synchronize(
             layer.process_group = None # type: ignore[assignment]
             layer.__class__ = SyncBatchNorm # type: ignore[assignment]
 
+# %% ../../nbs/03_training/01_processes.ipynb #e1b820b0
 @torch.no_grad()
 def average_gradients(
     model: nn.Module, # after `backward`
