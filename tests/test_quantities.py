@@ -14,11 +14,12 @@ from imaginet_nb.data.corruptions import grid_points, grid_transform
 from imaginet_nb.data.images import save
 from imaginet_nb.data.manifest import FAMILIES
 from imaginet_nb.detectors.protocol import BASELINE, FAMILY_COLUMNS, OURS, predict
-from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_calibration, fit_line, threshold_at
-from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, resample_counts, tpr_at_fpr_statistic
+from imaginet_nb.evaluation.bootstrap import resample_counts
+from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_all, fit_calibration, fit_line, threshold_at
+from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, tpr_at_fpr_statistic
 from imaginet_nb.evaluation.open_set import KNOWN, fit_nearest_known, leave_one_generator_out, open_set_header, open_set_of
-from imaginet_nb.evaluation.probabilities import fit_all, operating_table, over_grid, probability_table, reliability_bins
-from imaginet_nb.evaluation.robustness import image_shifts, loss_table, shift_table
+from imaginet_nb.evaluation.probabilities import operating_table, probability_table, reliability_bins
+from imaginet_nb.evaluation.robustness import image_shifts, loss_table, over_grid, shift_table
 from imaginet_nb.models.checkpoints import CheckpointError, load_detector, save_checkpoint
 from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
 
@@ -113,7 +114,7 @@ def test_probabilities_and_thresholds_come_from_the_other_images_only():
     fits, test = fit_all(made_up(1, "train")), made_up(0, "test")
     moved = test.assign(logit=test["logit"] - 100)
     table = operating_table(moved, fits, "moved", 20, 0)
-    assert (table.loc[table["rate"] != "0.1%", ["kept_fpr", "kept_tpr"]] == 0).all(axis=None)
+    assert (table.loc[table["rate"] != "0.1%", ["empirical_fpr", "empirical_tpr"]] == 0).all(axis=None)
     worth = probability_table(moved, fits, "moved", 20, 0, ("platt",))
     assert (worth["acc"] == 0.5).all() and worth["note"].str.startswith("0.5 is a bad threshold").all()
     np.testing.assert_allclose(worth["eer"], probability_table(test, fits, "as it is", 20, 0, ("platt",))["eer"], atol=1e-12)

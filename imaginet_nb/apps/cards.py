@@ -50,7 +50,7 @@ def _facts(
 
 # %% ../../nbs/08_apps/03_cards.ipynb #bf8c9cfe
 def _given_away(
-    table: Path, # zero_pixel.csv of a report or of an audit
+    table: Path, # metadata_baseline.csv of a report or of an audit
 ) -> str: # a Markdown list; empty without the table
     "What a rule that sees no pixel achieves, in sentences."
     rows = _rows(table, track="detection", fit="in_sample")
@@ -87,13 +87,13 @@ def _measured_data(
     "Structure and biases, as measured."
     tables = report/"tables"
     figures = [f"![{text}](figures/{name}.png)" for name, text in
-               (("composition", "Formats and contents of reals and families."), ("zero_pixel", "Rules that see no pixel."))
+               (("composition", "Formats and contents of reals and families."), ("metadata_baseline", "Rules that see no pixel."))
                if (report/"figures"/f"{name}.png").is_file()]
     return ["## What is in it", _table(tables/"dataset_structure.csv"),
             "Images that the splits share (the calibration images are taken from those for training):", _table(tables/"overlap.csv"),
-            "Copies, exact or near:", _table(tables/"duplicates.csv"), "## Known biases", _given_away(tables/"zero_pixel.csv"),
+            "Copies, exact or near:", _table(tables/"duplicates.csv"), "## Known biases", _given_away(tables/"metadata_baseline.csv"),
             "A learned rule on properties of the file, still without a pixel:",
-            _table(tables/"learned_null.csv", group="all", track="detection"),
+            _table(tables/"metadata_classifier.csv", group="all", track="detection"),
             *figures, "Read every detector's numbers beside these: they stand as rows in the tables of detection."]
 
 def _audited_lists(
@@ -101,9 +101,9 @@ def _audited_lists(
     to: Path, # folder of the card
 ) -> list[str]: # parts of the card
     "What the published lists of ImagiNet give away."
-    if not (audit/"zero_pixel.csv").is_file(): return []
+    if not (audit/"metadata_baseline.csv").is_file(): return []
     where = Path(os.path.relpath(audit, to)).as_posix()
-    return ["From the 40,000 lines of its published test list:", _given_away(audit/"zero_pixel.csv"),
+    return ["From the 40,000 lines of its published test list:", _given_away(audit/"metadata_baseline.csv"),
             f"![Formats and contents in ImagiNet's published test list.]({where}/figures/composition.png)",
             "Midjourney and DALL-E 3 occur in one type of content only. The group lists look as if many of Photozilla's test images were "
             f"exact duplicates, which only the images can tell. All of it: [the audit]({where}/README.md)."]
@@ -210,7 +210,7 @@ def _beaten_by(
     rows = _rows(tables/"detection_by_family.csv")
     if rows.empty: return ""
     mean = {row["detector"]: float(row["acc"]) for row in rows.to_dict("records") if row["group"] == "Mean" and row["acc"]}
-    better = [f"{other} ({acc:.3f})" for other, acc in mean.items() if other.startswith("Zero-pixel") and acc >= mean.get(name, 1.0)]
+    better = [f"{other} ({acc:.3f})" for other, acc in mean.items() if other.startswith("Metadata: ") and acc >= mean.get(name, 1.0)]
     if not better: return ""
     return (f"- On the images as they are, these rules reach its mean balanced accuracy of {mean[name]:.3f} without a pixel: "
             f"{', '.join(better)}. On data with such files, high numbers prove nothing.")

@@ -15,15 +15,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data.manifest import UNKNOWN, AnnotationError, read_table
-from ..audit.report import Block, _html, _table_blocks
-from ..evaluation.shortcuts import zero_pixel_rows
-from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
+from ..audit.report import Block, html_page, table_blocks
+from ..evaluation.detection import MEAN, detection_table, metadata_rows
+from ..evaluation.calibration import Calibration, Fits, calibrated, calibrated_probability, calibration_of, fit_all
 from ..core import _git, atomic_path, file_sha256, fingerprint, versions
 from ..detectors.protocol import Detector, predict, save_predictions
-from ..evaluation.detection import MEAN, calibrated, detection_by_content, detection_by_generator
 from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import complete_manifest, label_of, read_labelled_folder
-from ..evaluation.probabilities import Fits, fit_all, operating_table
+from ..evaluation.probabilities import operating_table
 from ..reporting.tables import plot_detection, save_figure, save_table
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
@@ -124,8 +123,8 @@ def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #174c782e
 def _with_rules(table: pd.DataFrame, predictions: pd.DataFrame, by: str, options: dict[str, int]) -> pd.DataFrame:
-    "A table with the rows of the zero-pixel rules under it, without groups that have no images."
-    both = pd.concat([table, zero_pixel_rows(predictions, by, **options)], ignore_index=True)
+    "A table followed by the metadata-only baselines, without groups that have no images."
+    both = pd.concat([table, metadata_rows(predictions, by, **options)], ignore_index=True)
     return both[both["n_synthetic"].gt(0) & both["n_real"].gt(0)].reset_index(drop=True)
 
 def _robustness(
@@ -178,10 +177,10 @@ def judge(
     _refuse_one_kind(raw)
     predictions, fits, words = _thresholds(detector, foreign, raw, dict(transform=transform, **reading))
     about = f"{detector.name} on {foreign.name}. Probability: {words}."
-    by_generator = _with_rules(detection_by_generator(predictions, **options), predictions, "generator", options)
+    by_generator = _with_rules(detection_table(predictions, "generator", **options), predictions, "generator", options)
     tables = {"detection_by_generator": (by_generator, f"Detection, each generator against as many reals. {about}")}
     if predictions["content_type"].ne(UNKNOWN).all():
-        by_content = _with_rules(detection_by_content(predictions, **options), predictions, "content", options)
+        by_content = _with_rules(detection_table(predictions, "content", **options), predictions, "content", options)
         tables["detection_by_content"] = by_content, f"Detection by content. {about}"
     if fits[detector.name]["platt"].n: tables["operating_points"] = operating_table(predictions, fits, "as they are", **options), (
         f"What is found at chosen false-positive rates, and what the stored thresholds keep here. {about}")
@@ -202,7 +201,7 @@ def _sentences(table: pd.DataFrame, predictions: pd.DataFrame, name: str, words:
     mean = table[table["group"] == MEAN].set_index("detector")
     ours, rules = mean.loc[name], mean.drop(index=name)
     best = rules.sort_values("acc").iloc[-1]
-    rule, acc, low, high = str(best.name).removeprefix("Zero-pixel: "), best["acc"], best["acc_low"], best["acc_high"]
+    rule, acc, low, high = str(best.name).removeprefix("Metadata: "), best["acc"], best["acc_low"], best["acc_high"]
     beaten, n = bool(high >= ours["acc"]), len(table[table["detector"] == name]) - 1
     found = [f"{name}: balanced accuracy {ours['acc']:.3f} [{ours['acc_low']:.3f}, {ours['acc_high']:.3f}], AUC {ours['auc']:.3f} "
              f"[{ours['auc_low']:.3f}, {ours['auc_high']:.3f}], mean over {n} generator{'s'*(n > 1)}.",
@@ -235,14 +234,14 @@ def evaluate(
     for stem, (frame, caption) in found.tables.items(): save_table(frame, out/"tables"/stem, caption, record)
     for stem, (figure, caption) in found.figures.items(): save_figure(figure, out/"figures"/stem, caption, record)
     blocks: list[Block] = [*(("note", note) for note in notes), ("list", found.sentences), ("h2", "By generator")]
-    blocks += _table_blocks(found.tables, "detection_by_generator")
+    blocks += table_blocks(found.tables, "detection_by_generator")
     blocks += [("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
     for title, stems in (("By content", ["detection_by_content"]), ("Operating points", ["operating_points"]),
                          ("Robustness", ["robustness_loss", "robustness_shift"])):
-        if stems[0] in found.tables: blocks += [("h2", title), *_table_blocks(found.tables, *stems)]
+        if stems[0] in found.tables: blocks += [("h2", title), *table_blocks(found.tables, *stems)]
     if "shifts" in found.figures: blocks.append(("figure", ("shifts", found.figures["shifts"][1])))
     blocks += [("h2", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
                ("p", "Made by `imaginet evaluate`; beside each table lies its provenance.")]
     with atomic_path(out/"index.html") as temporary:
-        temporary.write_text(_html(f"{detector.name} on {foreign.name}", blocks), encoding="utf-8", newline="\n")
+        temporary.write_text(html_page(f"{detector.name} on {foreign.name}", blocks), encoding="utf-8", newline="\n")
     return found.sentences

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRACTICAL', 'GROUP_LISTS', 'PAIRS', 'EXPECTED', 'Block', 'ABOUT', 'METHOD', 'PUBLISHED', 'NO_IMAGES', 'CAPTIONS',
            'READING', 'AuditSource', 'audit_source', 'main_split', 'pixel_hashes', 'list_tables', 'image_tables',
-           'plot_composition', 'plot_zero_pixel', 'plot_properties', 'list_findings', 'image_findings',
-           'published_reference', 'zero_pixel_overview', 'audit_record', 'audit']
+           'plot_composition', 'plot_metadata_baseline', 'plot_properties', 'list_findings', 'image_findings',
+           'published_reference', 'metadata_overview', 'html_page', 'table_blocks', 'audit_record', 'audit']
 
 # %% ../../nbs/06_audit/03_report.ipynb #1a7de868
 import os
@@ -25,14 +25,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..data.manifest import FAMILIES, FAMILY_FOLDERS, UNKNOWN, image_file, read_annotations, read_corvi, read_manifest_csv
-from ..data.manifest import read_practical
-from .files import RULES, composition, container_format, duplicate_table, duplicates, learned_null, overlap_table, property_table
-from .files import read_properties, zero_pixel_table
+from ..data.manifest import FAMILIES, FAMILY_FOLDERS, UNKNOWN, image_file
+from ..data.manifest import read_annotations, read_corvi, read_manifest_csv, read_practical
+from .duplicates import duplicate_table, duplicates, overlap_table
+from .files import composition, container_format, property_table, read_properties
+from .shortcuts import RULES, metadata_baseline, metadata_classifier
 from ..core import _git, atomic_path, file_sha256, versions, write_csv
 from ..data.folders import read_labelled_folder
-from ..reporting.tables import GREY, STYLE, _records, html_inline, html_table, looks_of, markdown_table, new_figure, published
-from ..reporting.tables import reading_frame, save_figure, save_table, text_frame
+from ..reporting.tables import GREY, STYLE, _records, html_inline, html_table, looks_of
+from ..reporting.tables import markdown_table, new_figure, published, reading_frame, save_figure, save_table, text_frame
 
 # %% ../../nbs/06_audit/03_report.ipynb #e6dafc8f
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ PAIRS = (("train_annotations.txt", "test_annotations.txt"), ("calibration.txt", 
          ("anchor_lasted_practical.txt", PRACTICAL)) # should share nothing, but for calibration in train, and test in its groups
 EXPECTED = (("calibration.txt", "train_annotations.txt"), ("test_annotations.txt", GROUP_LISTS))
 
+# %% ../../nbs/06_audit/03_report.ipynb #70f4527e
 def _read_list(path: Path) -> pd.DataFrame:
     "A published list, by its name."
     if path.name.startswith(("annotations_corvi", "annotations_calib_corvi", "anchor_lasted_corvi")): return read_corvi(path)
@@ -85,6 +87,7 @@ def _published_folder(folder: Path) -> AuditSource:
     title = "ImagiNet's published lists" if groups else f"the lists in {home.name}"
     return AuditSource(title, manifest, groups=groups or None, lists=lists, pairs=pairs, files=(*files, *practical))
 
+# %% ../../nbs/06_audit/03_report.ipynb #9b9df4db
 def _one_list(path: Path) -> AuditSource:
     "One list of the authors, or a manifest; the splits of a manifest are compared."
     if path.suffix.lower() != ".csv":
@@ -114,8 +117,10 @@ def audit_source(
 ) -> AuditSource:
     "Read what is to be audited."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; name a list, a manifest or a folder of images")
-    if root is not None and not Path(root).is_dir(): raise FileNotFoundError(f"{root}: no such folder; root is the folder of the images")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; name a list, a manifest or a folder of images")
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; root is the folder of the images")
     folder = path if path.is_dir() else path.parent
     wanted = ("test_annotations.txt", "train_annotations.txt")
     lists = next((f for f in (path, path/"annotations") if any((f/name).is_file() for name in wanted)), None)
@@ -166,9 +171,9 @@ def list_tables(
     for split, rows_of in manifest.groupby("split", sort=False):
         name, groups = ("", source.groups) if split == main else ("_" + re.sub(r"\W+", "_", str(split)), None)
         what = f"Rules that see no pixel, {split} split"
-        tables[f"zero_pixel{name}"] = zero_pixel_table(rows_of, groups), f"{what}: balanced accuracy and AUC."
-        by_content = zero_pixel_table(rows_of, _content_groups(rows_of)).query("track == 'detection' and group != 'all'")
-        tables[f"zero_pixel_by_content{name}"] = by_content, f"{what}, within each content type."
+        tables[f"metadata_baseline{name}"] = metadata_baseline(rows_of, groups), f"{what}: balanced accuracy and AUC."
+        by_content = metadata_baseline(rows_of, _content_groups(rows_of)).query("track == 'detection' and group != 'all'")
+        tables[f"metadata_baseline_by_content{name}"] = by_content, f"{what}, within each content type."
     return tables
 
 # %% ../../nbs/06_audit/03_report.ipynb #a07045cb
@@ -186,7 +191,8 @@ def image_tables(
     tables = {"properties_by_generator": (property_table(images), "Files of each generator: the most common value and its share."),
               "duplicates_summary": (duplicate_table(found), "Groups of images with the same pixels (exact), or with nearly the same "
                                      "perceptual hash (near)."),
-              "learned_null": (learned_null(tested, groups), f"Gradient boosting on file properties, {main} split, cross-validated.")}
+              "metadata_classifier": (metadata_classifier(tested, groups),
+                                      f"Gradient boosting on file properties, {main} split, cross-validated.")}
     broken = images.loc[images["error"].notna(), ["path", "origin", "generator", "error"]]
     if len(broken): tables["unreadable"] = broken, "Files that could not be decoded."
     return tables
@@ -216,8 +222,8 @@ def plot_composition(
     return figure
 
 # %% ../../nbs/06_audit/03_report.ipynb #6b583dbe
-def plot_zero_pixel(
-    table: pd.DataFrame, # of `zero_pixel_table`
+def plot_metadata_baseline(
+    table: pd.DataFrame, # of `metadata_baseline`
     reference: Mapping[tuple[str, str], float] = MappingProxyType({}), # (track, group) -> published accuracy of a model
 ) -> Figure:
     "Balanced accuracy of every rule in every group, fitted in-sample."
@@ -284,7 +290,7 @@ def list_findings(
     tables: Mapping[str, tuple[pd.DataFrame, str]], # of `list_tables`
 ) -> list[str]:
     "What the lists say, in sentences."
-    manifest, table, by_content = source.manifest, tables["zero_pixel"][0], tables["zero_pixel_by_content"][0]
+    manifest, table, by_content = source.manifest, tables["metadata_baseline"][0], tables["metadata_baseline_by_content"][0]
     real = manifest["origin"].eq("real")
     formats = container_format(manifest["path"])
     found = [f"{len(manifest):,} images, {real.sum():,} real and {(~real).sum():,} synthetic. "
@@ -343,7 +349,7 @@ def image_findings(
         where = f"across {row['splits']}" if " + " in row["splits"] else f"within {row['splits']}"
         mixed = f"; {row['mixed_origin']:,} of the groups hold real and synthetic images" if row["mixed_origin"] else ""
         found.append(f"{row['images']:,} images {where} form {row['groups']:,} group{'s'*(row['groups'] > 1)} with {what}{mixed}.")
-    null = tables["learned_null"][0].query("track == 'detection' and group == 'all' and rule == 'properties'")
+    null = tables["metadata_classifier"][0].query("track == 'detection' and group == 'all' and rule == 'properties'")
     if len(null) and np.isfinite(null["balanced_accuracy"].iloc[0]):
         found.append(f"A classifier that sees nothing but these properties tells real from synthetic with a balanced accuracy of "
                      f"{_number(null['balanced_accuracy'].iloc[0])} (AUC {_number(null['auc'].iloc[0])}).")
@@ -362,8 +368,9 @@ def published_reference(
     pivot = ours.assign(value=ours["value"].astype(float)).pivot_table(index=["track", "subset"], columns="metric", values="value")
     return {(r["track"], r["subset"].replace("DALL·E", "DALL-E")): (r["acc"], r["auc"]) for r in _records(pivot.reset_index())}
 
-def zero_pixel_overview(
-    table: pd.DataFrame, # `ZERO_PIXEL_COLUMNS`
+# %% ../../nbs/06_audit/03_report.ipynb #f7ab6fa5
+def metadata_overview(
+    table: pd.DataFrame, # `BASELINE_COLUMNS`
     fit: str = "in_sample",
     reference: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType({}), # (track, group) -> accuracy and AUC of a model
 ) -> pd.DataFrame: # texts: a row for each track and group, a column for each rule
@@ -391,7 +398,8 @@ _TAGS = {"h2": Markup("<h2>{}</h2>"), "p": Markup("<p>{}</p>"), "note": Markup('
          "links": Markup('<a href="{0}">{0}</a>'),
          "figure": Markup('<figure><img src="figures/{0}.png" alt="{1}"><figcaption>{1}</figcaption></figure>')}
 
-def _html(title: str, blocks: Sequence[Block]) -> str:
+# %% ../../nbs/06_audit/03_report.ipynb #20e8c024
+def html_page(title: str, blocks: Sequence[Block]) -> str:
     "The page in HTML."
     def block(kind: str, content: Any) -> Markup:
         if kind == "table": return html_table(content)
@@ -401,6 +409,7 @@ def _html(title: str, blocks: Sequence[Block]) -> str:
         return _TAGS[kind].format(html_inline(content))
     return str(_FRAME.format(title=title, style=Markup(STYLE), body=Markup("\n").join(block(*b) for b in blocks)))
 
+# %% ../../nbs/06_audit/03_report.ipynb #1909431e
 def _markdown(title: str, blocks: Sequence[Block]) -> str:
     "The page in Markdown."
     parts = [f"# {title}", "<!-- written by `imaginet audit`; do not edit -->"]
@@ -427,7 +436,7 @@ NO_IMAGES = (
     "duplicates, and a classifier that sees only these.")
 CAPTIONS = {
     "composition": "Container formats and content types of the reals and of each family.",
-    "zero_pixel": "Rules that see no pixel, by track and group.",
+    "metadata_baseline": "Rules that see no pixel, by track and group.",
     "properties": "Size and JPEG quality of real and synthetic files."}
 READING = (
     "A zero-pixel rule is an upper bound on what a shortcut could give, not proof that a model takes it. But a model that does not beat it "
@@ -439,7 +448,7 @@ READING = (
     "“format-matched”.")
 
 # %% ../../nbs/06_audit/03_report.ipynb #02c7cfd5
-def _table_blocks(tables: Mapping[str, tuple[pd.DataFrame, str]], *stems: str) -> list[Block]:
+def table_blocks(tables: Mapping[str, tuple[pd.DataFrame, str]], *stems: str) -> list[Block]:
     "Those of the tables that are there, each under its caption."
     found = [(*tables[stem], len(tables[stem][0])) for stem in stems if stem in tables]
     return [block for frame, caption, n in found for block in
@@ -447,7 +456,7 @@ def _table_blocks(tables: Mapping[str, tuple[pd.DataFrame, str]], *stems: str) -
 
 def _list_blocks(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[Block]:
     "Chapters about the lists."
-    table, reference = tables["zero_pixel"][0], published_reference(source)
+    table, reference = tables["metadata_baseline"][0], published_reference(source)
     crossed = table.pivot_table(index=["track", "group", "rule"], columns="fit", values="balanced_accuracy")
     gap = (crossed["in_sample"] - crossed["cross_validated"]).abs().max() if len(crossed) else 0.0
     stable = "the values are the same to three digits" if gap < 5e-4 else f"no balanced accuracy differs by more than {_number(gap)}"
@@ -456,20 +465,20 @@ def _list_blocks(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
         ("h2", "What can be known without a pixel"), ("p", METHOD),
         ("p", f"Balanced accuracy / AUC, {main_split(source.manifest)} split, fitted and scored on the same images. "
               f"Cross-validated, {stable}."),
-        ("table", zero_pixel_overview(table, reference=reference)), ("figure", ("zero_pixel", CAPTIONS["zero_pixel"]))]
+        ("table", metadata_overview(table, reference=reference)), ("figure", ("metadata_baseline", CAPTIONS["metadata_baseline"]))]
     if reference: blocks.append(("p", PUBLISHED))
-    blocks += [("p", "The same within one content type:"), ("table", zero_pixel_overview(tables["zero_pixel_by_content"][0]))]
-    return [*blocks, ("h2", "Lists"), *_table_blocks(tables, "lists", "overlap")]
+    blocks += [("p", "The same within one content type:"), ("table", metadata_overview(tables["metadata_baseline_by_content"][0]))]
+    return [*blocks, ("h2", "Lists"), *table_blocks(tables, "lists", "overlap")]
 
 # %% ../../nbs/06_audit/03_report.ipynb #7ee38fb7
 def _image_blocks(images: pd.DataFrame | None, tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[Block]:
     "Chapter about the files."
     if images is None: return [("h2", "The files"), ("note", NO_IMAGES)]
-    null, caption = tables["learned_null"]
+    null, caption = tables["metadata_classifier"]
     return [("h2", "The files"), ("list", image_findings(images, tables)),
             ("figure", ("properties", CAPTIONS["properties"])),
-            *_table_blocks(tables, "properties_by_generator", "duplicates_summary", "unreadable"),
-            ("p", f"{caption} Balanced accuracy / AUC."), ("table", zero_pixel_overview(null, "cross_validated"))]
+            *table_blocks(tables, "properties_by_generator", "duplicates_summary", "unreadable"),
+            ("p", f"{caption} Balanced accuracy / AUC."), ("table", metadata_overview(null, "cross_validated"))]
 
 def audit_record(
     source: AuditSource,
@@ -488,7 +497,7 @@ def _write_pages(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
     blocks = [("note", ABOUT), *_list_blocks(source, tables), *_image_blocks(images, tables), ("h2", "How to read this"),
               ("list", READING), ("h2", "Files"), ("links", files),
               ("p", "Made by `imaginet audit`; beside each table lies its provenance.")]
-    for name, write in (("index.html", _html), ("README.md", _markdown)):
+    for name, write in (("index.html", html_page), ("README.md", _markdown)):
         text = write(f"Audit of {source.title}", blocks)
         with atomic_path(out/name) as temporary: temporary.write_text(text, encoding="utf-8", newline="\n")
 
@@ -497,6 +506,7 @@ def _save_rows(frame: pd.DataFrame, path: Path) -> None:
     "A long table of images: CSV only."
     write_csv(frame, path)
 
+# %% ../../nbs/06_audit/03_report.ipynb #07bc8bcb
 def audit(
     path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images
     out: str | Path, # folder for tables, figures and page
@@ -510,8 +520,9 @@ def audit(
         images = read_properties(source.manifest, source.root, jobs)
         hashes = pixel_hashes(source, images, jobs)
     tables = list_tables(source, hashes)
+    reference = {key: acc for key, (acc, _) in published_reference(source).items()}
     figures = {"composition": plot_composition(source.manifest),
-               "zero_pixel": plot_zero_pixel(tables["zero_pixel"][0], {k: v[0] for k, v in published_reference(source).items()})}
+               "metadata_baseline": plot_metadata_baseline(tables["metadata_baseline"][0], reference)}
     if images is not None:
         found = duplicates(images, max_distance)
         tables |= image_tables(source, images, found)

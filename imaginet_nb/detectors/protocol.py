@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'BASELINE', 'DETECTORS', 'FAMILY_COLUMNS', 'PREDICTION_COLUMNS', 'Detector', 'inference_times', 'slice_rows',
-           'predict', 'embed', 'save_predictions', 'load_predictions', 'read_slice', 'slice_path', 'score_manifest',
-           'merge_slices']
+           'prediction_frame', 'predict', 'embed', 'save_predictions', 'load_predictions', 'read_slice', 'slice_path',
+           'score_manifest', 'merge_slices']
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #df86c0a0
 import itertools
@@ -170,7 +170,7 @@ def _answers(
     return torch.cat([logits.detach().cpu().float()[:, None], families.detach().cpu().float()], 1)
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #c79b6313
-def _prediction_frame(
+def prediction_frame(
     detector: Detector,
     answers: Tensor, # `(N, 5)`, NaN for images without an answer
     errors: dict[int, str], # row -> what is wrong
@@ -222,7 +222,7 @@ def _predictions(
         errors.update(batch.errors)
         unread += len(batch.errors)
     labels = part.drop(columns=[c for c in PREDICTION_COLUMNS if c in manifest]).reset_index(drop=True)
-    parts = gather_objects((labels.join(_prediction_frame(detector, answers, errors)), len(errors) - unread))
+    parts = gather_objects((labels.join(prediction_frame(detector, answers, errors)), len(errors) - unread))
     return pd.concat([p for p, _ in parts if len(p)], ignore_index=True), sum(failed for _, failed in parts)
 
 

@@ -74,8 +74,9 @@ HEADINGS = {
     "detector": "Detector", "group": "Group", "acc": "ACC", "auc": "AUC", "n_real": "Real", "n_synthetic": "Synthetic", "note": "Note",
     "paper_item": "Paper item", "test_set": "Test set", "metric": "Metric", "published": "Published", "reproduced": "Reproduced",
     "difference": "Difference", "status": "Status", "median_ms": "Median (ms)", "images": "Images", "n": "Images", "n_images": "Images",
-    "eer": "EER", "ece": "ECE", "ece_floor": "ECE, faultless", "nll": "NLL", "brier": "Brier", "tpr": "TPR", "kept_fpr": "Kept FPR",
-    "kept_tpr": "Kept TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
+    "eer": "EER", "ece": "ECE", "ece_floor": "ECE, faultless", "nll": "NLL", "brier": "Brier", "tpr": "TPR",
+    "empirical_fpr": "Empirical FPR",
+    "empirical_tpr": "Empirical TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
 
 def _has_interval(column: str, frame: pd.DataFrame) -> bool:
     "Whether the ends of an interval stand beside this column."
@@ -461,7 +462,8 @@ PAPER_ITEMS = (
               ("probabilities_perturbed", "operating_points_perturbed")),
     PaperItem("Open set", "Generators that were not in training (not in the paper)", "p52_identification", ("open_set",)),
     PaperItem("Audit", "What formats, contents and files give away (not in the paper)", "p10_dataset",
-              ("zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"), ("zero_pixel", "composition", "file_properties")),
+              ("metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap"),
+              ("metadata_baseline", "composition", "file_properties")),
     PaperItem("Format-matched", "The detectors when all images went through one codec (not in the paper)", _BY, ("format_matched",)),
     PaperItem("Grouping", "Which reals stand against which family", "p20_testset", ("grouping_difference",)),
     PaperItem("Grouping effect", "What matching the reals by content changes", _BY, ("grouping_effect",)),
