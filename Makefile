@@ -43,7 +43,7 @@ check-notebooks: setup
 prepare: setup ## after editing notebooks: clean, export, render README.md and the map of reports
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/python -c 'from imaginet_nb.apps.cards import write_map; from imaginet_nb.reporting.tables import write_readme; write_map(); write_readme()'
+	$(BIN)/python tools/render_documents.py
 
 docs: setup ## a site of all notebooks, the API and a search, read offline: _docs/site/index.html
 	$(BIN)/python docs/pages.py _docs/source

@@ -34,13 +34,14 @@ def imports_of(source, package=()):
 
 
 def code_of(notebook):
-    "Hash of a pipeline notebook and of every library module that it imports, directly or not."
+    "Hash of a pipeline notebook, of every library module that it imports, directly or not, and of the templates of pages."
     cells = json.loads(Path(f"nbs/pipelines/{notebook}.ipynb").read_text())["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     todo, seen = set(imports_of(text)), {}
     while todo:
         path = todo.pop()
         seen[path] = path.read_text()
+        if path.match("reporting/pages.py"): seen |= {file: file.read_text() for file in path.parent.glob("templates/*")}
         todo |= set(imports_of(seen[path], path.parent.parts)) - seen.keys()
     return hashlib.sha256("\n".join([text, *(seen[path] for path in sorted(seen))]).encode()).hexdigest()
 

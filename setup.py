@@ -19,7 +19,7 @@ setup(
     classifiers=[f"Programming Language :: Python :: {version}" for version in cfg["pythons"].split()],
     packages=[*find_packages(include=["imaginet_nb*"]), *names.values()],
     package_dir={name: folder for folder, name in names.items()},
-    package_data={names[folder]: [pattern] for folder, pattern in shipped.items()},
+    package_data={names[folder]: [pattern] for folder, pattern in shipped.items()} | {"imaginet_nb.reporting": ["templates/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"peers": peers, "heic": cfg["heic_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *peers]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import repo_root
-from imaginet_nb.data import manifest as an
+from imaginet_nb.data import labels, manifest, splits
 
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
 needs_lists = pytest.mark.skipif(not (LISTS/"test_annotations.txt").is_file(),
@@ -24,11 +24,11 @@ COUNTS = pd.read_csv(repo_root()/"data"/"test_split_counts.csv", dtype=str, keep
 @pytest.fixture(scope="module")
 def lists() -> dict[str, pd.DataFrame]:
     "The raw test list, the four group lists in both layouts, their concatenation."
-    frames = {"test": an.read_annotations(LISTS/"test_annotations.txt", "test")}
+    frames = {"test": splits.read_annotations(LISTS/"test_annotations.txt", "test")}
     for group in GROUPS:
-        frames[f"raw_{group}"] = an.read_annotations(LISTS/f"test_annotations_{group}.txt", "test", allow_duplicates=True)
-        frames[f"perturbed_{group}"] = an.read_annotations(LISTS/f"test_{group}.txt", "test")
-    frames["all"] = an.read_annotations(LISTS/"test_all.txt", "test")
+        frames[f"raw_{group}"] = splits.read_annotations(LISTS/f"test_annotations_{group}.txt", "test", allow_duplicates=True)
+        frames[f"perturbed_{group}"] = splits.read_annotations(LISTS/f"test_{group}.txt", "test")
+    frames["all"] = splits.read_annotations(LISTS/"test_all.txt", "test")
     return frames
 
 
@@ -59,7 +59,7 @@ def test_counts_equal_the_count_file(lists: dict[str, pd.DataFrame]) -> None:
 def test_count_table_equals_a_fifth_of_table_2(lists: dict[str, pd.DataFrame]) -> None:
     published = pd.read_csv(repo_root()/"reports"/"published"/"table2_dataset_structure.csv").query("metric == 'images'")
     expected = {subset: int(value)//5 for subset, value in zip(published["subset"], published["value"], strict=True)}
-    table = an.count_table(lists["test"])
+    table = splits.count_table(lists["test"])
     ours = {"/".join(r[:3]).removesuffix("/all"): r[3] for r in
             table[["content_type", "origin", "source", "images"]].itertuples(index=False)}
     assert ours == expected
@@ -88,7 +88,8 @@ def test_group_lists(lists: dict[str, pd.DataFrame], group: str) -> None:
     numbers = perturbed["path"].str.extract(r"/(\d{5})\.webp$", expand=False).astype(int)
     assert list(numbers) == list(range(start, start + SIZES[group]))
     if raw["path"].is_unique: return
-    with pytest.raises(an.AnnotationError, match="line .*second time"): an.read_annotations(LISTS/f"test_annotations_{group}.txt", "test")
+    with pytest.raises(labels.AnnotationError, match="line .*second time"):
+        splits.read_annotations(LISTS/f"test_annotations_{group}.txt", "test")
 
 
 @needs_lists
@@ -107,11 +108,11 @@ def test_the_whole_perturbed_list_is_the_four_in_their_order(lists: dict[str, pd
 @needs_lists
 def test_calibration_and_anchors_are_test_images(lists: dict[str, pd.DataFrame]) -> None:
     "Paths and labels of all 80 calibration images and all 100 anchors occur in the lists they are evaluated on."
-    calibration = an.read_annotations(LISTS/"test_calibration.txt", "calibration")
-    anchors = an.read_annotations(LISTS/"lasted_anchor.txt", "anchor")
-    assert len(calibration) == len(an.overlap(calibration, lists["all"])) == 80
-    assert len(anchors) == len(an.overlap(anchors, lists["perturbed_gan"])) == 100
-    assert set(anchors["origin"]) == {"real"} and len(an.overlap(anchors, calibration)) == 1
+    calibration = splits.read_annotations(LISTS/"test_calibration.txt", "calibration")
+    anchors = splits.read_annotations(LISTS/"lasted_anchor.txt", "anchor")
+    assert len(calibration) == len(splits.overlap(calibration, lists["all"])) == 80
+    assert len(anchors) == len(splits.overlap(anchors, lists["perturbed_gan"])) == 100
+    assert set(anchors["origin"]) == {"real"} and len(splits.overlap(anchors, calibration)) == 1
     for part in (calibration, anchors):
         assert len(part.merge(lists["all"], on=["path", *LABELS])) == len(part)
     table = COUNTS[COUNTS["level"] == "score_calibration_subset_of_test"]
@@ -121,13 +122,13 @@ def test_calibration_and_anchors_are_test_images(lists: dict[str, pd.DataFrame])
 
 @needs_lists
 def test_corvi_lists() -> None:
-    corvi = an.read_corvi(LISTS/"annotations_corvi.txt")
-    expected = dict.fromkeys(an.CORVI_GENERATORS, 1_000) | {"Taming Transformers": 2_000, "Latent Diffusion": 3_000, "ADM": 2_000}
+    corvi = splits.read_corvi(LISTS/"annotations_corvi.txt")
+    expected = dict.fromkeys(splits.CORVI_GENERATORS, 1_000) | {"Taming Transformers": 2_000, "Latent Diffusion": 3_000, "ADM": 2_000}
     assert dict(corvi["generator"].value_counts()) == expected | {"real": 5_000}
     folders = corvi[corvi["origin"] == "real"]["path"].str.split("/").str[0].value_counts()
     assert dict(folders) == {"real_coco_valid": 2_000, "real_imagenet_val": 2_000, "real_ucid": 1_000}
     assert corvi["path"].str.contains(",").sum() == 6
-    calibration, anchors = an.read_corvi(LISTS/"annotations_calib_corvi.txt"), an.read_corvi(LISTS/"anchor_lasted_corvi.txt")
+    calibration, anchors = splits.read_corvi(LISTS/"annotations_calib_corvi.txt"), splits.read_corvi(LISTS/"anchor_lasted_corvi.txt")
     assert len(calibration) == len(calibration.merge(corvi, on=["path", "origin"])) == 48
     assert dict(calibration["origin"].value_counts()) == {"real": 24, "synthetic": 24}
     assert set(corvi[corvi["path"].isin(calibration["path"])]["generator"].value_counts()) == {24, 2}   # two of each generator
@@ -137,23 +138,23 @@ def test_corvi_lists() -> None:
 @needs_lists
 def test_practical_lists() -> None:
     sizes = dict(DreamBooth=1052, MidjourneyV4=1354, MidjourneyV5=2000, NightCafe=1300, StableAI=1290, YiJian=796)
-    frames = {name: an.read_practical(LISTS/f"Test_{name}_num{n}.txt") for name, n in sizes.items()}
+    frames = {name: splits.read_practical(LISTS/f"Test_{name}_num{n}.txt") for name, n in sizes.items()}
     for name, n in sizes.items(): assert dict(frames[name]["generator"].value_counts()) == {name: n//2, "real": n//2}
     practical = pd.concat(frames.values(), ignore_index=True)
     reals = practical[practical["origin"] == "real"]["path"]
     assert len(reals) == 3_896 and reals.nunique() == 1_958
-    calibration = an.read_practical(LISTS/"annotations_calib_practical.txt")
+    calibration = splits.read_practical(LISTS/"annotations_calib_practical.txt")
     assert dict(calibration["generator"].value_counts()) == {"real": 12} | dict.fromkeys(sizes, 2)
-    assert len(calibration) == len(an.overlap(calibration, practical)) == 24
-    anchors = an.read_practical(LISTS/"anchor_lasted_practical.txt")
-    assert len(anchors) == len(an.overlap(anchors, practical)) == 100 and set(anchors["origin"]) == {"real"}
+    assert len(calibration) == len(splits.overlap(calibration, practical)) == 24
+    anchors = splits.read_practical(LISTS/"anchor_lasted_practical.txt")
+    assert len(anchors) == len(splits.overlap(anchors, practical)) == 100 and set(anchors["origin"]) == {"real"}
 
 
 @needs_lists
 @pytest.mark.parametrize("name", ["test_annotations.txt", "test_all.txt", "test_calibration.txt", "lasted_anchor.txt",
                                   *(f"test_{g}.txt" for g in GROUPS), *(f"test_annotations_{g}.txt" for g in GROUPS)])
 def test_reading_and_writing_keeps_every_byte(name: str, tmp_path: Path) -> None:
-    an.write_annotations(an.read_annotations(LISTS/name, "test", allow_duplicates=True), tmp_path/"again.txt")
+    splits.write_annotations(splits.read_annotations(LISTS/name, "test", allow_duplicates=True), tmp_path/"again.txt")
     assert (tmp_path/"again.txt").read_bytes() == (LISTS/name).read_bytes()
 
 
@@ -170,7 +171,7 @@ def test_every_list_is_looked_at() -> None:
 
 @needs_lists
 def test_our_layout_has_the_sizes_of_theirs(lists: dict[str, pd.DataFrame]) -> None:
-    layout = an.perturbed_layout(lists["test"], seed=0)
+    layout = splits.perturbed_layout(lists["test"], seed=0)
     assert set(layout["path"]) == set(lists["test"]["path"])                       # nothing lost, nothing twice
     theirs = pd.concat([lists[f"perturbed_{g}"] for g in GROUPS], ignore_index=True)
     assert list(layout["origin"]) == list(theirs["origin"])
@@ -199,25 +200,25 @@ def random_manifest(n: int, seed: int) -> pd.DataFrame:
     names = np.array(["a", "b c", "d, e", "f,1,0,0,0", "ö", "日本", "..x", "x..", "%20", "'q'", '"q"', "DALL·E", "\u2028", "\x85", "#"])
     rows = []
     for i in range(n):
-        generator = list(an.Generator)[random.integers(9)]
-        origin = "real" if generator is an.Generator.REAL else "synthetic"
+        generator = list(labels.Generator)[random.integers(9)]
+        origin = "real" if generator is labels.Generator.REAL else "synthetic"
         path = "/".join([*random.choice(names, random.integers(0, 3)), f"{random.choice(names)}{i}.png"])
-        rows.append((path, origin, an.CONTENT_TYPES[random.integers(4)], generator.family.label, generator.label, "train"))
-    return pd.DataFrame(rows, columns=list(an.MANIFEST_COLUMNS))
+        rows.append((path, origin, labels.CONTENT_TYPES[random.integers(4)], generator.family.label, generator.label, "train"))
+    return pd.DataFrame(rows, columns=list(manifest.MANIFEST_COLUMNS))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_manifests_survive_both_formats(seed: int, tmp_path: Path) -> None:
-    df = an.validate_manifest(random_manifest(200, seed))
-    an.write_annotations(df, tmp_path/"list.txt")
-    assert an.read_annotations(tmp_path/"list.txt", "train").equals(df)
-    an.write_manifest_csv(df, tmp_path/"list.csv")
-    assert an.read_manifest_csv(tmp_path/"list.csv").equals(df)
+    df = manifest.validate_manifest(random_manifest(200, seed))
+    splits.write_annotations(df, tmp_path/"list.txt")
+    assert splits.read_annotations(tmp_path/"list.txt", "train").equals(df)
+    manifest.write_manifest_csv(df, tmp_path/"list.csv")
+    assert manifest.read_manifest_csv(tmp_path/"list.csv").equals(df)
 
 
 def test_reading_against_a_plain_loop(tmp_path: Path) -> None:
     "An independent reader, one line at a time."
-    an.write_annotations(random_manifest(300, 7), tmp_path/"list.txt")
+    splits.write_annotations(random_manifest(300, 7), tmp_path/"list.txt")
     families, generators = ["GAN", "SD", "Midjourney", "DALL-E 3", "real"], ["ProGAN", "StyleGAN-XL", "StyleGAN3", "SD v2.1", "SDXL v1.0",
         "Animagine XL", "Midjourney", "DALL-E 3", "real"]
     expected = []
@@ -226,7 +227,7 @@ def test_reading_against_a_plain_loop(tmp_path: Path) -> None:
             path, o, c, f, g = line[:-1].rsplit(",", 4)
             expected.append((path[2:], ["real", "synthetic"][int(o)], ["photos", "paintings", "faces", "uncategorized"][int(c)],
                              families[int(f)], generators[int(g)], "test"))
-    assert list(an.read_annotations(tmp_path/"list.txt", "test").itertuples(index=False, name=None)) == expected
+    assert list(splits.read_annotations(tmp_path/"list.txt", "test").itertuples(index=False, name=None)) == expected
 
 
 @pytest.mark.parametrize("line", [1, 2, 499, 500])
@@ -242,9 +243,9 @@ def test_a_fault_is_found_on_its_line(line: int, bad: str, says: str, tmp_path: 
     lines[line - 1] = bad
     (tmp_path/"list.txt").write_bytes("\n".join(lines).encode())
     if not says:                                                                   # a Windows line end is no fault
-        assert an.read_annotations(tmp_path/"list.txt", "train").loc[line - 1, "path"] == "x.png"
+        assert splits.read_annotations(tmp_path/"list.txt", "train").loc[line - 1, "path"] == "x.png"
         return
-    with pytest.raises(an.AnnotationError) as error: an.read_annotations(tmp_path/"list.txt", "train")
+    with pytest.raises(labels.AnnotationError) as error: splits.read_annotations(tmp_path/"list.txt", "train")
     message = str(error.value)
     assert message.startswith(f"{tmp_path/'list.txt'}, line {line}: ") and says in message and ";" in message
 
@@ -252,8 +253,8 @@ def test_a_fault_is_found_on_its_line(line: int, bad: str, says: str, tmp_path: 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path/"list.txt").write_text("old")
     bad = random_manifest(3, 0).assign(generator_family="StyleGAN2")
-    for write in (an.write_annotations, an.write_manifest_csv):
-        with pytest.raises(an.AnnotationError): write(bad, tmp_path/"list.txt")
+    for write in (splits.write_annotations, manifest.write_manifest_csv):
+        with pytest.raises(labels.AnnotationError): write(bad, tmp_path/"list.txt")
     assert [p.name for p in tmp_path.iterdir()] == ["list.txt"] and (tmp_path/"list.txt").read_text() == "old"
 
 
@@ -263,26 +264,26 @@ def test_forty_thousand_lines_in_well_under_a_second(tmp_path: Path) -> None:
     best = 9.0
     for _ in range(3):
         start = time.perf_counter()
-        assert len(an.read_annotations(tmp_path/"list.txt", "test")) == 40_000
+        assert len(splits.read_annotations(tmp_path/"list.txt", "test")) == 40_000
         best = min(best, time.perf_counter() - start)
     assert best < 2
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_do_not_depend_on_the_order_of_rows(seed: int) -> None:
-    df = an.validate_manifest(random_manifest(400, seed))
+    df = manifest.validate_manifest(random_manifest(400, seed))
     mixed = df.sample(frac=1, random_state=seed)
-    by_path = dict(zip(df["path"], an.family_groups(df, 3), strict=True))
-    assert by_path == dict(zip(mixed["path"], an.family_groups(mixed, 3), strict=True))
-    a, b = an.split_manifest(df, 0.3, 3), an.split_manifest(mixed, 0.3, 3)
+    by_path = dict(zip(df["path"], splits.family_groups(df, 3), strict=True))
+    assert by_path == dict(zip(mixed["path"], splits.family_groups(mixed, 3), strict=True))
+    a, b = splits.split_manifest(df, 0.3, 3), splits.split_manifest(mixed, 0.3, 3)
     assert dict(zip(a["path"], a["split"], strict=True)) == dict(zip(b["path"], b["split"], strict=True))
-    assert set(an.balanced_calibration(df, 5, 3)["path"]) == set(an.balanced_calibration(mixed, 5, 3)["path"])
-    assert set(an.draw_reals(df, 9, 3, "x")["path"]) == set(an.draw_reals(mixed, 9, 3, "x")["path"])
-    assert an.perturbed_layout(df, 3).equals(an.perturbed_layout(mixed, 3))
+    assert set(splits.balanced_calibration(df, 5, 3)["path"]) == set(splits.balanced_calibration(mixed, 5, 3)["path"])
+    assert set(splits.draw_real_images(df, 9, 3, "x")["path"]) == set(splits.draw_real_images(mixed, 9, 3, "x")["path"])
+    assert splits.perturbed_layout(df, 3).equals(splits.perturbed_layout(mixed, 3))
 
 
 def test_a_split_is_a_fifth_of_every_stratum() -> None:
-    df = an.split_manifest(an.validate_manifest(random_manifest(3_000, 0)), 0.2, 0)
+    df = splits.split_manifest(manifest.validate_manifest(random_manifest(3_000, 0)), 0.2, 0)
     strata = df.groupby(["origin", "content_type", "generator"])["split"].agg(["size", lambda s: s.eq("test").sum()]).to_numpy()
     assert (np.abs(strata[:, 1] - strata[:, 0]/5) <= 0.5).all() and len(strata) == 36
     assert set(df["split"]) == {"train", "test"}
@@ -292,5 +293,5 @@ def test_reals_are_drawn_evenly() -> None:
     "Over many seeds each real is chosen about equally often: nothing is favoured by its path."
     df = pd.DataFrame(dict(path=[f"{i:02d}.png" for i in range(20)], origin="real"))
     counts = np.zeros(20)
-    for seed in range(600): counts[an.draw_reals(df, 5, seed).index] += 1
+    for seed in range(600): counts[splits.draw_real_images(df, 5, seed).index] += 1
     assert counts.sum() == 3_000 and (np.abs(counts - 150) < 55).all()             # five standard deviations

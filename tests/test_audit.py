@@ -19,7 +19,8 @@ from imaginet_nb.audit import files as au
 from imaginet_nb.audit import report as audit_page
 from imaginet_nb.audit import shortcuts
 from imaginet_nb.core import repo_root
-from imaginet_nb.data.manifest import FAMILIES, AnnotationError, read_annotations, write_annotations
+from imaginet_nb.data.labels import FAMILIES, AnnotationError
+from imaginet_nb.data.splits import read_annotations, write_annotations
 from imaginet_nb.evaluation.calibration import calibrated
 from imaginet_nb.evaluation.detection import GROUPINGS, detection_table, metadata_rows
 from imaginet_nb.evaluation.identification import identification_table, metadata_identification_rows
@@ -343,7 +344,7 @@ def test_rows_fit_their_table(by):
     assert added[1]["acc"].tolist() == pytest.approx(direct[direct["detector"] == "d"]["acc"].tolist(), nan_ok=True)
 
 
-def test_metadata_baseline_rows_equal_the_table_of_the_audit():
+def test_metadata_rows_equal_the_table_of_the_audit():
     manifest = some_list(800)
     rows = metadata_rows(predictions(manifest, 3, 1), "family", resamples=20, seed=7)
     table = shortcuts.metadata_baseline(manifest, seed=7).query("track == 'detection' and group != 'all'")

@@ -24,9 +24,10 @@ from imaginet_nb.apps.benchmark import (
 from imaginet_nb.core import load_profile
 from imaginet_nb.data.augmentation import Stage1
 from imaginet_nb.data.packed import pack
-from imaginet_nb.detectors import protocol as detectors
+from imaginet_nb.detectors import predictions as detectors
 from imaginet_nb.models.fast import fast
-from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
 from imaginet_nb.reporting.tables import read_table, save_table
 from imaginet_nb.training.grad_cache import cached_step
 

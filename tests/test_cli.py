@@ -11,7 +11,8 @@ import pytest
 from imaginet_nb.core import repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT = repo_root()
 COLUMNS = ["path", "logit", "probability", "verdict", "family", "error"]
@@ -73,7 +74,7 @@ def test_predict_fails_only_when_all_failed(detector, pictures, tmp_path):
     (["predict", __file__, "--checkpoint", "none.safetensors"], 1, "make reproduce"),
     (["predict", "my_pictuers"], 1, "no such file or folder"),
     (["predict"], 2, "Missing argument"),
-    (["reproduce", "--profile", "dmeo"], 1, "known profiles: benchmark, demo"),
+    (["reproduce", "--profile", "dmeo"], 1, "known profiles: benchmark, benchmark-gpu, demo"),
     (["notebook", "p99_none", "--profile", "smoke"], 1, "there are: p05_data"),
     (["checkpoint", "convert", "none.pth", "out.safetensors"], 1, "none.pth"),
     (["data", "sandbox"], 2, "--out"),

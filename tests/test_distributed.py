@@ -14,12 +14,14 @@ import torch.multiprocessing as mp
 import yaml
 
 from imaginet_nb.core import Profile, load_profile, repo_root, seed_everything
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import save
 from imaginet_nb.data.manifest import write_manifest_csv
-from imaginet_nb.detectors.protocol import embed, predict
+from imaginet_nb.detectors.predictions import embed, predict
 from imaginet_nb.models.checkpoints import load_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
+from imaginet_nb.training import loop
 from imaginet_nb.training import stages as training
 from imaginet_nb.training.processes import joined, rank_and_size
 
@@ -98,13 +100,13 @@ def both(root: Path, manifest: pd.DataFrame, folder: Path) -> dict:
 
 def dies_in_third_epoch(root: Path, manifest: pd.DataFrame, states: Path) -> None:
     "The second process ends without a word in its fifth step, the first of the third epoch."
-    average, steps = training.average_gradients, []
+    average, steps = loop.average_gradients, []
 
     def count(model):
         steps.append(1)
         if len(steps) == 5 and rank_and_size()[0] == 1: os._exit(9)
         average(model)
-    training.average_gradients = count
+    loop.average_gradients = count
     whole_run(root, manifest, states/"left_by_two.pt")
 
 
@@ -139,10 +141,10 @@ def folder(images, tmp_path_factory) -> Path:
 
     def killed(text):
         if text.startswith("epoch 3/4"): raise Killed
-    say, training._print_once = training._print_once, killed # after two epochs of a single process, to be continued by two
+    say, loop._print_once = loop._print_once, killed # after two epochs of a single process, to be continued by two
     try: whole_run(*images, folder/"left_by_one.pt")
     except Killed: pass
-    finally: training._print_once = say
+    finally: loop._print_once = say
     assert (folder/"left_by_one.pt").exists()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 import typer
+from render_documents import render_map
 
-from imaginet_nb.apps.cards import render_map
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.pipeline import check_parameters
 from imaginet_nb.core import load_profile, repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 from imaginet_nb.training.stages import STAGES
 
 ROOT = repo_root()

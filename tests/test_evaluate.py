@@ -15,7 +15,8 @@ from imaginet_nb.apps.evaluate import judge, read_foreign
 from imaginet_nb.core import seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 METER = """
 class Meter:

@@ -19,7 +19,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data import benchmarks as E
 from imaginet_nb.data.images import ImageError, decode
-from imaginet_nb.data.manifest import AnnotationError
+from imaginet_nb.data.labels import AnnotationError
 from imaginet_nb.data.perturbed import clean_groups
 from imaginet_nb.evaluation.detection import detection_table
 from imaginet_nb.evaluation.protocols import calibrated_on, detection_on_lists, grouping_effect
@@ -362,10 +362,13 @@ def workshop(tmp_path_factory) -> Path:
     "A repository of its own: smoke-sized networks of seeded numbers, predictions on a few training pictures, no external sets."
     import torch
 
-    from imaginet_nb.data.manifest import read_annotations, write_manifest_csv
-    from imaginet_nb.detectors.protocol import DETECTORS, predict, save_predictions
+    from imaginet_nb.data.manifest import write_manifest_csv
+    from imaginet_nb.data.splits import read_annotations
+    from imaginet_nb.detectors.predictions import predict, save_predictions
+    from imaginet_nb.detectors.protocol import DETECTORS
     from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
-    from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+    from imaginet_nb.models.resnet import create_backbone
+    from imaginet_nb.models.selfcon import ImagiNetClassifier
     root = tmp_path_factory.mktemp("workshop")
     shutil.copy(ROOT/"settings.ini", root)
     (root/"profiles").mkdir()

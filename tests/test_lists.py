@@ -17,8 +17,10 @@ from imaginet_nb.apps.cli import app
 from imaginet_nb.core import text_path
 from imaginet_nb.data.folders import read_labelled_folder
 from imaginet_nb.data.images import save
-from imaginet_nb.data.manifest import AnnotationError, image_file, read_annotations, read_manifest_csv, table_rows
-from imaginet_nb.detectors.protocol import predict
+from imaginet_nb.data.labels import AnnotationError
+from imaginet_nb.data.manifest import image_file, read_manifest_csv, table_rows
+from imaginet_nb.data.splits import read_annotations
+from imaginet_nb.detectors.predictions import predict
 
 DETECTORS = """
 class Meter:

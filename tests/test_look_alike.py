@@ -22,9 +22,10 @@ from torchvision.models import resnet50
 
 from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data.images import decode
-from imaginet_nb.data.manifest import FAMILIES, draw_reals, perturbed_layout, read_annotations, write_annotations
+from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.data.perturbed import LIST_NAMES, RAW_LIST_NAMES
 from imaginet_nb.data.sandbox import make_sandbox
+from imaginet_nb.data.splits import draw_real_images, perturbed_layout, read_annotations, write_annotations
 
 ROOT = repo_root()
 PROFILE = load_profile("paper-look-alike")
@@ -51,7 +52,7 @@ def authors_lists(original: Path) -> Path:
         write_annotations(rows, lists/RAW_LIST_NAMES[family])
         write_annotations(rows, lists/LIST_NAMES[family], column="perturbed_path")
     perturbed = layout.assign(path=layout["perturbed_path"])
-    chosen = pd.concat([perturbed[perturbed["generator_family"] == f].head(2) for f in FAMILIES] + [draw_reals(perturbed, 8, seed=0)])
+    chosen = pd.concat([perturbed[perturbed["generator_family"] == f].head(2) for f in FAMILIES] + [draw_real_images(perturbed, 8, seed=0)])
     for name, rows in {"test_all.txt": perturbed, "test_calibration.txt": chosen, "lasted_anchor.txt": chosen.tail(8)}.items():
         write_annotations(rows, lists/name)
     hashes = [f"id{n},{path.name},{hashlib.md5(decode(path)).hexdigest()}\n" for n, path in enumerate(sorted((original/"ffhq").iterdir()))]

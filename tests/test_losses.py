@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import SupConLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer
 
-from imaginet_nb.models.resnet import SelfConNet, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import SelfConNet
 from imaginet_nb.training.grad_cache import cached_step
 from imaginet_nb.training.losses import ImagiNetLoss, SelfConLoss, loss_bounds
 

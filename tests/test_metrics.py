@@ -10,19 +10,11 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from imaginet_nb.core import rng
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError, decode, save
-from imaginet_nb.data.manifest import FAMILIES
-from imaginet_nb.detectors.protocol import (
-    BASELINE,
-    FAMILY_COLUMNS,
-    OURS,
-    Detector,
-    embed,
-    load_predictions,
-    predict,
-    save_predictions,
-)
+from imaginet_nb.data.labels import FAMILIES
+from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, embed, load_predictions, predict, save_predictions
+from imaginet_nb.detectors.protocol import BASELINE, OURS, Detector
 from imaginet_nb.evaluation.bootstrap import bootstrap, interval, resample_counts
 from imaginet_nb.evaluation.calibration import calibrated, fit_detector
 from imaginet_nb.evaluation.detection import detection_table
@@ -37,7 +29,8 @@ from imaginet_nb.evaluation.metrics import (
 )
 from imaginet_nb.evaluation.protocols import as_published, calibration_difference
 from imaginet_nb.evaluation.robustness import robustness_table
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ from imaginet_nb.models.checkpoints import (
     save_checkpoint,
     weights_digest,
 )
-from imaginet_nb.models.resnet import ImagiNetClassifier, SelfConNet, WeightsError, create_backbone, load_imagenet_weights
+from imaginet_nb.models.resnet import WeightsError, create_backbone, load_imagenet_weights
+from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 

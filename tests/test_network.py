@@ -20,7 +20,8 @@ from onnx import helper
 from imaginet_nb.core import repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT, IMAGINET = repo_root(), (sys.executable, "-m", "imaginet_nb.apps.cli")
 GUARD = r"""
@@ -164,7 +165,7 @@ def test_a_session_that_lives_long_sends_nothing(watched, tmp_path):
     inputs = [helper.make_tensor_value_info("x", 1, ["B"]), helper.make_tensor_value_info("y", 1, None)]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", inputs[:1], inputs[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path/"relu.onnx")
-    watched.run(sys.executable, "-c", "import sys, time; from imaginet_nb.data.graphs import onnx_session\n"
+    watched.run(sys.executable, "-c", "import sys, time; from imaginet_nb.models.graphs import onnx_session\n"
                                       "session = onnx_session(sys.argv[1]); time.sleep(16)", tmp_path/"relu.onnx")
     assert watched.tried() == [] and watched.traces() == []
 
@@ -173,7 +174,8 @@ TRAINING = """
 import pandas as pd, torch
 from pathlib import Path
 from imaginet_nb.core import load_profile
-from imaginet_nb.models.resnet import SelfConNet, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import SelfConNet
 from imaginet_nb.training.stages import pretrain
 smoke = load_profile(profile)
 smoke = smoke.model_copy(update={"pretrain": smoke.pretrain.model_copy(update={"epochs": 1, "batch_size": 8, "chunk_size": None})})

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from imaginet_nb.core import file_sha256
 from imaginet_nb.data.images import ImageError, save
-from imaginet_nb.data.manifest import AnnotationError
+from imaginet_nb.data.labels import AnnotationError
 from imaginet_nb.detectors import prior_work as peers
+from imaginet_nb.detectors.predictions import predict
 from imaginet_nb.detectors.prior_work import (
     PEERS,
     WEIGHTS,
@@ -29,7 +30,7 @@ from imaginet_nb.detectors.prior_work import (
     missing_peers,
     weights_table,
 )
-from imaginet_nb.detectors.protocol import Detector, predict
+from imaginet_nb.detectors.protocol import Detector
 from imaginet_nb.models.checkpoints import CheckpointError, load_checkpoint, read_header, weights_digest
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

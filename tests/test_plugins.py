@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from imaginet_nb.data.images import save
-from imaginet_nb.data.manifest import FAMILIES
+from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.custom import PluginError, load_plugin
-from imaginet_nb.detectors.protocol import predict
+from imaginet_nb.detectors.predictions import predict
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 KEYS = dict(name="Somebody", input_size=16, range=[0, 1], mean=list(MEAN), std=list(STD), output="logit")

@@ -1,10 +1,14 @@
 """`imaginet predict` under everyday conditions: every format, every size, and the plug pulled half way."""
+import csv
+import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,10 +18,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.apps.predict import read_scores
-from imaginet_nb.core import only_run, seed_everything
+from imaginet_nb.apps.predict import Scorer, Settings, find_files, part_of, read_scores, score_files, score_to_file, write_scores
+from imaginet_nb.core import file_sha256, only_run, seed_everything, text_path
 from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 SIDE = 32 # of the detector's images
 SLOW = """
@@ -256,3 +261,238 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 60 # MB; all of them would be 240
+
+
+def same_row(before: pd.DataFrame, after: pd.DataFrame, name: str) -> bool:
+    return before.loc[name].equals(after.loc[name])
+
+
+def write_graph(folder: Path, weight: float) -> None:
+    "An ONNX file whose only weight lies in a file beside it, and its YAML."
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    value = numpy_helper.from_array(np.full((1, 300), weight, np.float32), "w")
+    nodes = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["f"]),
+             helper.make_node("ReduceMean", ["f"], ["m"], axes=[1]), helper.make_node("MatMul", ["m", "w"], ["a"]),
+             helper.make_node("ReduceMean", ["a"], ["y"], axes=[1])]
+    graph = helper.make_graph(nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("B", 3, "H", "W"))],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], [value])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (folder/"weights.bin").unlink(missing_ok=True)
+    onnx.save(model, folder/"net.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    write_settings(folder)
+
+
+def write_settings(folder: Path, mean: float = 0.5) -> None:
+    values = f"range: [0, 1]\nmean: [{mean}, {mean}, {mean}]\nstd: [1, 1, 1]\noutput: logit\n"
+    (folder/"net.yaml").write_text("name: Net\ninput_size: 32\n" + values)
+
+
+@pytest.mark.parametrize("change", ["settings", "external data", "libraries", "options", "nothing"])
+def test_resume_refuses_rows_that_were_made_in_another_way(tmp_path, monkeypatch, change):
+    write_graph(tmp_path, 1.0)
+    for i in range(2): Image.fromarray(noise(i, SIDE, SIDE)).save(tmp_path/f"{i}.png")
+    words = [tmp_path/"0.png", tmp_path/"1.png", "--detector", tmp_path/"net.onnx", "--out", tmp_path/"preds.csv"]
+    assert predict(*words).exit_code == 0
+    before, graph = (tmp_path/"preds.csv").read_bytes(), (tmp_path/"net.onnx").read_bytes()
+    if change == "settings": write_settings(tmp_path, 0.25)
+    if change == "external data": write_graph(tmp_path, -1.0)
+    if change == "libraries": monkeypatch.setattr("imaginet_nb.apps.predict._LIBRARIES", ("numpy",))
+    assert (tmp_path/"net.onnx").read_bytes() == graph # the graph itself tells nothing
+    resumed = predict(*words, "--resume", *(["--crops", 1] if change == "options" else []))
+    part = {"settings": "detector", "external data": "detector"}.get(change, change)
+    if change == "nothing": assert resumed.exit_code == 0 and "; 2 rows kept" in resumed.output
+    else: assert resumed.exit_code == 1 and f"({part} changed)" in resumed.output and "choose another --out" in resumed.output
+    assert (tmp_path/"preds.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["settings", "external data", "nothing"])
+def test_slices_of_two_detectors_are_not_merged(tmp_path, change):
+    write_graph(tmp_path, 1.0)
+    for i in range(4): Image.fromarray(noise(i, SIDE, SIDE)).save(tmp_path/f"{i}.png")
+    (tmp_path/"list.csv").write_text("path\n" + "".join(f"{i}.png\n" for i in range(4)))
+    words = ["score", tmp_path/"list.csv", "--root", tmp_path, "--detector", tmp_path/"net.onnx", "--out", tmp_path/"preds.csv",
+             "--batch-size", 2, "--workers", 0]
+    def score(*more): return CliRunner().invoke(app, [str(word) for word in (*words, *more)])
+    assert score("--slice", "1/2").exit_code == 0
+    if change == "settings": write_settings(tmp_path, 0.25)
+    if change == "external data": write_graph(tmp_path, -1.0)
+    assert score("--slice", "2/2").exit_code == 0
+    merged = CliRunner().invoke(app, ["merge", str(tmp_path/"preds.csv")])
+    if change == "nothing": assert merged.exit_code == 0, merged.output
+    else: assert merged.exit_code == 1 and "identified_by differ" in merged.output and not (tmp_path/"preds.csv").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_names_that_look_alike_or_break_lines_have_each_their_own_row(net, tmp_path, suffix):
+    "One raw byte and its spelling in four characters; carriage returns and all else that some reader takes for the end of a line."
+    names = [b"\xff.png", rb"\xff.png", rb"\\xff.png", b"a\rb.png", b"a\r\nb.png", b"a\nb.png", b"a\x0bb\x0cc\x1cd.png",
+             "a\x85b\u2028c\u2029.png".encode(), b"=1+1.png", b"-1.png", b'"a",b.png', b"NA.png", b" .png"]
+    folder = tmp_path/"pictures"
+    folder.mkdir()
+    for i, name in enumerate(names):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file: Image.fromarray(noise(i, SIDE, SIDE)).save(file, "PNG")
+    out = tmp_path/f"preds{suffix}"
+    rows = table(folder, "--checkpoint", net, out=out)
+    paths = {text_path(text) for text in rows.index}
+    assert len(rows) == len(names) and paths == set(folder.iterdir())
+    for text, row in rows.iterrows(): assert row["sha256"] == file_sha256(text_path(text)) and pd.isna(row["error"])
+    assert rows["logit"].nunique() == len(names)
+    if suffix == ".csv":
+        assert len(pd.read_csv(out)) == len(names)
+        with open(out, newline="", encoding="utf-8") as file: assert len(list(csv.DictReader(file))) == len(names)
+        assert out.read_text(encoding="utf-8").count("\n") == len(names) + 1 and "\r" not in out.read_bytes().decode()
+    if suffix == ".jsonl": assert len(out.read_text().splitlines()) == len(names)
+    if suffix == ".parquet": assert len(pd.read_parquet(out, engine="fastparquet")) == len(names)
+    again = predict(folder, "--checkpoint", net, "--out", out, "--resume")
+    assert f"; {len(names)} rows kept" in again.output
+
+
+def test_a_picture_that_was_replaced_by_an_older_one_is_scored_again(net, tmp_path):
+    for i in range(2): Image.fromarray(noise(i, SIDE, SIDE)).save(tmp_path/f"{i}.png")
+    before = table(tmp_path/"*.png", "--checkpoint", net, out=tmp_path/"preds.csv")
+    old = os.stat(tmp_path/"0.png")
+    Image.fromarray(noise(7, SIDE, SIDE)).save(tmp_path/"0.png")
+    os.utime(tmp_path/"0.png", ns=(old.st_atime_ns, old.st_mtime_ns - 10**12))
+    os.utime(tmp_path/"1.png") # touched only
+    resumed = predict(tmp_path/"*.png", "--checkpoint", net, "--out", tmp_path/"preds.csv", "--resume")
+    after = pd.DataFrame(list(read_scores(tmp_path/"preds.csv"))).set_index("path")
+    assert "; 1 rows kept" in resumed.output
+    assert not same_row(before, after, str(tmp_path/"0.png")) and same_row(before, after, str(tmp_path/"1.png"))
+
+
+FICKLE = """
+class Fickle:
+    name, input_size = "Fickle", 32
+    def score(self, images):
+        if (images == 200).all(): raise KeyError("no\\rsuch\\nthing")
+        return images.float().mean((1, 2, 3)) - 128
+"""
+
+
+def test_a_detector_that_fails_on_a_picture_costs_one_row(tmp_path, monkeypatch):
+    (tmp_path/"fickle.py").write_text(FICKLE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "fickle", raising=False)
+    for name, value in (("a", 100), ("b", 200), ("c", 50)): Image.fromarray(np.full((SIDE, SIDE, 3), value, np.uint8)).save(f"{name}.png")
+    rows = table("a.png", "b.png", "c.png", "--detector", "fickle:Fickle", out=tmp_path/"preds.csv")
+    assert rows["error"].notna().tolist() == [False, True, False] and r"no\rsuch\nthing" in rows.loc["b.png", "error"]
+    alone = predict("b.png", "--detector", "fickle:Fickle", "--out", "alone.csv")
+    assert alone.exit_code == 1 and alone.output.count("imaginet:") == 1 and "none of 1 files could be scored" in alone.output
+    assert Path("alone.csv").exists() and not Path("alone.csv.part").exists()
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_first_picture(net, tmp_path, monkeypatch):
+    def never(*args, **kwargs): raise AssertionError("a detector was loaded")
+    monkeypatch.setattr("imaginet_nb.apps.cli._detector", never)
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    (tmp_path/"folder.csv").mkdir()
+    (tmp_path/"folder.html").mkdir()
+    (tmp_path/"file").touch()
+    wrong = (["--out", tmp_path/"folder.csv"], ["--html", tmp_path/"folder.html"], ["--out", tmp_path/"file"/"a.csv"],
+             ["--html", tmp_path/"file"/"a.html"], ["--html", "/proc/none/a.html"])
+    for words in wrong:
+        found = predict(tmp_path/"a.png", "--out", tmp_path/"preds.csv", *words)
+        named = str(words[1]).removesuffix("/a.csv").removesuffix("/a.html") # a file that stands in a folder's place is named itself
+        assert found.exit_code == 1 and named in found.output and "Traceback" not in found.output, found.output
+    (tmp_path/"kept.csv").write_text("mine")
+    (tmp_path/"kept.csv").chmod(0o444)
+    as_other(tmp_path, """
+        for path in ("kept.csv", "closed/a.csv", "closed/a.html"):
+            try: check_writable(path)
+            except OSError as error: assert path in str(error)
+            else: raise AssertionError(path)""")
+
+
+def as_other(folder: Path, code: str) -> None:
+    "Run lines as a user who is not root, in a folder with a sub-folder `closed` that this user cannot write to or enter."
+    folder.chmod(0o777)
+    (folder/"closed").mkdir(exist_ok=True)
+    (folder/"closed").chmod(0o744)
+    drop = "os.setgroups([]), os.setgid(65534), os.setuid(65534)" if os.getuid() == 0 else "os.chmod('closed', 0o400)"
+    script = f"import os\nfrom types import SimpleNamespace\nfrom imaginet_nb.apps.predict import *\n{drop}\n" + textwrap.dedent(code)
+    for parent in folder.parents:
+        if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001: parent.chmod(parent.stat().st_mode | 0o011)
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr
+
+
+def test_closed_folders_and_impossible_lines_are_rows_with_errors(net, tmp_path):
+    (tmp_path/"closed").mkdir()
+    for place in (tmp_path, tmp_path/"closed"): Image.fromarray(noise(0, SIDE, SIDE)).save(place/"a.png")
+    as_other(tmp_path, """
+        detector = SimpleNamespace(name="stub", input_size=32, score=lambda images: images.float().mean((1, 2, 3)))
+        score_to_file(find_files(["a.png", "closed"]), Scorer(detector), "preds.csv")
+        a, b = read_scores("preds.csv")
+        assert a["error"] is None and b["path"] == "closed/a.png" and "Permission denied" in b["error"], b""")
+    lines = [b"x"*300, b"\xff.png", b"nul\0.png", os.fsencode(tmp_path/"a.png"), b"x"*300 + b"/*", b"-"]
+    listed = predict("-", "--checkpoint", net, "--out", tmp_path/"listed.csv", input=b"\n".join(lines))
+    assert listed.exit_code == 0, listed.output
+    rows = list(read_scores(tmp_path/"listed.csv"))
+    assert [os.fsencode(text_path(row["path"])) for row in rows] == lines
+    assert [row["error"] is None for row in rows] == [line.endswith(b"a.png") for line in lines]
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("p.jsonl", b'{"id": 1}\n', "line 1"), ("p.jsonl", b"[" * 100_000 + b"\n", "line 1"), ("p.jsonl", b"\xff\n", "line 1"),
+    ("p.csv.part", b'{"id": 1}\n', "line 1"), ("p.csv.part", b"\0\0\0\n", "line 1"), ("p.csv.part", b"x"*3_000_000, "line 1"),
+    ("p.csv", b"", "damaged"), ("p.csv", b"\xff\xfe\n\0", "damaged"), ("p.csv", b'path\n"a', "damaged"),
+    ("p.parquet", b"", "damaged"), ("p.parquet", b"PAR1" + bytes(100) + b"PAR1", "damaged"), ("p.parquet", b"no table", "damaged")])
+def test_resume_on_somebody_elses_or_a_damaged_file_says_so_and_leaves_it(net, tmp_path, name, content, told):
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    (tmp_path/name).write_bytes(content)
+    out = tmp_path/name.removesuffix(".part")
+    found = predict(tmp_path/"a.png", "--checkpoint", net, "--out", out, "--resume")
+    assert found.exit_code == 1 and isinstance(found.exception, SystemExit), found.exception
+    assert str(tmp_path/name) in found.output and told in found.output and "choose another --out" in found.output
+    assert (tmp_path/name).read_bytes() == content
+
+
+def stub(path: Path) -> Scorer:
+    "A scorer that takes no time."
+    detector = SimpleNamespace(name="stub", input_size=8, score=lambda images: images.float().mean((1, 2, 3)) - 128)
+    return Scorer(detector, Settings(views=False, crops=1))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_part_that_is_cut_at_any_byte_is_gone_on_with(tmp_path, suffix):
+    "Hostile names, each file format, every place where a crash can cut the finished rows: no row is lost, doubled or changed."
+    draw, folder = np.random.default_rng(0), tmp_path/"pictures"
+    folder.mkdir()
+    for i in range(2):
+        name = bytes(draw.choice([*range(1, 47), *range(48, 256)], 6).astype(np.uint8)) + b"%d" % i
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file: Image.fromarray(noise(i, 8, 8)).save(file, "PNG")
+    (folder/"broken").write_bytes(b"none")
+    paths, scorer, whole, cut = find_files([folder]), stub(tmp_path), tmp_path/f"whole{suffix}", tmp_path/f"cut{suffix}"
+    score_to_file(paths, scorer, whole)
+    write_scores(read_scores(whole), tmp_path/"lines.jsonl")
+    lines = (tmp_path/"lines.jsonl").read_bytes()
+    step = {".csv": 23, ".jsonl": 101, ".parquet": 10**9}[suffix]
+    for end in range(len(lines) + 1): # every byte for the reader; the whole run where a line ends, and every so often
+        part_of(cut).write_bytes(lines[:end])
+        ended = [json.loads(line) for line in lines[:end].split(b"\n")[:-1]]
+        assert list(read_scores(part_of(cut))) == ended, end
+        if end % step and b"\n" not in lines[max(end - 1, 0):end + 1]: continue
+        counts = score_to_file(paths, scorer, cut, resume=True)
+        assert counts["kept"] == sum(row["error"] is None for row in ended), end
+        assert not part_of(cut).exists(), end
+        if suffix == ".parquet": assert list(read_scores(cut)) == list(read_scores(whole)), end
+        else: assert cut.read_bytes() == whole.read_bytes(), end
+
+
+def test_damaged_tables_and_parts_give_rows_or_one_kind_of_error(tmp_path):
+    "Random damages to each kind of file: rows, or a `ValueError` that names the file; no crash of the reader either."
+    draw = np.random.default_rng(1)
+    for i in range(3): Image.fromarray(noise(i, 8, 8)).save(tmp_path/f"{i}.png")
+    rows = list(score_files(find_files([tmp_path]), stub(tmp_path)))
+    for suffix in (".csv", ".jsonl", ".parquet", ".part"):
+        write_scores(rows, tmp_path/f"good{'.jsonl' if suffix == '.part' else suffix}")
+        good = (tmp_path/f"good{'.jsonl' if suffix == '.part' else suffix}").read_bytes()
+        for _ in range(15 if suffix == ".parquet" else 200): # each Parquet file costs a process
+            bad = bytearray(good)
+            for _ in range(draw.integers(1, 4)): bad[draw.integers(len(bad))] = draw.integers(256)
+            (tmp_path/f"bad{suffix}").write_bytes(bad[:draw.integers(len(bad))] if draw.random() < 0.3 else bad)
+            try: found = list(read_scores(tmp_path/f"bad{suffix}"))
+            except ValueError as error: assert f"bad{suffix}: damaged, or not" in str(error)
+            else: assert len(found) <= len(rows)

@@ -12,8 +12,9 @@ from sklearn.calibration import calibration_curve
 
 from imaginet_nb.data.corruptions import grid_points, grid_transform
 from imaginet_nb.data.images import save
-from imaginet_nb.data.manifest import FAMILIES
-from imaginet_nb.detectors.protocol import BASELINE, FAMILY_COLUMNS, OURS, predict
+from imaginet_nb.data.labels import FAMILIES
+from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, predict
+from imaginet_nb.detectors.protocol import BASELINE, OURS
 from imaginet_nb.evaluation.bootstrap import resample_counts
 from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_all, fit_calibration, fit_line, threshold_at
 from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, tpr_at_fpr_statistic
@@ -21,7 +22,8 @@ from imaginet_nb.evaluation.open_set import KNOWN, fit_nearest_known, leave_one_
 from imaginet_nb.evaluation.probabilities import operating_table, probability_table, reliability_bins
 from imaginet_nb.evaluation.robustness import image_shifts, loss_table, over_grid, shift_table
 from imaginet_nb.models.checkpoints import CheckpointError, load_detector, save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 
 def made_up(seed: int, split: str, n: int = 400) -> pd.DataFrame:

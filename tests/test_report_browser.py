@@ -14,7 +14,8 @@ from imaginet_nb.apps.predict import Scorer, find_files, score_files, score_fram
 from imaginet_nb.core import seed_everything
 from imaginet_nb.evaluation.calibration import fit_calibration
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 pytestmark = needs_browser
 HOSTILE = "<img src=x onerror=alert(1)> & 'quotes'.png"

@@ -1,5 +1,4 @@
-"""Files, ledger, index page and README of a report: properties that span several functions of `imaginet_nb.reporting.tables`."""
-import json
+"""Files, ledger and index page of a report: properties that span several functions of `imaginet_nb.reporting`."""
 import re
 from pathlib import Path
 
@@ -8,7 +7,11 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import load_profile
-from imaginet_nb.reporting import tables as R
+from imaginet_nb.reporting import figures
+from imaginet_nb.reporting.figures import new_figure, plot_embedding, save_figure
+from imaginet_nb.reporting.pages import report_index
+from imaginet_nb.reporting.published import PAPER_ITEMS, ledger, published
+from imaginet_nb.reporting.tables import read_table, save_table
 
 OURS = "SelfCon (ours)"
 
@@ -23,31 +26,31 @@ def table():
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path, table):
-    first = {p.name: p.read_bytes() for p in R.save_table(table, tmp_path/"t", "Caption.", {"seed": 1})}
+    first = {p.name: p.read_bytes() for p in save_table(table, tmp_path/"t", "Caption.", {"seed": 1})}
     assert set(first) == {"t.csv", "t.md", "t.tex", "t.provenance.json"}
-    assert {p.name: p.read_bytes() for p in R.save_table(table, tmp_path/"t", "Caption.", {"seed": 1})} == first
+    assert {p.name: p.read_bytes() for p in save_table(table, tmp_path/"t", "Caption.", {"seed": 1})} == first
     assert not list(tmp_path.glob(".*"))                        # no temporary file stays
 
 
 def test_figures_have_the_same_bytes_and_no_date(tmp_path):
     points = pd.DataFrame({"x": [0.0, 1.0], "y": [0.0, 1.0], "origin": ["real", "synthetic"]})
-    saved = [[p.read_bytes() for p in R.save_figure(R.plot_embedding(points, "origin", "Title"), tmp_path/"f", "Points.")]
+    saved = [[p.read_bytes() for p in save_figure(plot_embedding(points, "origin", "Title"), tmp_path/"f", "Points.")]
              for _ in range(2)]
     assert saved[0] == saved[1] and b"CreationDate" not in saved[0][1]
 
 
 def test_csv_markdown_and_latex_agree(tmp_path, table):
-    csv, md, tex = (p.read_text(encoding="utf-8") for p in R.save_table(table, tmp_path/"t", "Caption.")[:3])
+    csv, md, tex = (p.read_text(encoding="utf-8") for p in save_table(table, tmp_path/"t", "Caption.")[:3])
     assert "0.9372" in csv and "0.937 [0.900, 0.960]" in md and "0.937 [0.900, 0.960]" in tex
     numbers = [re.findall(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", text) for text in (md, tex)]
     assert numbers[0] == numbers[1] and len(numbers[0]) == 2
-    back = R.read_table(tmp_path/"t")
+    back = read_table(tmp_path/"t")
     assert list(back) == list(table) and back["note"].tolist() == table["note"].tolist()
     assert back["acc"].isna().tolist() == [False, False, True]
 
 
 def test_special_characters_are_escaped(tmp_path, table):
-    _, md, tex, _ = (p.read_text(encoding="utf-8") for p in R.save_table(table, tmp_path/"t", "50 % of a_b."))
+    _, md, tex, _ = (p.read_text(encoding="utf-8") for p in save_table(table, tmp_path/"t", "50 % of a_b."))
     assert r"a\_b \& 50 \% \#1" in tex and r"50 \% of a\_b." in tex
     body = tex[tex.index(r"\midrule"):tex.index(r"\bottomrule")].splitlines()[1:]
     assert all(len(re.findall(r"(?<!\\)&", row)) == len(re.findall(r"(?<!\\)&", body[0])) for row in body)   # no cell split
@@ -55,42 +58,42 @@ def test_special_characters_are_escaped(tmp_path, table):
 
 
 def test_missing_numbers_are_called_not_run(tmp_path, table):
-    md = R.save_table(table, tmp_path/"t", "Caption.")[1].read_text(encoding="utf-8")
+    md = save_table(table, tmp_path/"t", "Caption.")[1].read_text(encoding="utf-8")
     row = next(line for line in md.splitlines() if "Corvi2022" in line)
     assert row.count("not run") == 3 and "weights not supplied" in row and "nan" not in md.lower()
-    with pytest.raises(ValueError, match="not run"): R.save_table(table.iloc[:0], tmp_path/"empty", "Caption.")
+    with pytest.raises(ValueError, match="not run"): save_table(table.iloc[:0], tmp_path/"empty", "Caption.")
     assert not list(tmp_path.glob("empty*"))
 
 
 def test_demo_ledger_compares_nothing(tmp_path, table):
-    R.save_table(table, tmp_path/"detection_by_family", "Made up.")
-    lines = R.ledger(tmp_path, "demo")
+    save_table(table, tmp_path/"detection_by_family", "Made up.")
+    lines = ledger(tmp_path, "demo")
     assert list(lines) == ["paper_item", "test_set", "group", "detector", "metric", "published", "reproduced", "difference", "status"]
     assert lines["reproduced"].isna().all() and lines["difference"].isna().all()
     assert set(lines["status"]) == {"not run (profile demo measures the embedded sandbox)"}
 
 
 def test_ledger_has_a_line_for_every_published_number(tmp_path):
-    lines = R.ledger(tmp_path, "demo")
+    lines = ledger(tmp_path, "demo")
     assert not lines["detector"].str.startswith("Ours").any() and not lines["detector"].str.contains("pre-v1").any()
     for item, stem in {"Table 2": "table2_dataset_structure", "Table 3": "table3_detection_by_family", "Table 4": "table4_practical",
                        "Table 5": "table5_corvi", "Table 6": "table6_inference_time", "Table 7": "table7_identification"}.items():
-        theirs = R.published(stem)["value"].astype(float)
+        theirs = published(stem)["value"].astype(float)
         assert sorted(lines.loc[lines["paper_item"] == item, "published"].astype(float)) == sorted(theirs), item
 
 
 def test_paper_ledger_gives_differences(tmp_path):
     def scores(groups, **more): return pd.DataFrame({"detector": OURS, "group": groups, "acc": 0.9, "auc": 0.95, "note": "", **more})
     peer = pd.DataFrame({"detector": "Wu2023", "group": ["GAN"], "acc": np.nan, "auc": np.nan, "note": "not run: weights not supplied"})
-    R.save_table(pd.concat([scores(["GAN", "Mean"]), peer], ignore_index=True), tmp_path/"detection_by_family", "Made up.")
-    R.save_table(scores(["photos"]), tmp_path/"detection_by_content", "Made up.")
+    save_table(pd.concat([scores(["GAN", "Mean"]), peer], ignore_index=True), tmp_path/"detection_by_family", "Made up.")
+    save_table(scores(["photos"]), tmp_path/"detection_by_content", "Made up.")
     both = pd.concat([scores(["GAN"], setting="clean").assign(acc=0.1), scores(["GAN"], setting="perturbed")], ignore_index=True)
-    R.save_table(both, tmp_path/"identification", "Made up.")
-    R.save_table(pd.DataFrame({"content_type": ["faces", "total"], "share": [0.2, 1.0], "origin": "real", "source": ["FFHQ", "all"],
+    save_table(both, tmp_path/"identification", "Made up.")
+    save_table(pd.DataFrame({"content_type": ["faces", "total"], "share": [0.2, 1.0], "origin": "real", "source": ["FFHQ", "all"],
                                "images": [22000, 100000]}), tmp_path/"dataset_structure", "Made up.")
     absent = pd.DataFrame({"detector": [OURS], "group": [""], "acc": [np.nan], "auc": [np.nan], "note": ["not run: set not supplied"]})
-    R.save_table(absent, tmp_path/"practical", "Made up.")
-    lines = R.ledger(tmp_path, "paper")
+    save_table(absent, tmp_path/"practical", "Made up.")
+    lines = ledger(tmp_path, "paper")
 
     def line(item, group, metric, detector=OURS):
         found = lines.query("paper_item.str.startswith(@item) and group == @group and metric == @metric and detector == @detector")
@@ -114,19 +117,19 @@ def test_items_name_every_result_of_the_pipeline():
     for kind in ("tables", "figures"):
         calls = re.findall(rf"(?<!\w){kind}\(((?:\"\w+\"(?:,\s*)?)+)\)", text)
         written = {stem for call in calls for stem in re.findall(r"\"(\w+)\"", call)} - {"umap_points", "relational_autoencoder_points"}
-        assert written and written == {stem for item in R.PAPER_ITEMS for stem in getattr(item, kind)}, kind
+        assert written and written == {stem for item in PAPER_ITEMS for stem in getattr(item, kind)}, kind
     notebooks = set(re.findall(r"^rule (p\w+):", text, re.MULTILINE))
-    assert {item.notebook for item in R.PAPER_ITEMS} - {""} <= notebooks
+    assert {item.notebook for item in PAPER_ITEMS} - {""} <= notebooks
 
 
 @pytest.fixture
 def report(tmp_path, table):
     folder = tmp_path/"demo"
-    R.save_table(table, folder/"tables"/"detection_by_family", "Detection <made up>.")
-    R.save_figure(R.new_figure()[0], folder/"figures"/"umap_family", caption="UMAP, made up.")
+    save_table(table, folder/"tables"/"detection_by_family", "Detection <made up>.")
+    save_figure(new_figure()[0], folder/"figures"/"umap_family", caption="UMAP, made up.")
     (folder/"notebooks").mkdir()
     (folder/"notebooks"/"p50_detection.html").write_text("<p>executed</p>", encoding="utf-8")
-    return folder, [p.read_text(encoding="utf-8") for p in R.report_index(folder, load_profile("demo"))]
+    return folder, [p.read_text(encoding="utf-8") for p in report_index(folder, load_profile("demo"))]
 
 
 def test_index_needs_nothing_from_elsewhere_and_its_links_lead_somewhere(report):
@@ -146,7 +149,7 @@ def test_index_shows_missing_results_and_keeps_published_numbers_apart(report):
     for text in (page, readme):
         assert "tables/corvi.csv is missing" in text and "figures/umap_origin.png is missing" in text
         assert "stand-in" in text and "nothing to compute" in text
-        for item in R.PAPER_ITEMS: assert item.item in text
+        for item in PAPER_ITEMS: assert item.item in text
     outside = re.sub(r"<details class=\"published\">.*?</details>", "", page, flags=re.DOTALL)
     assert "0.9589 / 0.9930" in page and "0.9589" not in outside and "0.9589" not in readme
     assert "<details open" not in page
@@ -155,35 +158,7 @@ def test_index_shows_missing_results_and_keeps_published_numbers_apart(report):
 
 def test_index_is_the_same_when_written_again(report):
     folder, first = report
-    assert [p.read_text(encoding="utf-8") for p in R.report_index(folder, load_profile("demo"))] == first
-
-
-def _notebook(path, *cells):
-    path.parent.mkdir(exist_ok=True)
-    content = [{"cell_type": kind, "source": source.splitlines(keepends=True), "outputs": outputs} for kind, source, outputs in cells]
-    path.write_text(json.dumps({"cells": content}), encoding="utf-8")
-    return path
-
-
-def test_readme_rewrites_links_of_the_notebook_folder(tmp_path):
-    source = ("# T\n\n[a](01_data/00_manifest.ipynb) [b](pipelines/p05_data.ipynb#x) ![c](../reports/demo/c.png) <img src=\"../d.png\">\n"
-              "[e](https://e.org/x) [f](#f)\n\n```sh\nls [g](../g)\n```")
-    text = R.render_readme(_notebook(tmp_path/"nbs"/"index.ipynb", ("markdown", source, [])), tmp_path)
-    for link in ("[a](nbs/01_data/00_manifest.ipynb)", "[b](nbs/pipelines/p05_data.ipynb#x)", "![c](reports/demo/c.png)",
-                 "<img src=\"d.png\">", "[e](https://e.org/x)", "[f](#f)", "ls [g](../g)"): assert link in text, link
-    assert text.startswith("<!-- rendered from nbs/index.ipynb by `make prepare`") and text.count("<!--") == 1
-
-
-def test_readme_takes_outputs_and_code_as_marked(tmp_path):
-    shown = [{"output_type": "display_data", "data": {"text/markdown": ["| m |\n", "|---|\n"], "text/plain": ["<Markdown>"]}}]
-    plain = [{"output_type": "execute_result", "data": {"text/plain": ["42"]}}]
-    path = _notebook(tmp_path/"nbs"/"index.ipynb", ("code", "#| hide\nsecret", plain[:0]), ("code", "#| echo: false\nquiet", shown),
-                     ("code", "6*7", plain))
-    text = R.render_readme(path, tmp_path)
-    assert "secret" not in text and "quiet" not in text and "<Markdown>" not in text and "| m |\n|---|" in text
-    assert "```python\n6*7\n```" in text and "42" in text
-    with pytest.raises(ValueError, match="run the notebook"):
-        R.render_readme(_notebook(tmp_path/"nbs"/"index.ipynb", ("code", "#| echo: false\nquiet", [])), tmp_path)
+    assert [p.read_text(encoding="utf-8") for p in report_index(folder, load_profile("demo"))] == first
 
 
 @pytest.mark.parametrize(("plot", "column"), [("plot_embedding", "x"), ("plot_detection", "acc"), ("plot_content_ablation", "group"),
@@ -191,5 +166,5 @@ def test_readme_takes_outputs_and_code_as_marked(tmp_path):
 def test_plots_name_the_column_that_is_lacking(plot, column):
     frame = pd.DataFrame([dict(x=0, y=0, generator_family="GAN", origin="synthetic", detector=OURS, model="m", group="photos", acc=1, auc=1,
                                track="detection", perturbation="jpeg", value=40, predicted_family="GAN")])
-    assert getattr(R, plot)(frame).axes
-    with pytest.raises((ValueError, KeyError), match=column): getattr(R, plot)(frame.drop(columns=column))
+    assert getattr(figures, plot)(frame).axes
+    with pytest.raises((ValueError, KeyError), match=column): getattr(figures, plot)(frame.drop(columns=column))

@@ -9,19 +9,11 @@ import pandas as pd
 import pytest
 
 from imaginet_nb.core import file_sha256, load_profile, repo_root
-from imaginet_nb.data.manifest import CONTENT_TYPES, FAMILIES
-from imaginet_nb.reporting import tables as reporting
-from imaginet_nb.reporting.tables import (
-    PAPER_ITEMS,
-    ledger,
-    plot_detection,
-    published,
-    read_table,
-    render_readme,
-    report_index,
-    save_figure,
-    save_table,
-)
+from imaginet_nb.data.labels import CONTENT_TYPES, FAMILIES
+from imaginet_nb.reporting.figures import STYLES, plot_detection, save_figure
+from imaginet_nb.reporting.pages import report_index
+from imaginet_nb.reporting.published import PAPER_ITEMS, ledger, published
+from imaginet_nb.reporting.tables import read_table, save_table
 
 GROUPS = [*FAMILIES, "Mean"]
 NOTE = "not run: weights, 50 % of them & more, not supplied"
@@ -156,9 +148,9 @@ def test_a_detector_that_was_not_run_is_named_in_the_figure(table):
 
 def test_every_label_of_the_annotations_has_a_fixed_look():
     "Catches a family or content type that is renamed in one room only."
-    assert list(reporting.LOOKS["generator_family"]) == [*FAMILIES, "real"]
-    assert list(reporting.LOOKS["content_type"]) == list(CONTENT_TYPES)
-    for looks in reporting.LOOKS.values():
+    assert list(STYLES["generator_family"]) == [*FAMILIES, "real"]
+    assert list(STYLES["content_type"]) == list(CONTENT_TYPES)
+    for looks in STYLES.values():
         assert len({c for c, _ in looks.values()}) == len({m for _, m in looks.values()}) == len(looks), "two labels look alike"
 
 
@@ -301,24 +293,3 @@ def test_page_keeps_published_and_measured_apart_and_names_the_profile(report):
 def test_pages_are_the_same_bytes_again(report):
     before = [p.read_bytes() for p in report_index(report, load_profile("demo"))]
     assert [p.read_bytes() for p in report_index(report, load_profile("demo"))] == before
-
-
-# README of the repository
-
-def test_readme_shows_what_a_reader_needs(tmp_path):
-    (tmp_path/"nbs").mkdir()
-    cells = [("markdown", "# A\n\n![p](../reports/p.png) [q](https://q.r/s) <img src=\"../x.png\">\n\n```sh\n[not](a link)\n```", []),
-             ("code", "#| hide\nimport secret", []), ("code", "#| default_exp index", []),
-             ("code", "1 + 1", [{"data": {"text/plain": ["2"]}}]),
-             ("code", "#| echo: false\nshow()", [
-                 {"data": {"text/html": "<b>", "text/markdown": ["| [t](../reports/t.csv) |"], "text/plain": "x"}}]),
-             ("code", "picture", [{"data": {"image/png": "AAAA", "text/plain": "<Figure>"}}]),
-             ("code", "print(3)", [{"name": "stdout", "text": ["3\n"]}])]
-    notebook = tmp_path/"nbs"/"index.ipynb"
-    notebook.write_text(json.dumps({"cells": [
-        dict(cell_type=kind, source=source.splitlines(keepends=True), outputs=outputs) for kind, source, outputs in cells]}))
-    text = render_readme(notebook, tmp_path)
-    for wanted in ("![p](reports/p.png)", "(https://q.r/s)", '<img src="x.png">', "[not](a link)",
-                   "```python\n1 + 1\n```\n\n```text\n2\n```", "| [t](reports/t.csv) |", "```text\n3\n```"): assert wanted in text, wanted
-    for hidden in ("secret", "default_exp", "show()", "<b>", "<Figure>", "#|"): assert hidden not in text, hidden
-    assert render_readme(notebook, tmp_path) == text

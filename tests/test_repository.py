@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from render_documents import render_readme
 
 import imaginet_nb
 from imaginet_nb.apps.pipeline import notebook_parameters
 from imaginet_nb.core import load_profile, repo_root
-from imaginet_nb.reporting.tables import render_readme
 
 ROOT = repo_root()
 LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), *sorted((ROOT/"nbs").glob("[0-9]*/[0-9]*.ipynb"))] # in reading order
@@ -85,6 +85,8 @@ def test_pipeline_notebooks_are_templates(path):
         source = "".join(cell["source"])
         assert not cell["outputs"], f"committed with outputs: {source[:60]}"
         assert "#|" not in source, "papermill ignores nbdev directives"
+        own = path.stem != "p95_benchmark" and re.search(r"^def |= lambda ", source, re.M)
+        assert not own, f"functions belong in the library: {source[:60]}"
     assert notebook["cells"][1]["metadata"].get("tags") == ["parameters"]
     assert notebook["metadata"]["kernelspec"]["language"] == "python"
     later = "\n".join(cells(path)[1:])
@@ -111,7 +113,7 @@ def test_nothing_committed_names_a_folder_of_the_machine_that_made_it():
 
 
 def test_readme_is_rendered_from_the_index():
-    assert (ROOT/"README.md").read_text() == render_readme(ROOT/"nbs"/"index.ipynb"), "run `make prepare`"
+    assert (ROOT/"README.md").read_text() == render_readme(ROOT/"nbs"/"index.ipynb", ROOT), "run `make prepare`"
 
 
 def test_links_and_commands_of_the_readme_exist():

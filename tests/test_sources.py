@@ -22,7 +22,8 @@ from multivolumefile import MultiVolume
 
 from imaginet_nb.data import imaginet as S
 from imaginet_nb.data.images import decode, save
-from imaginet_nb.data.manifest import AnnotationError, read_annotations, write_annotations
+from imaginet_nb.data.labels import AnnotationError
+from imaginet_nb.data.splits import read_annotations, write_annotations
 
 VOLUME = 20_000
 

@@ -11,9 +11,11 @@ from PIL import Image
 
 from imaginet_nb.core import repo_root, rng
 from imaginet_nb.data import perturbed as T
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError
-from imaginet_nb.data.manifest import AnnotationError, read_annotations, validate_manifest
+from imaginet_nb.data.labels import AnnotationError
+from imaginet_nb.data.manifest import validate_manifest
+from imaginet_nb.data.splits import read_annotations
 
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
 needs_lists = pytest.mark.skipif(not (LISTS/"test_annotations.txt").is_file(),

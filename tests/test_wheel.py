@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 from imaginet_nb.core import repo_root, seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
-from imaginet_nb.models.resnet import ImagiNetClassifier, create_backbone
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT = repo_root()
 SETTINGS = ConfigParser(delimiters=["="])
@@ -73,7 +74,8 @@ def test_the_wheel_holds_the_package_and_what_it_reads_and_nothing_else(wheel):
     own = {n for n in names if ".dist-info/" not in n}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb").rglob("*.py")}
     read = [*(ROOT/"profiles").glob("*.yaml"), *(ROOT/"data").glob("*.csv"), *(ROOT/"reports"/"published").glob("*.csv")]
-    assert own == modules | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb"/"reporting"/"templates").iterdir()}
+    assert templates and own == modules | templates | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
     assert any(n.endswith("LICENSE") for n in names)
 
 
@@ -140,7 +142,7 @@ def test_sandbox_with_your_own_profile_and_the_wheels(installed, pictures):
     again = run(installed/"imaginet", "data", "sandbox", "--out", "pictures", "--profile", "demo", cwd=pictures, ok=False)
     assert again.returncode == 1 and "pictures" in again.stderr and "Traceback" not in again.stderr # the name is known, the folder taken
     unknown = run(installed/"imaginet", "data", "sandbox", "--out", "x", "--profile", "dmeo", cwd=pictures, ok=False)
-    assert unknown.returncode == 1 and "known profiles: benchmark, demo, " in unknown.stderr
+    assert unknown.returncode == 1 and "known profiles: benchmark, benchmark-gpu, demo, " in unknown.stderr
 
 
 @pytest.mark.parametrize("words", [("reproduce",), ("notebook", "p50_detection")])
@@ -151,7 +153,7 @@ def test_what_needs_a_clone_says_so(installed, pictures, words):
 
 def test_files_beside_the_library_are_found(installed, pictures):
     "The counts that `data verify` compares with, and the paper's numbers; without them both would go on in silence."
-    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.tables import published; "
+    code = ("from imaginet_nb.core import shipped; from imaginet_nb.reporting.published import published; "
             "print(shipped('data/test_split_counts.csv').is_file(), len(published('table3_detection_by_family')) > 0)")
     assert run(installed/"python", "-c", code, cwd=pictures).stdout == "True True\n"
 

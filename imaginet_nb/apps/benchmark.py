@@ -30,10 +30,12 @@ from ..core import repo_root, rng
 from ..data.datasets import ManifestDataset, Transform
 from ..data.images import Picture, save
 from ..training.losses import ImagiNetLoss
-from ..models.resnet import PixelDetector, SelfConNet, to_device
+from ..models.resnet import to_device
+from ..models.selfcon import PixelDetector, SelfConNet
 from ..data.sandbox import brush, city, dead_leaves, photograph
 from ..data.packed import Store
-from ..training.stages import Batch, make_optimizer, selfcon_step
+from ..training.loop import Batch, make_optimizer
+from ..training.stages import selfcon_step
 
 # %% ../../nbs/08_apps/06_benchmark.ipynb #27af738a
 CPU = torch.device("cpu")

@@ -214,9 +214,10 @@ def perturb(
 
     Layout, running numbers and lists are those of the authors. A set made with other settings or images is replaced.
     """
-    from imaginet_nb.data.manifest import read_annotations, read_manifest_csv
+    from imaginet_nb.data.manifest import read_manifest_csv
+    from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.perturbed import make_testset
-    from imaginet_nb.data.augmentation import Perturb
+    from imaginet_nb.data.corruptions import Perturb
     manifest = manifest or root/"annotations"/"test_annotations.txt"
     images = read_manifest_csv(manifest) if manifest.suffix == ".csv" else read_annotations(manifest, "test")
     made = make_testset(images, root, Perturb(size=size, crop_cap=crop_cap or None), seed, jobs, authors_lists)
@@ -235,7 +236,8 @@ def pack(
 
     Goes on where a stopped run ended. Set data.store in a profile to the folder to train from it.
     """
-    from imaginet_nb.data.manifest import read_annotations, read_manifest_csv
+    from imaginet_nb.data.manifest import read_manifest_csv
+    from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.packed import StoreError, pack, verify_store
     if check:
         damaged = verify_store(out)
@@ -437,13 +439,12 @@ def predict(
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
     scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views), identity, place)
-    _score(files, scorer if detector else replace(scorer, detector=fast(loaded)), out, resume)
+    scored = _score(files, scorer if detector else replace(scorer, detector=fast(loaded)), out, resume)
     if html is not None:
         from imaginet_nb.apps.predict_page import write_page
         write_page(read_scores(out), scorer, html, notes)
         typer.echo(f"{html}: report")
-    if all(row["error"] is not None for row in read_scores(out)):
-        raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
+    if not scored: raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #231208b5
 def _is_missing(path: Path) -> bool:
@@ -466,7 +467,7 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
     for result in results: check_writable(result) # before hours of work
     return files
 
-def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
+def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> int: # number of files that could be scored
     "Write the table and say what is in it; when stopped, say how to go on."
     from imaginet_nb.apps.predict import part_of, score_to_file
     if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
@@ -477,6 +478,7 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> None:
     scored = counts["real"] + counts["synthetic"] + counts["unsure"]
     typer.echo(f"{out}: {scored} scored ({counts['synthetic']} synthetic, {counts['unsure']} unsure, {counts['real']} real); "
                f"{counts['error']} with an error" + (f"; {counts['kept']} rows kept" if resume else ""))
+    return scored
 
 # %% ../../nbs/08_apps/07_cli.ipynb #52779b86
 @command(app, "evaluate", "out")
@@ -531,7 +533,7 @@ def score(
     what the predictions were made from.
     """
     from imaginet_nb.core import pick_device
-    from imaginet_nb.detectors.protocol import score_manifest, slice_path
+    from imaginet_nb.detectors.slices import score_manifest, slice_path
     from imaginet_nb.training.processes import joined, rank_and_size
     from imaginet_nb.apps.predict import environment
     from imaginet_nb.data.augmentation import CenterCrop
@@ -561,7 +563,7 @@ def merge(
     The result is byte for byte that of one run. A missing slice is an error; so is one of another detector, or with other files,
     settings or versions, and the message names the difference.
     """
-    from imaginet_nb.detectors.protocol import merge_slices
+    from imaginet_nb.detectors.slices import merge_slices
     typer.echo(f"{out}: {merge_slices(out)} rows")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #03c653ab

@@ -14,16 +14,23 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..data.manifest import UNKNOWN, AnnotationError, read_table
-from ..audit.report import Block, html_page, table_blocks
-from ..evaluation.detection import MEAN, detection_table, metadata_rows
-from ..evaluation.calibration import Calibration, Fits, calibrated, calibrated_probability, calibration_of, fit_all
-from ..core import _git, atomic_path, file_sha256, fingerprint, versions
-from ..detectors.protocol import Detector, predict, save_predictions
+from ..data.labels import UNKNOWN, AnnotationError
+from ..data.manifest import read_table
+from ..evaluation.detection import metadata_rows
+from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
+from ..core import _git, file_sha256, fingerprint, versions, write_text
+from ..detectors.predictions import predict, save_predictions
+from ..detectors.protocol import Detector
+from ..evaluation.calibration import calibrated
+from ..evaluation.detection import MEAN, detection_table
 from ..data.corruptions import grid_points, grid_transform
-from ..data.folders import complete_manifest, label_of, read_labelled_folder
+from ..data.labels import label_of
+from ..data.folders import complete_manifest, read_labelled_folder
+from ..evaluation.calibration import Fits, fit_all
 from ..evaluation.probabilities import operating_table
-from ..reporting.tables import plot_detection, save_figure, save_table
+from ..reporting.figures import plot_detection, save_figure
+from ..reporting.pages import Block, render_page, table_blocks
+from ..reporting.tables import save_table
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
 
@@ -233,15 +240,14 @@ def evaluate(
     save_predictions(found.predictions, out/"predictions.csv")
     for stem, (frame, caption) in found.tables.items(): save_table(frame, out/"tables"/stem, caption, record)
     for stem, (figure, caption) in found.figures.items(): save_figure(figure, out/"figures"/stem, caption, record)
-    blocks: list[Block] = [*(("note", note) for note in notes), ("list", found.sentences), ("h2", "By generator")]
+    blocks: list[Block] = [*(("note", note) for note in notes), ("list", found.sentences), ("heading", "By generator")]
     blocks += table_blocks(found.tables, "detection_by_generator")
     blocks += [("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
     for title, stems in (("By content", ["detection_by_content"]), ("Operating points", ["operating_points"]),
                          ("Robustness", ["robustness_loss", "robustness_shift"])):
-        if stems[0] in found.tables: blocks += [("h2", title), *table_blocks(found.tables, *stems)]
+        if stems[0] in found.tables: blocks += [("heading", title), *table_blocks(found.tables, *stems)]
     if "shifts" in found.figures: blocks.append(("figure", ("shifts", found.figures["shifts"][1])))
-    blocks += [("h2", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
-               ("p", "Made by `imaginet evaluate`; beside each table lies its provenance.")]
-    with atomic_path(out/"index.html") as temporary:
-        temporary.write_text(html_page(f"{detector.name} on {foreign.name}", blocks), encoding="utf-8", newline="\n")
+    blocks += [("heading", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
+               ("text", "Made by `imaginet evaluate`; beside each table lies its provenance.")]
+    write_text(render_page(f"{detector.name} on {foreign.name}", blocks), out/"index.html")
     return found.sentences

@@ -16,8 +16,10 @@ import torch
 from ..core import Profile, pick_device, repo_root
 from ..data.corruptions import grid_points
 from ..training.losses import ImagiNetLoss
-from ..models.resnet import ImagiNetClassifier, SelfConNet, create_backbone, to_device
-from ..training.stages import autocast, make_optimizer, selfcon_step
+from ..models.resnet import create_backbone, to_device
+from ..models.selfcon import ImagiNetClassifier, SelfConNet
+from ..training.loop import autocast, make_optimizer
+from ..training.stages import selfcon_step
 
 # %% ../../nbs/08_apps/05_plan.ipynb #9e9d9599
 def image_counts(

@@ -15,6 +15,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +33,10 @@ import torch
 from PIL import Image, features
 from pydantic import ConfigDict, ValidationError, create_model
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
 from ..core import atomic_path, file_sha256, fingerprint, path_text, progress, write_csv
-from ..detectors.protocol import _answers
+from ..detectors.predictions import detector_outputs
 from ..data.images import ImageError, decode, walk
 from ..evaluation.open_set import NearestKnown, open_set_of
 from ..data.augmentation import center_crop, compress, pad_to
@@ -245,7 +247,8 @@ def _ask(
     answers = np.full((len(crops), 1 + len(FAMILIES)), np.nan)
     for shape in dict.fromkeys(crop.shape for crop in crops):
         rows = [i for i, crop in enumerate(crops) if crop.shape == shape]
-        answers[rows] = _answers(detector, torch.from_numpy(np.stack([crops[i] for i in rows])).permute(0, 3, 1, 2).contiguous()).numpy()
+        images = torch.from_numpy(np.stack([crops[i] for i in rows])).permute(0, 3, 1, 2).contiguous()
+        answers[rows] = detector_outputs(detector, images).numpy()
     return answers
 
 def _family(scorer: Scorer, prepared: Prepared, logits: np.ndarray) -> dict[str, Any]: # logits: `(n, 4)` of the crops
@@ -436,9 +439,15 @@ def _table_rows(
             yield _checked(row, place)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c4
+_TRY = "import sys, fastparquet\nfor piece in fastparquet.ParquetFile(sys.argv[1]).iter_row_groups(): pass"
+
 def _pieces(path: Path) -> Iterable[pd.DataFrame]:
     "A CSV or Parquet file, piece by piece."
     if path.suffix == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE)
+    with open(path, "rb"): pass # no permission is no damage
+    tried = subprocess.run([sys.executable, "-c", _TRY, path], capture_output=True, text=True, errors="replace")
+    if tried.returncode < 0: raise ValueError("its reader crashes") # fastparquet, on damaged files, so that it is tried in another process
+    if tried.returncode: raise ValueError(tried.stderr.strip().rpartition("\n")[2])
     import fastparquet
     return fastparquet.ParquetFile(str(path)).iter_row_groups()
 

@@ -25,7 +25,8 @@ from PIL import Image, JpegImagePlugin
 
 from ..core import path_text, progress, worker_processes
 from ..data.images import FORMATS, ImageError, decode
-from ..data.manifest import REAL_SOURCES, image_file
+from ..data.manifest import image_file
+from ..data.splits import REAL_SOURCES
 
 # %% ../../nbs/06_audit/00_files.ipynb #821c4e70
 SUFFIX_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WebP", "tif": "TIFF"}

@@ -18,7 +18,8 @@ from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 
 from .files import container_format
 from ..core import rng
-from ..data.manifest import FAMILIES, LABELS, family_groups
+from ..data.labels import FAMILIES, LABELS
+from ..data.splits import family_groups
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #e43ed421
 RULES = {"format": ("format",), "content": ("content_type",), "format+content": ("format", "content_type")}

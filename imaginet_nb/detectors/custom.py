@@ -25,12 +25,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..models.checkpoints import weights_digest
 from ..core import Section, pick_device, read_yaml, rng
 from .protocol import Detector
 from ..data.augmentation import center_crop
-from ..data.graphs import GraphError, image_input, onnx_session, try_graph
+from ..models.graphs import GraphError, image_input, onnx_session, try_graph
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #54e78b28
 class PluginError(ValueError):

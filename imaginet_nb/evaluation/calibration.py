@@ -21,7 +21,8 @@ from sklearn.linear_model import LogisticRegression
 
 from ..audit.files import read_properties
 from ..core import fingerprint
-from ..data.manifest import FAMILIES, draw_reals, overlap
+from ..data.labels import FAMILIES
+from ..data.splits import draw_real_images, overlap
 from .bootstrap import by_detector, has_score, of_detector
 
 # %% ../../nbs/07_evaluation/02_calibration.ipynb #dd114252
@@ -41,7 +42,7 @@ def choose_images(
     fresh = marked[marked["seen"].eq("no") | marked["origin"].eq("synthetic")]
     wanted = min(len(fakes), int(marked["origin"].eq("real").sum()))
     enough = int(fresh["origin"].eq("real").sum()) >= wanted
-    reals = draw_reals(fresh if enough else marked, wanted, seed, "probabilities")
+    reals = draw_real_images(fresh if enough else marked, wanted, seed, "probabilities")
     return pd.concat([fakes, reals], ignore_index=True)
 
 # %% ../../nbs/07_evaluation/02_calibration.ipynb #012b18c6

@@ -19,7 +19,8 @@ import pandas as pd
 from scipy.special import expit
 
 from ..audit.shortcuts import RULES, metadata_scores
-from ..data.manifest import CONTENT_TYPES, FAMILIES, GENERATORS, draw_reals, family_groups
+from ..data.labels import CONTENT_TYPES, FAMILIES, GENERATORS
+from ..data.splits import draw_real_images, family_groups
 from .bootstrap import by_detector, estimates, first_value, has_score, interval_cells, join_notes, mean_over_groups
 from .bootstrap import restrict, unscored_note
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic
@@ -82,7 +83,7 @@ def group_by_generator(
     for generator in GENERATORS if present <= set(GENERATORS) else sorted(present):
         synthetic = np.flatnonzero(~real & frame["generator"].eq(generator))
         n = min(len(synthetic), int(real.sum()))
-        drawn = draw_reals(frame, n, seed, generator).index if n else np.empty(0, int)
+        drawn = draw_real_images(frame, n, seed, generator).index if n else np.empty(0, int)
         groups.append(Group(generator, np.concatenate([synthetic, drawn]).astype(int)))
     return groups, frame["origin"] + "|" + frame["generator"]
 

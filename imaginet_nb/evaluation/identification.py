@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from ..audit.shortcuts import RULES, metadata_scores
-from ..data.manifest import FAMILIES
-from ..detectors.protocol import FAMILY_COLUMNS
+from ..data.labels import FAMILIES
+from ..detectors.predictions import FAMILY_COLUMNS
 from .bootstrap import by_detector, estimates, first_value, interval_cells, join_notes, mean_over_groups, unscored_note
 from .detection import MEAN, metadata_name, source_images
 from .metrics import Statistic, macro_auc_statistic, recall_statistic

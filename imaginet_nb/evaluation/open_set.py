@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from ..data.datasets import Transform
-from ..detectors.protocol import embed, prediction_frame
+from ..detectors.predictions import embed, prediction_frame
 from .bootstrap import estimates, interval_cells, mean_over_groups, proportion_cells
 from .calibration import threshold_at
 from .detection import MEAN

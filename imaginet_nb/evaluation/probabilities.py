@@ -20,7 +20,8 @@ from .bootstrap import proportion_cells, unscored_note
 from .calibration import FALSE_POSITIVE_RATES, METHODS, Calibration, Fits, Method
 from .metrics import average_statistic, balanced_accuracy_statistic, brier_values, ece_floor, ece_statistic
 from .metrics import eer_statistic, eer_threshold, equal_mass_bins, nll_values, tpr_at_fpr_statistic
-from ..reporting.tables import GREY, looks_of
+from ..reporting.figures import label_styles
+from ..reporting.figures import GREY
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #9770f5fa
 PROBABILITY_COLUMNS = ("detector", "setting", "method", "acc", "acc_low", "acc_high", "eer", "eer_low", "eer_high",
@@ -133,7 +134,7 @@ def plot_reliability(
     title: str = "",
 ) -> Figure:
     "Reliability diagram: one panel per method, with the histogram of the probabilities below it."
-    methods, looks = list(dict.fromkeys(bins["method"])), looks_of(bins["detector"], "detector")
+    methods, looks = list(dict.fromkeys(bins["method"])), label_styles(bins["detector"], "detector")
     figure = Figure(figsize=(6, 4.4), layout="constrained")
     panels = figure.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     for (diagram, counts), method in zip(panels.T, methods, strict=True):

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import rng
-from ..data.manifest import FAMILIES, draw_reals
+from ..data.labels import FAMILIES
+from ..data.splits import draw_real_images
 from ..data.perturbed import clean_groups
 from .bootstrap import by_detector, estimates, has_score, interval_cells, join_notes, mean_over_groups, of_detector
 from .bootstrap import unscored_note
@@ -148,7 +149,7 @@ def published_subset(
         chosen += rng(seed, "as-published", family).permutation(paths)[:each].tolist()
     pool = frame
     if "group" in frame: pool = frame[frame["group"] == FAMILIES[0]] # the authors' real images are all in the GAN group
-    drawn = draw_reals(pool, min(len(chosen), int(pool["origin"].eq("real").sum())), seed, "as-published")
+    drawn = draw_real_images(pool, min(len(chosen), int(pool["origin"].eq("real").sum())), seed, "as-published")
     return frame[frame["path"].isin([*chosen, *drawn["path"]])]
 
 # %% ../../nbs/07_evaluation/05_protocols.ipynb #06a5c241

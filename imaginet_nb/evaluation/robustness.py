@@ -16,8 +16,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..data.corruptions import UNITS
-from ..data.manifest import FAMILIES
-from ..detectors.protocol import FAMILY_COLUMNS
+from ..data.labels import FAMILIES
+from ..detectors.predictions import FAMILY_COLUMNS
 from .bootstrap import by_detector, estimates, has_score, interval_cells, mean_over_groups, of_detector, unscored_note
 from .calibration import Fits
 from .detection import Group, detection_row, detection_values

@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.manifest import FAMILIES
+from ..data.labels import FAMILIES
 from ..core import Section, _git, atomic_path, file_sha256, pick_device
-from .resnet import IMAGENET_MEAN, IMAGENET_STD, Architecture, Backbone, HeadKind, ImagiNetClassifier, SelfConNet
+from .resnet import IMAGENET_MEAN, IMAGENET_STD, Architecture, Backbone
+from .selfcon import HeadKind, ImagiNetClassifier, SelfConNet
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #e1e2668d
 FORMAT, VERSION = "imaginet_nb checkpoint", 1
