@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.linear_probe import BACKBONE, fit_linear_probe, load_linear_probe, save_linear_probe

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from imaginet_nb.core import rng
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError, decode, save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, embed, load_predictions, predict, save_predictions

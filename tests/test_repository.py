@@ -85,6 +85,8 @@ def test_pipeline_notebooks_are_templates(path):
         source = "".join(cell["source"])
         assert not cell["outputs"], f"committed with outputs: {source[:60]}"
         assert "#|" not in source, "papermill ignores nbdev directives"
+        own = path.stem != "p95_benchmark" and re.search(r"^def |= lambda ", source, re.M)
+        assert not own, f"functions belong in the library: {source[:60]}"
     assert notebook["cells"][1]["metadata"].get("tags") == ["parameters"]
     assert notebook["metadata"]["kernelspec"]["language"] == "python"
     later = "\n".join(cells(path)[1:])

@@ -217,7 +217,7 @@ def perturb(
     from imaginet_nb.data.manifest import read_manifest_csv
     from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.perturbed import make_testset
-    from imaginet_nb.data.augmentation import Perturb
+    from imaginet_nb.data.corruptions import Perturb
     manifest = manifest or root/"annotations"/"test_annotations.txt"
     images = read_manifest_csv(manifest) if manifest.suffix == ".csv" else read_annotations(manifest, "test")
     made = make_testset(images, root, Perturb(size=size, crop_cap=crop_cap or None), seed, jobs, authors_lists)

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .labels import UNKNOWN, Family, Label, Origin
 from ..core import rng
-from .images import ImageError, LazyImage, Picture, decode
+from .images import ImageError, Picture, decode
+from .manifest import image_file
 
 # %% ../../nbs/01_data/07_datasets.ipynb #9484dd19
 def _codes(
@@ -41,7 +42,7 @@ class ManifestDataset(Dataset):
     def __init__(self,
         manifest: pd.DataFrame, # needs `path`, `origin`, `generator_family`; row numbers count from 0 in its order
         root: str | Path, # folder that the paths are relative to
-        transform: Transform, # from `transforms`; must return images of one size
+        transform: Transform, # must return images of one size
         seed: int, # of the run
         stage: str, # name of the random stream; stages with different names draw differently
         cache: bool = False, # keep decoded images in memory
@@ -64,8 +65,8 @@ class ManifestDataset(Dataset):
         "The image of a row, before the transform."
         path = self.paths[row]
         if self.store is not None: return self.store[path]
-        if self._images is None: return LazyImage(self.root/path)
-        if row not in self._images: self._images[row] = decode(self.root/path)
+        if self._images is None: return decode(image_file(self.root, path))
+        if row not in self._images: self._images[row] = decode(image_file(self.root, path))
         return self._images[row]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int, int]:

@@ -22,7 +22,8 @@ from joblib import delayed
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from ..core import Section, atomic_path, file_sha256, progress, worker_processes
-from .images import ImageError, LazyImage, Picture
+from .images import ImageError, Picture, decode, longer_side
+from .manifest import image_file
 
 # %% ../../nbs/01_data/08_packed.ipynb #3b69f761
 class StoreError(ValueError):
@@ -170,16 +171,15 @@ class Store(Mapping[str, Picture]):
         return StoredImage(canvas, top, height, width, np.asarray(checksums)[tile:tile + rows*columns], f"{name}, image {path}")
 
 # %% ../../nbs/01_data/08_packed.ipynb #473f3382
-def _pixels(path: Path) -> np.ndarray:
-    "A whole image; runs in a worker process."
-    return LazyImage(path)[:, :]
-
 _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "filters_meta": [0], "nthreads": 1}
 _SUFFIXES = ".b2nd", ".crc32", ".npy" # canvas, checksums, part of the index
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
     "Stands for the files of a shard as they are now."
-    try: states = [(p, (root/p).stat().st_size, (root/p).stat().st_mtime_ns) for p in paths]
+    def state(path: str) -> tuple[str, int, int]:
+        found = image_file(root, path).stat()
+        return path, found.st_size, found.st_mtime_ns
+    try: states = [state(path) for path in paths]
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
@@ -253,7 +253,7 @@ def _pack_shard(
     mark: str, # stands for its images
 ) -> dict[str, str]: # SHA-256 of its files
     "Write the files of one shard; the one that says what went into it comes last."
-    widest = max(LazyImage(root/p).shape[1] for p in paths)
+    widest = max(longer_side(image_file(root, p)) for p in paths)
     entries, checksums = _write_shard(images, paths, widest + -widest % _CHUNK, number, part.parent)
     with atomic_path(part.with_suffix(".crc32")) as temporary: checksums.astype("<u4").tofile(temporary)
     with atomic_path(part) as temporary: np.save(temporary, entries)
@@ -286,7 +286,7 @@ def pack(
             hashes = _packed(part, mark)
             if hashes is None:
                 (out/_MARKER).unlink(missing_ok=True) # from here on there is no store, until it is finished again
-                images = parallel(delayed(_pixels)(root/p) for p in shard)
+                images = parallel(delayed(decode)(image_file(root, p)) for p in shard)
                 found = progress(images, f"packing {number + 1}/{len(shards)}", total=len(shard))
                 hashes = _pack_shard(iter(found), shard, root, part, number, mark)
             known[part] = hashes

@@ -19,7 +19,7 @@ from .labels import CONTENT_TYPES, FAMILIES, LABELS, AnnotationError
 from .splits import FAMILY_FOLDERS, family_groups, perturbed_layout, read_annotations, write_annotations
 from ..core import atomic_path, fingerprint, progress, rng, worker_processes
 from .images import decode, save
-from .augmentation import Perturb
+from .corruptions import Perturb
 
 # %% ../../nbs/01_data/09_perturbed.ipynb #ac4e3f48
 def _perturb_file(source: Path, target: Path, transform: Perturb, seed: int, row: int) -> None:
