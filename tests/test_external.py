@@ -20,7 +20,9 @@ from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data import benchmarks as E
 from imaginet_nb.data.images import ImageError, decode
 from imaginet_nb.data.labels import AnnotationError
-from imaginet_nb.evaluation.protocols import calibrated_on, detection_by_clean_family, detection_on_lists, grouping_effect
+from imaginet_nb.data.perturbed import clean_groups
+from imaginet_nb.evaluation.detection import detection_table
+from imaginet_nb.evaluation.protocols import calibrated_on, detection_on_lists, grouping_effect
 
 ROOT = repo_root()
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or ROOT.parent/"shared"/"annotations")
@@ -344,7 +346,9 @@ def test_matched_reals_take_the_subject_out():
     frame = pd.DataFrame(rows, columns=["path", "origin", "content_type", "generator_family", "generator"]).assign(split="test", group="")
     predictions = scored(frame, name="Content").assign(logit=lambda f: np.where(f["content_type"] == "photos", -1.0, 1.0))
     predictions = predictions.assign(probability=expit(predictions["logit"]))
-    clean = detection_by_clean_family(predictions, resamples=50, seed=0).set_index("group")
+    groups = clean_groups(predictions, 0)
+    matched = predictions.assign(group=groups)[groups.notna()]
+    clean = detection_table(matched, "family", resamples=50, seed=0).set_index("group")
     assert np.allclose(clean["acc"].astype(float), 0.5) and np.allclose(clean["auc"].astype(float), 0.5)
     effect = grouping_effect(predictions, resamples=50, seed=0).set_index("group")
     assert effect.loc["Midjourney", "acc"] > 0.65 and effect.loc["Midjourney", "change_high"] < 0

@@ -285,7 +285,7 @@ def audit(
 ) -> None:
     """Say how far file format and content alone get, and what else the files give away.
 
-    Writes zero_pixel.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
+    Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
     """
     from imaginet_nb.audit.report import audit as write_audit
