@@ -60,8 +60,8 @@ HEADINGS = {
     "detector": "Detector", "group": "Group", "acc": "ACC", "auc": "AUC", "n_real": "Real", "n_synthetic": "Synthetic", "note": "Note",
     "paper_item": "Paper item", "test_set": "Test set", "metric": "Metric", "published": "Published", "reproduced": "Reproduced",
     "difference": "Difference", "status": "Status", "median_ms": "Median (ms)", "images": "Images", "n": "Images", "n_images": "Images",
-    "eer": "EER", "ece": "ECE", "ece_floor": "ECE floor", "nll": "NLL", "brier": "Brier", "tpr": "TPR", "kept_fpr": "Kept FPR",
-    "kept_tpr": "Kept TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
+    "eer": "EER", "ece": "ECE", "ece_floor": "ECE floor", "nll": "NLL", "brier": "Brier", "tpr": "TPR", "empirical_fpr": "Empirical FPR",
+    "empirical_tpr": "Empirical TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
 
 def has_interval(
     frame: pd.DataFrame,
