@@ -57,7 +57,7 @@ def shipped(
 ) -> Path: # where it is; in the package's folder where there is no clone
     "A file of the repository that the wheel carries too."
     here = repo_root()/path
-    return here if here.exists() else Path(__file__).resolve().parent/path
+    return here if here.exists() else Path(__file__).resolve().parent/"shipped"/path
 
 # %% ../nbs/00_core.ipynb #a1c0de22
 def _supply_user() -> None:

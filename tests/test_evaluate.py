@@ -63,7 +63,7 @@ def test_a_folder_gives_tables_a_page_and_predictions_that_agree(pictures):
         assert table.loc[name, "acc"] == pytest.approx(balanced_accuracy_score(truth, part["logit"] > 0), abs=6e-5)
         assert table.loc[name, "acc_low"] <= table.loc[name, "acc"] <= table.loc[name, "acc_high"]
     page = (pictures/"out"/"index.html").read_text()
-    assert "Flux" in page and "Zero-pixel" in page and str(pictures) not in page
+    assert "Flux" in page and "Metadata" in page and str(pictures) not in page
     assert (pictures/"out"/"tables"/"detection_by_generator.provenance.json").is_file()
 
 

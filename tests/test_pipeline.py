@@ -18,7 +18,8 @@ from imaginet_nb.models.checkpoints import read_header
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
-          "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize", "zero_pixel", "overlap",
+          "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
+          "metadata_baseline", "overlap",
           "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
           "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
@@ -74,8 +75,8 @@ def test_detection_tables_have_the_promised_columns_and_rows(report):
         assert set(run["detector"]) == {"SelfCon (ours)", "Cross-entropy (baseline)"} and "Mean" in set(run["group"])
         assert run[["acc", "acc_low", "acc_high", "auc"]].notna().all(axis=None)
         assert (run["acc_low"] <= run["acc"]).all() and (run["acc"] <= run["acc_high"]).all()
-        nulls = table[table["detector"].str.startswith("Zero-pixel")]
-        assert set(nulls["detector"]) == {f"Zero-pixel: {rule}" for rule in ("format", "content", "format+content")}
+        nulls = table[table["detector"].str.startswith("Metadata")]
+        assert set(nulls["detector"]) == {f"Metadata: {rule}" for rule in ("format", "content", "format+content")}
         assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched").any()
         peers = table[table["note"].str.startswith("not run", na=False)]
         assert {"Grag2021", "Corvi2022", "Corvi2022*", "Wu2023", "Linear probe (DINOv2 ViT-S)"} == set(peers["detector"])

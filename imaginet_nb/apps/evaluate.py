@@ -16,16 +16,18 @@ from matplotlib.figure import Figure
 
 from ..data.labels import UNKNOWN, AnnotationError
 from ..data.manifest import read_table
-from ..evaluation.shortcuts import zero_pixel_rows
+from ..evaluation.detection import metadata_rows
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
 from ..core import _git, file_sha256, fingerprint, versions, write_text
 from ..detectors.predictions import predict, save_predictions
 from ..detectors.protocol import Detector
-from ..evaluation.detection import MEAN, calibrated, detection_by_content, detection_by_generator
+from ..evaluation.calibration import calibrated
+from ..evaluation.detection import MEAN, detection_table
 from ..data.corruptions import grid_points, grid_transform
 from ..data.labels import label_of
 from ..data.folders import complete_manifest, read_labelled_folder
-from ..evaluation.probabilities import Fits, fit_all, operating_table
+from ..evaluation.calibration import Fits, fit_all
+from ..evaluation.probabilities import operating_table
 from ..reporting.figures import plot_detection, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
 from ..reporting.tables import save_table
@@ -128,8 +130,8 @@ def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #174c782e
 def _with_rules(table: pd.DataFrame, predictions: pd.DataFrame, by: str, options: dict[str, int]) -> pd.DataFrame:
-    "A table with the rows of the zero-pixel rules under it, without groups that have no images."
-    both = pd.concat([table, zero_pixel_rows(predictions, by, **options)], ignore_index=True)
+    "A table followed by the metadata-only baselines, without groups that have no images."
+    both = pd.concat([table, metadata_rows(predictions, by, **options)], ignore_index=True)
     return both[both["n_synthetic"].gt(0) & both["n_real"].gt(0)].reset_index(drop=True)
 
 def _robustness(
@@ -182,10 +184,10 @@ def judge(
     _refuse_one_kind(raw)
     predictions, fits, words = _thresholds(detector, foreign, raw, dict(transform=transform, **reading))
     about = f"{detector.name} on {foreign.name}. Probability: {words}."
-    by_generator = _with_rules(detection_by_generator(predictions, **options), predictions, "generator", options)
+    by_generator = _with_rules(detection_table(predictions, "generator", **options), predictions, "generator", options)
     tables = {"detection_by_generator": (by_generator, f"Detection, each generator against as many reals. {about}")}
     if predictions["content_type"].ne(UNKNOWN).all():
-        by_content = _with_rules(detection_by_content(predictions, **options), predictions, "content", options)
+        by_content = _with_rules(detection_table(predictions, "content", **options), predictions, "content", options)
         tables["detection_by_content"] = by_content, f"Detection by content. {about}"
     if fits[detector.name]["platt"].n: tables["operating_points"] = operating_table(predictions, fits, "as they are", **options), (
         f"What is found at chosen false-positive rates, and what the stored thresholds keep here. {about}")
@@ -206,7 +208,7 @@ def _sentences(table: pd.DataFrame, predictions: pd.DataFrame, name: str, words:
     mean = table[table["group"] == MEAN].set_index("detector")
     ours, rules = mean.loc[name], mean.drop(index=name)
     best = rules.sort_values("acc").iloc[-1]
-    rule, acc, low, high = str(best.name).removeprefix("Zero-pixel: "), best["acc"], best["acc_low"], best["acc_high"]
+    rule, acc, low, high = str(best.name).removeprefix("Metadata: "), best["acc"], best["acc_low"], best["acc_high"]
     beaten, n = bool(high >= ours["acc"]), len(table[table["detector"] == name]) - 1
     found = [f"{name}: balanced accuracy {ours['acc']:.3f} [{ours['acc_low']:.3f}, {ours['acc_high']:.3f}], AUC {ours['auc']:.3f} "
              f"[{ours['auc_low']:.3f}, {ours['auc_high']:.3f}], mean over {n} generator{'s'*(n > 1)}.",
