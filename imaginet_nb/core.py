@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'shipped', 'atomic_path', 'write_text', 'path_text',
-           'text_path', 'csv_text', 'write_csv', 'only_run', 'read_yaml', 'Section', 'DataConfig', 'SandboxConfig',
-           'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig',
-           'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'load_profile', 'rng', 'seed_everything',
-           'pick_device', 'progress', 'worker_processes', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
+           'text_path', 'csv_text', 'write_csv', 'only_run', 'made_with', 'claim_folder', 'read_yaml', 'Section',
+           'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig',
+           'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError',
+           'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'file_sha256',
+           'fingerprint', 'versions', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
 import difflib
 import errno
 import hashlib
+import json
 import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -186,6 +189,32 @@ def only_run(
         lock.release()
         for folder in missing:
             with contextlib.suppress(OSError): folder.rmdir() # nothing came of the run
+
+# %% ../nbs/00_core.ipynb #f5588252
+def made_with(
+    folder: str | Path,
+    marker: str, # name of the JSON file that the folder's maker writes into it
+) -> str | None: # fingerprint; None for a folder that is empty or not there
+    """What a folder was made from.
+
+    Raises `FileExistsError` for a folder with files and without a marker, `ValueError` for a marker that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return None
+    if not (folder/marker).is_file():
+        raise FileExistsError(f"{folder} holds files that were not made here (no {marker} in it): move it away or name another folder")
+    try: return str(json.loads((folder/marker).read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder/marker}: cannot be read ({error!r}); delete the folder to make it anew") from error
+
+def claim_folder(
+    folder: str | Path,
+    marker: str, # name of the JSON file
+    mark: str, # fingerprint of what the folder is to be made from
+) -> None:
+    "Get a folder ready to be filled: continue it, or remove what was made from something else. Raises as `made_with`."
+    if made_with(folder, marker) not in (None, mark): shutil.rmtree(folder)
+    with atomic_path(Path(folder)/marker) as temporary: temporary.write_text(json.dumps({"fingerprint": mark}))
 
 # %% ../nbs/00_core.ipynb #a1c0de12
 def _refused(problem: str, where: Any) -> yaml.MarkedYAMLError:

@@ -403,13 +403,13 @@ def run_p51(root: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
-    from imaginet_nb.detectors.prior_work import PEERS, create_peer_architecture, import_weights
+    from imaginet_nb.detectors.prior_work import PRIOR_METHODS, create_prior_method, import_weights
     from imaginet_nb.evaluation.detection import DETECTION_COLUMNS
     tables = run_p51(workshop)
     for name, chosen in E.EXTERNAL_SETS.items():
         table = tables[name]
         assert list(table) == list(DETECTION_COLUMNS) and set(table["group"]) == {*chosen.groups, "Mean"}
-        assert {"SelfCon (ours)", "Cross-entropy (baseline)", *PEERS} == set(table["detector"])
+        assert {"SelfCon (ours)", "Cross-entropy (baseline)", *PRIOR_METHODS} == set(table["detector"])
         assert table["note"].str.startswith(f"not run: images not supplied; imaginet data external {name} ").all()
         assert table[["acc", "auc", "n_real"]].isna().all(axis=None)
     assert tables["external_calibration"]["note"].str.startswith("not run").all()
@@ -422,7 +422,7 @@ def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
     (images/spoilt).write_bytes(b"")
     E.prepare_practical(lists, images, workshop/settings.external/"practical", size=32, allow_faults=True)
     import torch
-    peer = create_peer_architecture("Grag2021")
+    peer = create_prior_method("Grag2021")
     state = {k.removeprefix("backbone."): v for k, v in peer.backbone.state_dict().items()}
     state |= {"fc.weight": peer.detection.weight.data, "fc.bias": peer.detection.bias.data}
     torch.save({"model": state}, workshop/"grag.pth")
@@ -436,7 +436,7 @@ def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
         filled = table[table["detector"].isin(ran)]
         assert filled[["acc", "acc_low", "acc_high", "auc"]].notna().all(axis=None) and len(filled) == 3*(len(chosen.groups) + 1)
         rest = table[~table["detector"].isin(ran)]
-        assert set(rest["detector"]) == set(PEERS) - ran and rest["note"].str.contains("imaginet weights import").all()
+        assert set(rest["detector"]) == set(PRIOR_METHODS) - ran and rest["note"].str.contains("imaginet weights import").all()
         assert (filled[filled["group"] != "Mean"]["n_real"] == (6 if name == "corvi" else 2)).all()
     first = tables["practical"].query("detector == 'SelfCon (ours)' and group == 'DreamBooth'").iloc[0]
     assert first["n_synthetic"] == 1 and "1 image could not be scored" in first["note"]

@@ -381,17 +381,17 @@ def _own_detector(
 
 # %% ../../nbs/08_apps/07_cli.ipynb #dbff2158
 def _foreign_detector(
-    spec: str, # as for `plugins.load_plugin`, or a linear probe (.safetensors)
+    spec: str, # as for `custom.load_custom_detector`, or a linear probe (.safetensors)
     device: str, # cpu, cuda, ...
     trust: bool, # files may run code
 ) -> tuple[Any, str, list[str]]: # a `Detector`, what identifies it, no warnings
     "Somebody else's detector."
     from imaginet_nb.core import file_sha256, fingerprint
-    from imaginet_nb.detectors.custom import detector_files, load_plugin, weights_sha256
+    from imaginet_nb.detectors.custom import detector_files, load_custom_detector, weights_sha256
     if spec.endswith(".safetensors"):
         from imaginet_nb.detectors.linear_probe import load_linear_probe
         loaded: Any = load_linear_probe(spec, device)
-    else: loaded = load_plugin(spec, device, trust)
+    else: loaded = load_custom_detector(spec, device, trust)
     files = detector_files(spec)
     hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]]
     if files[1:]:

@@ -111,7 +111,7 @@ def write_annotations(
     if column not in df.columns: raise AnnotationError(f"{path}: no column {column} to write; make it with perturbed_layout")
     frame = validate_manifest(df.assign(path=df[column]), f"manifest for {path}", allow_duplicates=True)
     columns = [frame[name].map({m.label: str(m.code) for m in schema}) for name, schema in LABELS.items()]
-    lines = [f"./{','.join(row)}\n" for row in zip(frame["path"], *columns, strict=True)]
+    lines = [f"./{','.join(row)}\n" for row in zip(frame["path"].str.removeprefix("./"), *columns, strict=True)]
     with atomic_path(path) as temporary: temporary.write_bytes("".join(lines).encode())
 
 # %% ../../nbs/01_data/02_splits.ipynb #0b6cedff

@@ -48,7 +48,7 @@ class WeightsHeader(Section):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     format: str
     version: int
-    kind: str = ""       # selfcon, classifier, peer; absent in other formats
+    kind: str = ""       # selfcon, classifier, prior_method; absent in other formats
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 class _NetworkHeader(WeightsHeader):
