@@ -8,7 +8,7 @@ __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'sh
            'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig',
            'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError',
            'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'file_sha256',
-           'fingerprint', 'versions', 'provenance', 'Run']
+           'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -533,6 +533,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
     return found
 
+def git_state() -> dict[str, Any]: # `git_commit` (hash), `git_dirty` (bool); None where there is no clone
+    "Commit of the code, and whether tracked files outside of `reports` differ from it."
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
+
 def provenance(
     stage: str, # name of the notebook or command
     profile: Profile,
@@ -542,10 +547,8 @@ def provenance(
 ) -> dict[str, Any]: # ready for JSON; paths relative to the repository, no times
     "What a result was made from: code, settings, data, machine."
     import torch
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
     return {
-        "stage": stage, "profile": profile.name, "seed": profile.seed, "device": str(device),
-        "git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
+        "stage": stage, "profile": profile.name, "seed": profile.seed, "device": str(device), **git_state(),
         "versions": versions(), "threads": torch.get_num_threads(),
         "inputs": {_relative(path): file_sha256(path) for path in sorted(map(Path, inputs))},
         "settings": profile.model_dump(), **extra}

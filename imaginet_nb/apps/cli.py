@@ -380,7 +380,7 @@ def _own_detector(
     return loaded, f"{path.name}, sha256 {header['sha256']}", notes
 
 # %% ../../nbs/08_apps/07_cli.ipynb #dbff2158
-def _foreign_detector(
+def _custom_detector(
     spec: str, # as for `custom.load_custom_detector`, or a linear probe (.safetensors)
     device: str, # cpu, cuda, ...
     trust: bool, # files may run code
@@ -403,7 +403,7 @@ def _foreign_detector(
 def _detector(checkpoint: Path | None, detector: str | None, device: str, trust: bool) -> tuple[Any, str, list[str]]:
     "The detector that the options name, what identifies it, and warnings."
     if checkpoint and detector: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
-    return _foreign_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
+    return _custom_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
 
 # %% ../../nbs/08_apps/07_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
@@ -505,8 +505,8 @@ def evaluate(
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
-    from imaginet_nb.apps.evaluate import evaluate as measure, read_foreign
-    pictures = read_foreign(source, root if manifest else None)
+    from imaginet_nb.apps.evaluate import evaluate as measure, read_custom_dataset
+    pictures = read_custom_dataset(source, root if manifest else None)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")

@@ -33,7 +33,7 @@ from .files import composition, container_format, property_table
 from .shortcuts import RULES, metadata_classifier
 from .files import read_properties
 from .shortcuts import metadata_baseline
-from ..core import _git, file_sha256, versions, write_csv, write_text
+from ..core import file_sha256, git_state, versions, write_csv, write_text
 from ..data.folders import read_labelled_folder
 from ..reporting.figures import GREY, label_styles, new_figure, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
@@ -447,9 +447,8 @@ def audit_record(
     images: int, # files that were opened
 ) -> dict[str, Any]: # ready for JSON; no times and no folders
     "What an audit was made from."
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
-    return {"stage": "audit", "git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status), "seed": 0,
-            "versions": versions(), "inputs": {path.name: file_sha256(path) for path in sorted(source.files)},
+    return {"stage": "audit", **git_state(), "seed": 0, "versions": versions(),
+            "inputs": {path.name: file_sha256(path) for path in sorted(source.files)},
             "rows": len(source.manifest), "images_opened": images}
 
 # %% ../../nbs/06_audit/03_report.ipynb #40ba8d53

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.labels import FAMILIES
-from ..core import Section, _git, atomic_path, file_sha256, pick_device
+from ..core import Section, atomic_path, file_sha256, git_state, pick_device
 from .resnet import IMAGENET_MEAN, IMAGENET_STD, Architecture, Backbone
 from .selfcon import HeadKind, ImagiNetClassifier, SelfConNet
 
@@ -202,7 +202,7 @@ def save_checkpoint(
     **more: Any, # further entries of the header
 ) -> dict[str, Any]: # the header as written
     "Write weights and header to one safetensors file; `CheckpointError` for a header that could not be read again."
-    origin = {"profile": None, "data_hash": None, "git_commit": _git("rev-parse", "HEAD")}
+    origin = {"profile": None, "data_hash": None, "git_commit": git_state()["git_commit"]}
     own, facts = _describe(model) | ({"extra": sorted(extra)} if extra else {}), origin | dict(header or {}) | more
     if clash := sorted(own.keys() & facts.keys()):
         raise CheckpointError(f"{path}: header keys {clash} are written from the model; leave them out")
