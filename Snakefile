@@ -98,8 +98,8 @@ rule p05_data:
 rule p10_dataset:
     input: rules.p05_data.output
     output:
-        notebook("p10_dataset"), figures("zero_pixel", "composition", "file_properties"),
-        tables("dataset_features", "dataset_structure", "zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"),
+        notebook("p10_dataset"), figures("metadata_baseline", "composition", "file_properties"),
+        tables("dataset_features", "dataset_structure", "metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap"),
     params: settings=settings("data"), code=code_of("p10_dataset")
     shell: RUN
 

@@ -7,10 +7,10 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
-peers = cfg["peers_requirements"].split()
-# files of the repository that the library reads and the wheel therefore carries, under the same names (`core.shipped`)
+detectors = cfg["detectors_requirements"].split()
+# files of the repository that the library reads; the wheel carries them in a package of their own, under the same names (`core.shipped`)
 shipped = {"profiles": "*.yaml", "data": "*.csv", "reports/published": "*.csv"}
-names = {folder: "imaginet_nb." + folder.replace("/", ".") for folder in shipped}
+names = {folder: "imaginet_nb.shipped." + folder.replace("/", ".") for folder in shipped}
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
@@ -21,6 +21,7 @@ setup(
     package_dir={name: folder for folder, name in names.items()},
     package_data={names[folder]: [pattern] for folder, pattern in shipped.items()} | {"imaginet_nb.reporting": ["templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"peers": peers, "heic": cfg["heic_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *peers]},
+    extras_require={"detectors": detectors, "heic": cfg["heic_requirements"].split(),
+                    "dev": [*cfg["dev_requirements"].split(), *detectors]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'shipped', 'atomic_path', 'write_text', 'path_text',
-           'text_path', 'csv_text', 'write_csv', 'only_run', 'read_yaml', 'Section', 'DataConfig', 'SandboxConfig',
-           'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig',
-           'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'load_profile', 'rng', 'seed_everything',
-           'pick_device', 'progress', 'worker_processes', 'file_sha256', 'fingerprint', 'versions', 'provenance', 'Run']
+           'text_path', 'csv_text', 'write_csv', 'only_run', 'made_with', 'claim_folder', 'read_yaml', 'Section',
+           'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig',
+           'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError',
+           'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'file_sha256',
+           'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
 import difflib
 import errno
 import hashlib
+import json
 import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,7 +57,7 @@ def shipped(
 ) -> Path: # where it is; in the package's folder where there is no clone
     "A file of the repository that the wheel carries too."
     here = repo_root()/path
-    return here if here.exists() else Path(__file__).resolve().parent/path
+    return here if here.exists() else Path(__file__).resolve().parent/"shipped"/path
 
 # %% ../nbs/00_core.ipynb #a1c0de22
 def _supply_user() -> None:
@@ -191,6 +194,32 @@ def only_run(
         lock.release()
         for folder in missing:
             with contextlib.suppress(OSError): folder.rmdir() # nothing came of the run
+
+# %% ../nbs/00_core.ipynb #f5588252
+def made_with(
+    folder: str | Path,
+    marker: str, # name of the JSON file that the folder's maker writes into it
+) -> str | None: # fingerprint; None for a folder that is empty or not there
+    """What a folder was made from.
+
+    Raises `FileExistsError` for a folder with files and without a marker, `ValueError` for a marker that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return None
+    if not (folder/marker).is_file():
+        raise FileExistsError(f"{folder} holds files that were not made here (no {marker} in it): move it away or name another folder")
+    try: return str(json.loads((folder/marker).read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder/marker}: cannot be read ({error!r}); delete the folder to make it anew") from error
+
+def claim_folder(
+    folder: str | Path,
+    marker: str, # name of the JSON file
+    mark: str, # fingerprint of what the folder is to be made from
+) -> None:
+    "Get a folder ready to be filled: continue it, or remove what was made from something else. Raises as `made_with`."
+    if made_with(folder, marker) not in (None, mark): shutil.rmtree(folder)
+    with atomic_path(Path(folder)/marker) as temporary: temporary.write_text(json.dumps({"fingerprint": mark}))
 
 # %% ../nbs/00_core.ipynb #a1c0de12
 def _refused(problem: str, where: Any) -> yaml.MarkedYAMLError:
@@ -513,6 +542,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
     return found
 
+def git_state() -> dict[str, Any]: # `git_commit` (hash), `git_dirty` (bool); None where there is no clone
+    "Commit of the code, and whether tracked files outside of `reports` differ from it."
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
+
 def provenance(
     stage: str, # name of the notebook or command
     profile: Profile,
@@ -522,10 +556,8 @@ def provenance(
 ) -> dict[str, Any]: # ready for JSON; paths relative to the repository, no times
     "What a result was made from: code, settings, data, machine."
     import torch
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
     return {
-        "stage": stage, "profile": profile.name, "seed": profile.seed, "device": str(device),
-        "git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
+        "stage": stage, "profile": profile.name, "seed": profile.seed, "device": str(device), **git_state(),
         "versions": versions(), "threads": torch.get_num_threads(),
         "inputs": {_relative(path): file_sha256(path) for path in sorted(map(Path, inputs))},
         "settings": profile.model_dump(), **extra}

@@ -14,19 +14,17 @@ from PIL import Image, PngImagePlugin
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
+from imaginet_nb.audit import duplicates as copies
 from imaginet_nb.audit import files as au
 from imaginet_nb.audit import report as audit_page
+from imaginet_nb.audit import shortcuts
 from imaginet_nb.core import repo_root
 from imaginet_nb.data.labels import FAMILIES, AnnotationError
 from imaginet_nb.data.splits import read_annotations, write_annotations
-from imaginet_nb.evaluation import shortcuts as bias
-from imaginet_nb.evaluation.detection import (
-    calibrated,
-    detection_by_content,
-    detection_by_family,
-    detection_by_generator,
-    identification_table,
-)
+from imaginet_nb.evaluation.calibration import calibrated
+from imaginet_nb.evaluation.detection import GROUPINGS, detection_table, metadata_rows
+from imaginet_nb.evaluation.identification import identification_table, metadata_identification_rows
+from imaginet_nb.evaluation.protocols import format_matched_rows, format_matched_table
 
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
 needs_lists = pytest.mark.skipif(not (LISTS/"test_annotations.txt").is_file(),
@@ -51,12 +49,12 @@ def published(tmp_path_factory) -> tuple[list[str], Path]:
 
 @needs_lists
 def test_figures_on_the_published_lists(published):
-    table = pd.read_csv(published[1]/"zero_pixel.csv")
+    table = pd.read_csv(published[1]/"metadata_baseline.csv")
     assert table.columns.tolist() == ["track", "group", "rule", "fit", "balanced_accuracy", "auc", "n"]
     for fit in ("in_sample", "cross_validated"):
         rows = table[table["fit"] == fit].set_index(["track", "group", "rule"])
         for group, numbers in GIVEN.items():
-            got = rows.loc["detection"].loc[group].loc[list(au.RULES), ["balanced_accuracy", "auc"]].to_numpy().ravel()
+            got = rows.loc["detection"].loc[group].loc[list(shortcuts.RULES), ["balanced_accuracy", "auc"]].to_numpy().ravel()
             assert np.abs(got - numbers).max() < (0.0006 if fit == "in_sample" else 0.002), (fit, group)
         got = rows.loc["identification"].loc["all"].loc[["format", "format+content"], "balanced_accuracy"]
         assert got.tolist() == pytest.approx([0.75, 1.0], abs=1e-9)
@@ -66,8 +64,8 @@ def test_figures_on_the_published_lists(published):
 
 @needs_lists
 def test_a_single_list_gives_the_same_figures(published):
-    table = audit_page.list_tables(audit_page.audit_source(LISTS/"test_annotations.txt"))["zero_pixel"][0]
-    pd.testing.assert_frame_equal(table.round(4), pd.read_csv(published[1]/"zero_pixel.csv"), check_dtype=False, atol=1e-4)
+    table = audit_page.list_tables(audit_page.audit_source(LISTS/"test_annotations.txt"))["metadata_baseline"][0]
+    pd.testing.assert_frame_equal(table.round(4), pd.read_csv(published[1]/"metadata_baseline.csv"), check_dtype=False, atol=1e-4)
 
 
 @needs_lists
@@ -85,12 +83,12 @@ def test_overlaps_of_the_published_lists(published):
 def test_page_stands_alone_and_repeats_itself(published, tmp_path):
     audit_page.audit(LISTS, tmp_path)
     files = [file.relative_to(published[1]) for file in published[1].rglob("*") if file.is_file()]
-    assert len(files) > 20 and Path("figures/zero_pixel.png") in files
+    assert len(files) > 20 and Path("figures/metadata_baseline.png") in files
     for file in files: assert (published[1]/file).read_bytes() == (tmp_path/file).read_bytes(), file
     text = (tmp_path/"index.html").read_text()
     assert "0.788 / 0.844" in text and "https:" not in text and str(LISTS) not in text and str(tmp_path) not in text
     assert "Not looked at" in text                                                     # no images, and the page says so
-    for name in ("zero_pixel.csv", "overlap.csv", "index.html"):
+    for name in ("metadata_baseline.csv", "overlap.csv", "index.html"):
         stored = (repo_root()/"reports"/"audit"/name).read_bytes()
         assert stored == (tmp_path/name).read_bytes(), f"{name} is out of date: imaginet audit LISTS --out reports/audit"
 
@@ -113,7 +111,7 @@ def some_list(n: int = 600, seed: int = 0) -> pd.DataFrame:
 def test_in_sample_equals_a_full_decision_tree(seed):
     "A tree that may split one-hot cells without limit, with balanced classes, is the best rule on those cells."
     manifest = some_list(seed=seed)
-    table = au.zero_pixel_table(manifest, {}).set_index(["track", "rule", "fit", "group"])
+    table = shortcuts.metadata_baseline(manifest, {}).set_index(["track", "rule", "fit", "group"])
     features = {"format": ["format"], "content": ["content_type"], "format+content": ["both"]}
     frame = manifest.assign(format=au.container_format(manifest["path"])).assign(both=lambda f: f["format"] + f["content_type"])
     for rule, columns in features.items():
@@ -131,17 +129,20 @@ def test_in_sample_equals_a_full_decision_tree(seed):
 def test_cross_validation_does_not_see_the_image_itself():
     "Every image is alone in its format: in-sample that is perfect, cross-validated it is worth nothing."
     manifest = some_list(60).assign(path=[f"x/{i}.f{i}" for i in range(60)])
-    table = au.zero_pixel_table(manifest, {}).query("track == 'detection' and rule == 'format'").set_index("fit")["balanced_accuracy"]
+    table = shortcuts.metadata_baseline(manifest, {}).query("track == 'detection' and rule == 'format'")
+    table = table.set_index("fit")["balanced_accuracy"]
     assert table.to_dict() == {"in_sample": 1.0, "cross_validated": 0.5}
     repeated = pd.concat([manifest]*3, ignore_index=True)                               # nor a copy of it
-    table = au.zero_pixel_table(repeated, {}).query("track == 'detection' and rule == 'format'").set_index("fit")["balanced_accuracy"]
+    table = shortcuts.metadata_baseline(repeated, {}).query("track == 'detection' and rule == 'format'")
+    table = table.set_index("fit")["balanced_accuracy"]
     assert table.to_dict() == {"in_sample": 1.0, "cross_validated": 0.5}
 
 
 def test_groups_as_masks_positions_and_lists_agree():
     manifest = some_list()
     mask = manifest["generator_family"].isin(["SD", "real"]).to_numpy()
-    tables = [au.zero_pixel_table(manifest, {"SD": part}) for part in (mask, np.flatnonzero(mask), manifest[mask].reset_index(drop=True))]
+    parts = (mask, np.flatnonzero(mask), manifest[mask].reset_index(drop=True))
+    tables = [shortcuts.metadata_baseline(manifest, {"SD": part}) for part in parts]
     for table in tables[1:]: pd.testing.assert_frame_equal(tables[0], table)
 
 
@@ -237,11 +238,11 @@ def test_near_pairs_equal_a_double_loop_and_scale():
     for d in (0, 2, 4, 7, 15):
         n, values = len(codes), codes.tolist()
         by_hand = [(i, j) for i in range(n) for j in range(i + 1, n) if (values[i] ^ values[j]).bit_count() <= d]
-        assert list(map(tuple, au.near_pairs(codes, d).tolist())) == by_hand
-    with pytest.raises(ValueError, match="0..15"): au.near_pairs(codes, 16)
+        assert list(map(tuple, copies.near_pairs(codes, d).tolist())) == by_hand
+    with pytest.raises(ValueError, match="0..15"): copies.near_pairs(codes, 16)
     crowded = np.unique(draw.integers(0, 2**64, 200_000, dtype=np.uint64) & np.uint64(0xFFFFFFFFFFFFF000))
     began = time.perf_counter()
-    au.near_pairs(crowded[:20_000], 4)
+    copies.near_pairs(crowded[:20_000], 4)
     assert time.perf_counter() - began < 60
 
 
@@ -254,10 +255,10 @@ def test_duplicates_within_and_across_splits(tmp_path):
     add("b.png", picture(2), "train"); add("b.jpg", picture(2), "train", quality=92)             # near, within train
     add("c.png", picture(3), "test"); add("c2.png", picture(3), "test", "synthetic")             # same pixels, both origins
     for k in range(20): add(f"o{k}.png", picture(10 + k), "test")
-    found = au.duplicates(au.read_properties(pd.DataFrame(rows), tmp_path, jobs=1))
+    found = copies.duplicates(au.read_properties(pd.DataFrame(rows), tmp_path, jobs=1))
     assert found.query("kind == 'exact'")["path"].tolist() == ["a.png", "a.webp", "c.png", "c2.png"]
     assert found.query("kind == 'near'")["path"].tolist() == ["b.jpg", "b.png"]
-    table = au.duplicate_table(found).set_index(["kind", "splits"])
+    table = copies.duplicate_table(found).set_index(["kind", "splits"])
     assert table.loc[("exact", "test + train")].tolist() == [1, 2, 1, 0] and table.loc[("exact", "test")].tolist() == [1, 2, 1, 1]
     assert table.loc[("near", "train"), "groups"] == 1
 
@@ -275,7 +276,7 @@ def test_audit_of_a_folder_with_a_broken_file(odd_files, tmp_path_factory):
     assert any(s.startswith("13 of 16 files could be decoded") for s in sentences)
     assert pd.read_csv(out/"unreadable.csv")["path"].str.contains("cut|huge|empty").sum() == 3
     assert len(pd.read_csv(out/"properties.csv")) == 16 and "they are no images: 1." in (out/"index.html").read_text()
-    assert pd.read_csv(out/"zero_pixel.csv").query("rule == 'format' and track == 'detection'")["balanced_accuracy"].gt(0.9).all()
+    assert pd.read_csv(out/"metadata_baseline.csv").query("rule == 'format' and track == 'detection'")["balanced_accuracy"].gt(0.9).all()
 
 
 @pytest.mark.parametrize("line, says", [("./a.png,2,0,4,8", "line 2"), ("./../a.png,0,0,4,8", "leaves the image folder"),
@@ -290,8 +291,8 @@ def test_overlap_by_content_sees_through_names(tmp_path):
     for name in ("a.png", "b.png", "c.png"): picture(ord(name[0])).save(tmp_path/name)
     picture(ord("a")).save(tmp_path/"renamed.webp", lossless=True)
     lists = {"train": pd.DataFrame({"path": ["a.png", "b.png"]}), "test": pd.DataFrame({"path": ["renamed.webp", "c.png"]})}
-    assert au.overlap_table(lists)[["shared", "by"]].values.tolist() == [[0, "path"]]
-    assert au.overlap_table(lists, tmp_path)[["shared", "by"]].values.tolist() == [[1, "content"]]
+    assert copies.overlap_table(lists)[["shared", "by"]].values.tolist() == [[0, "path"]]
+    assert copies.overlap_table(lists, tmp_path)[["shared", "by"]].values.tolist() == [[1, "content"]]
 
 
 def test_manifest_with_splits_compares_them_by_content(tmp_path):
@@ -303,7 +304,7 @@ def test_manifest_with_splits_compares_them_by_content(tmp_path):
         picture(0 if k < 2 else k).save(tmp_path/"images"/path, **({"lossless": True} if path.endswith("webp") else {}))
     manifest.assign(path=manifest["path"]).to_csv(tmp_path/"m.csv", index=False)
     sentences = audit_page.audit(tmp_path/"m.csv", tmp_path/"out", root=tmp_path/"images", jobs=1)
-    assert {"zero_pixel.csv", "zero_pixel_train.csv", "overlap.csv"} <= {p.name for p in (tmp_path/"out").iterdir()}
+    assert {"metadata_baseline.csv", "metadata_baseline_train.csv", "overlap.csv"} <= {p.name for p in (tmp_path/"out").iterdir()}
     assert pd.read_csv(tmp_path/"out"/"overlap.csv")["by"].tolist() == ["content"]
     assert any("40 of 40 files" in s for s in sentences)
     with pytest.raises(FileNotFoundError, match="no such folder"): audit_page.audit(tmp_path/"m.csv", tmp_path/"out", root=tmp_path/"none")
@@ -325,35 +326,34 @@ def predictions(manifest: pd.DataFrame, shift: float, seed: int) -> pd.DataFrame
     return frame.assign(predicted_family=draw.choice(FAMILIES, len(manifest)), **{f"p_{f}": draw.random(len(manifest)) for f in FAMILIES})
 
 
-@pytest.mark.parametrize("by, table", [("family", detection_by_family), ("content", detection_by_content),
-                                       ("generator", detection_by_generator)])
-def test_rows_fit_their_table(by, table):
+@pytest.mark.parametrize("by", GROUPINGS)
+def test_rows_fit_their_table(by):
     manifest = some_list(800)
     raw, matched = predictions(manifest, 3, 1), predictions(manifest, 1, 2)
     calibration = predictions(manifest.assign(path="train/" + manifest["path"]), 3, 3)
     options = dict(resamples=30, seed=5)
-    main = table(calibrated(raw, calibration), **options)
-    added = [bias.zero_pixel_rows(raw, by, **options), bias.format_matched_rows(matched, calibration, by, **options)]
+    main = detection_table(calibrated(raw, calibration), by, **options)
+    added = [metadata_rows(raw, by, **options), format_matched_rows(matched, calibration, by, **options)]
     whole = pd.concat([main, *added], ignore_index=True)
     assert whole.columns.tolist() == main.columns.tolist()
     sizes = whole[whole["acc"].notna()].groupby("group")[["n_real", "n_synthetic"]].nunique()
     assert (sizes == 1).all().all()                                                     # the same images in every row of a group
-    names = ["Zero-pixel: format", "Zero-pixel: content", "Zero-pixel: format+content", "d, format-matched"]
+    names = ["Metadata: format", "Metadata: content", "Metadata: format+content", "d, format-matched"]
     assert whole["detector"][len(main):].unique().tolist() == names
-    direct = table(calibrated(matched, calibration), **options)
+    direct = detection_table(calibrated(matched, calibration), by, **options)
     assert added[1]["acc"].tolist() == pytest.approx(direct[direct["detector"] == "d"]["acc"].tolist(), nan_ok=True)
 
 
-def test_zero_pixel_rows_equal_the_table_of_the_audit():
+def test_metadata_rows_equal_the_table_of_the_audit():
     manifest = some_list(800)
-    rows = bias.zero_pixel_rows(predictions(manifest, 3, 1), "family", resamples=20, seed=7)
-    table = au.zero_pixel_table(manifest, seed=7).query("track == 'detection' and group != 'all'")
-    for rule in au.RULES:
-        mine = rows[rows["detector"] == f"Zero-pixel: {rule}"].set_index("group")
+    rows = metadata_rows(predictions(manifest, 3, 1), "family", resamples=20, seed=7)
+    table = shortcuts.metadata_baseline(manifest, seed=7).query("track == 'detection' and group != 'all'")
+    for rule in shortcuts.RULES:
+        mine = rows[rows["detector"] == f"Metadata: {rule}"].set_index("group")
         for fit, tolerance in (("cross_validated", 0.03), ("in_sample", 0.1)):        # other folds; the bound above
             theirs = table[(table["rule"] == rule) & (table["fit"] == fit)].set_index("group")
             assert np.abs(mine["acc"][list(FAMILIES)] - theirs["balanced_accuracy"]).max() < tolerance
-    identified = bias.zero_pixel_identification_rows(predictions(manifest, 3, 1), "perturbed", resamples=20, seed=7)
+    identified = metadata_identification_rows(predictions(manifest, 3, 1), "perturbed", resamples=20, seed=7)
     assert identified.columns.tolist() == identification_table(predictions(manifest, 3, 1), "clean", 5, 0).columns.tolist()
 
 
@@ -361,10 +361,10 @@ def test_format_of_a_perturbed_image_is_that_of_its_source():
     manifest = some_list(400)
     raw = predictions(manifest, 3, 1)
     perturbed = raw.assign(source=raw["path"], path=[f"testset/{k:05}.webp" for k in range(len(raw))])
-    rows = bias.zero_pixel_rows(perturbed, "content", resamples=5, seed=0)
-    blind = bias.zero_pixel_rows(perturbed.drop(columns="source"), "content", resamples=5, seed=0)
-    assert rows.query("detector == 'Zero-pixel: format'")["acc"].max() > 0.55
-    assert blind.query("detector == 'Zero-pixel: format'")["acc"].dropna().eq(0.5).all()
+    rows = metadata_rows(perturbed, "content", resamples=5, seed=0)
+    blind = metadata_rows(perturbed.drop(columns="source"), "content", resamples=5, seed=0)
+    assert rows.query("detector == 'Metadata: format'")["acc"].max() > 0.55
+    assert blind.query("detector == 'Metadata: format'")["acc"].dropna().eq(0.5).all()
 
 
 def test_paired_drop_is_narrower_than_two_separate_intervals():
@@ -372,7 +372,8 @@ def test_paired_drop_is_narrower_than_two_separate_intervals():
     raw = predictions(manifest, 2, 1)
     matched = raw.assign(logit=raw["logit"] - 0.1)
     calibration = predictions(manifest.assign(path="train/" + manifest["path"]), 2, 3)
-    drop = bias.format_matched_table(matched, raw, calibration, resamples=200, seed=0).set_index("group").loc["Mean"]
-    alone = detection_by_family(calibrated(raw, calibration), resamples=200, seed=0).set_index(["detector", "group"]).loc[("d", "Mean")]
+    drop = format_matched_table(matched, raw, calibration, resamples=200, seed=0).set_index("group").loc["Mean"]
+    alone = detection_table(calibrated(raw, calibration), "family", resamples=200, seed=0)
+    alone = alone.set_index(["detector", "group"]).loc[("d", "Mean")]
     assert drop["drop_high"] - drop["drop_low"] < 0.7*(alone["acc_high"] - alone["acc_low"])
     assert drop[["auc_drop", "auc_drop_low"]].tolist() == pytest.approx([0, 0], abs=1e-12)                # a shift keeps the order

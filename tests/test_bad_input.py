@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from imaginet_nb.apps.cli import app
 from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import seed_everything
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError, decode
 from imaginet_nb.data.manifest import MANIFEST_COLUMNS
 from imaginet_nb.data.perturbed import make_testset

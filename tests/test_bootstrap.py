@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import recall_score, roc_auc_score
 
-from imaginet_nb.evaluation import metrics
+from imaginet_nb.evaluation import bootstrap, metrics
 
 
 def test_counts_are_those_of_drawing_with_replacement():
@@ -16,7 +16,7 @@ def test_counts_are_those_of_drawing_with_replacement():
     """
     strata = np.repeat([0, 1, 7], [4, 10, 30])
     np.random.default_rng(0).shuffle(strata)
-    counts = np.concatenate(list(metrics.resample_counts(strata, 40_000, np.random.default_rng(1))))
+    counts = np.concatenate(list(bootstrap.resample_counts(strata, 40_000, np.random.default_rng(1))))
     assert counts.shape == (40_000, 44)
     for code, m in ((0, 4), (1, 10), (7, 30)):
         mine = counts[:, strata == code]
@@ -31,8 +31,8 @@ def test_values_are_right_when_class_sizes_change_from_resample_to_resample():
     labels = np.arange(60) % 2 > 0
     scores = np.round(draw.normal(labels), 1)
     statistics = [metrics.auc_statistic(labels, scores), metrics.recall_statistic((scores > 0.5) == labels, labels)]
-    fast = metrics.bootstrap(np.zeros(60), statistics, 100, np.random.default_rng(5))
-    counts = np.concatenate(list(metrics.resample_counts(np.zeros(60), 100, np.random.default_rng(5))))
+    fast = bootstrap.bootstrap(np.zeros(60), statistics, 100, np.random.default_rng(5))
+    counts = np.concatenate(list(bootstrap.resample_counts(np.zeros(60), 100, np.random.default_rng(5))))
     assert len(set(counts[:, labels].sum(1))) > 5
     for row, auc, recall in zip(counts, *fast, strict=True):
         i = np.repeat(np.arange(60), row.astype(int))
@@ -52,8 +52,8 @@ def test_intervals_cover_the_truth():
         draw = np.random.default_rng(seed)
         scores = draw.normal(gap*labels) - gap/2
         statistics = [metrics.auc_statistic(labels, scores), metrics.balanced_accuracy_statistic(labels, scores > 0)]
-        for k, values in enumerate(metrics.bootstrap(labels, statistics, 400, draw)):
-            low, high = metrics.interval(values)
+        for k, values in enumerate(bootstrap.bootstrap(labels, statistics, 400, draw)):
+            low, high = bootstrap.interval(values)
             below[k] += high < truth[k]
             above[k] += low > truth[k]
     covered = 1 - (below + above)/400
@@ -62,16 +62,16 @@ def test_intervals_cover_the_truth():
 
 
 def test_interval_ends_are_the_percentiles():
-    assert metrics.interval(np.arange(1001)) == pytest.approx((25, 975))
-    assert metrics.interval(np.arange(1001), level=0.9) == pytest.approx((50, 950))
+    assert bootstrap.interval(np.arange(1001)) == pytest.approx((25, 975))
+    assert bootstrap.interval(np.arange(1001), level=0.9) == pytest.approx((50, 950))
 
 
 def test_one_class_stays_undefined_after_resampling():
     "Catches 0, 0.5 or 1 as the value of a metric that has none."
     for labels in (np.ones(5), np.zeros(5)):
         statistics = [metrics.auc_statistic(labels, np.arange(5)), metrics.balanced_accuracy_statistic(labels, labels)]
-        values = metrics.bootstrap(labels, statistics, 10, np.random.default_rng(0))
-        assert np.isnan(values).all() and np.isnan(metrics.interval(values[0])).all()
+        values = bootstrap.bootstrap(labels, statistics, 10, np.random.default_rng(0))
+        assert np.isnan(values).all() and np.isnan(bootstrap.interval(values[0])).all()
 
 
 def test_memory_stays_small():
@@ -79,7 +79,7 @@ def test_memory_stays_small():
     draw, labels = np.random.default_rng(0), np.arange(40_000) % 2
     statistic = metrics.auc_statistic(labels, draw.normal(2.0*labels))
     tracemalloc.start()
-    values = metrics.bootstrap(labels, [statistic], 1000, draw)
+    values = bootstrap.bootstrap(labels, [statistic], 1000, draw)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert values.shape == (1, 1000) and peak < 50e6

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 import yaml
 
 from imaginet_nb.core import Profile, load_profile, repo_root, seed_everything
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import save
 from imaginet_nb.data.manifest import write_manifest_csv
 from imaginet_nb.detectors.predictions import embed, predict

@@ -125,6 +125,7 @@ def playground(tmp_path_factory) -> Path:
     "A folder that passes for a clone, with the files that the documents name: pictures, a detector, the authors' weights."
     folder = tmp_path_factory.mktemp("clone")
     for name in ("settings.ini", "profiles", "nbs", "Snakefile", "imaginet_nb"): (folder/name).symlink_to(ROOT/name)
+    (folder/".venv").symlink_to(sys.prefix) # wherever `make setup` or somebody else made the environment of these tests
     seed_everything(0)
     save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32),
                     folder/"reports"/"demo"/"checkpoints"/"selfcon.safetensors", profile="demo")

@@ -11,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.apps.evaluate import judge, read_foreign
+from imaginet_nb.apps.evaluate import judge, read_custom_dataset
 from imaginet_nb.core import seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
@@ -63,7 +63,7 @@ def test_a_folder_gives_tables_a_page_and_predictions_that_agree(pictures):
         assert table.loc[name, "acc"] == pytest.approx(balanced_accuracy_score(truth, part["logit"] > 0), abs=6e-5)
         assert table.loc[name, "acc_low"] <= table.loc[name, "acc"] <= table.loc[name, "acc_high"]
     page = (pictures/"out"/"index.html").read_text()
-    assert "Flux" in page and "Zero-pixel" in page and str(pictures) not in page
+    assert "Flux" in page and "Metadata" in page and str(pictures) not in page
     assert (pictures/"out"/"tables"/"detection_by_generator.provenance.json").is_file()
 
 
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_table(pictures, monkeypatch):
     "A second run gives the same tables; another seed draws other resamples."
     monkeypatch.syspath_prepend(pictures)
     import meter  # type: ignore[import-not-found]
-    foreign = read_foreign(pictures/"set")
+    foreign = read_custom_dataset(pictures/"set")
     one, two, other = (judge(meter.Meter(), foreign, resamples=50, seed=seed, num_workers=0).tables["detection_by_generator"][0]
                        for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(one, two)
@@ -133,5 +133,5 @@ def test_a_rule_at_chance_tells_nothing_apart(pictures, monkeypatch):
     monkeypatch.syspath_prepend(pictures)
     import meter  # type: ignore[import-not-found]
     blind = type("Blind", (meter.Meter,), {"score": lambda self, images: images.float().mean((1, 2, 3))*0 - 1})
-    sentences = judge(blind(), read_foreign(pictures/"set"), resamples=50, num_workers=0).sentences
+    sentences = judge(blind(), read_custom_dataset(pictures/"set"), resamples=50, num_workers=0).sentences
     assert "as much as the detector." in sentences[2] and "tell these pictures apart" not in sentences[2]

@@ -20,7 +20,9 @@ from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data import benchmarks as E
 from imaginet_nb.data.images import ImageError, decode
 from imaginet_nb.data.labels import AnnotationError
-from imaginet_nb.evaluation.protocols import calibrated_on, detection_by_clean_family, detection_on_lists, grouping_effect
+from imaginet_nb.data.perturbed import clean_groups
+from imaginet_nb.evaluation.detection import detection_table
+from imaginet_nb.evaluation.protocols import calibrated_on, detection_on_lists, grouping_effect
 
 ROOT = repo_root()
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or ROOT.parent/"shared"/"annotations")
@@ -344,7 +346,9 @@ def test_matched_reals_take_the_subject_out():
     frame = pd.DataFrame(rows, columns=["path", "origin", "content_type", "generator_family", "generator"]).assign(split="test", group="")
     predictions = scored(frame, name="Content").assign(logit=lambda f: np.where(f["content_type"] == "photos", -1.0, 1.0))
     predictions = predictions.assign(probability=expit(predictions["logit"]))
-    clean = detection_by_clean_family(predictions, resamples=50, seed=0).set_index("group")
+    groups = clean_groups(predictions, 0)
+    matched = predictions.assign(group=groups)[groups.notna()]
+    clean = detection_table(matched, "family", resamples=50, seed=0).set_index("group")
     assert np.allclose(clean["acc"].astype(float), 0.5) and np.allclose(clean["auc"].astype(float), 0.5)
     effect = grouping_effect(predictions, resamples=50, seed=0).set_index("group")
     assert effect.loc["Midjourney", "acc"] > 0.65 and effect.loc["Midjourney", "change_high"] < 0
@@ -399,13 +403,13 @@ def run_p51(root: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
-    from imaginet_nb.detectors.prior_work import PEERS, create_peer_architecture, import_weights
+    from imaginet_nb.detectors.prior_work import PRIOR_METHODS, create_prior_method, import_weights
     from imaginet_nb.evaluation.detection import DETECTION_COLUMNS
     tables = run_p51(workshop)
     for name, chosen in E.EXTERNAL_SETS.items():
         table = tables[name]
         assert list(table) == list(DETECTION_COLUMNS) and set(table["group"]) == {*chosen.groups, "Mean"}
-        assert {"SelfCon (ours)", "Cross-entropy (baseline)", *PEERS} == set(table["detector"])
+        assert {"SelfCon (ours)", "Cross-entropy (baseline)", *PRIOR_METHODS} == set(table["detector"])
         assert table["note"].str.startswith(f"not run: images not supplied; imaginet data external {name} ").all()
         assert table[["acc", "auc", "n_real"]].isna().all(axis=None)
     assert tables["external_calibration"]["note"].str.startswith("not run").all()
@@ -418,7 +422,7 @@ def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
     (images/spoilt).write_bytes(b"")
     E.prepare_practical(lists, images, workshop/settings.external/"practical", size=32, allow_faults=True)
     import torch
-    peer = create_peer_architecture("Grag2021")
+    peer = create_prior_method("Grag2021")
     state = {k.removeprefix("backbone."): v for k, v in peer.backbone.state_dict().items()}
     state |= {"fc.weight": peer.detection.weight.data, "fc.bias": peer.detection.bias.data}
     torch.save({"model": state}, workshop/"grag.pth")
@@ -432,7 +436,7 @@ def test_p51_says_what_is_missing_then_fills_the_tables(workshop):
         filled = table[table["detector"].isin(ran)]
         assert filled[["acc", "acc_low", "acc_high", "auc"]].notna().all(axis=None) and len(filled) == 3*(len(chosen.groups) + 1)
         rest = table[~table["detector"].isin(ran)]
-        assert set(rest["detector"]) == set(PEERS) - ran and rest["note"].str.contains("imaginet weights import").all()
+        assert set(rest["detector"]) == set(PRIOR_METHODS) - ran and rest["note"].str.contains("imaginet weights import").all()
         assert (filled[filled["group"] != "Mean"]["n_real"] == (6 if name == "corvi" else 2)).all()
     first = tables["practical"].query("detector == 'SelfCon (ours)' and group == 'DreamBooth'").iloc[0]
     assert first["n_synthetic"] == 1 and "1 image could not be scored" in first["note"]

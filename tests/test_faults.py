@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from imaginet_nb.apps.cli import app
 from imaginet_nb.core import ProfileError, load_profile, only_run, path_text, read_yaml, repo_root, text_path, write_csv
 from imaginet_nb.data.images import ImageError, decode, save
-from imaginet_nb.detectors.custom import PluginError, read_settings
+from imaginet_nb.detectors.custom import DetectorError, read_settings
 
 ROOT, PROGRAM = repo_root(), Path(sys.executable).with_name("imaginet")
 QUIET = {**os.environ, "TQDM_DISABLE": "1"}
@@ -183,7 +183,7 @@ YAML = [BOMB, "["*30_000, "{"*30_000, "- "*30_000, "? "*20_000, "a: "*10_000, "s
         "seed: .nan", "seed: .inf", "a: *b", "\t", "a: [1,", "", "- 1", "x"]
 
 
-@pytest.mark.parametrize("read, error", [(load_profile, ProfileError), (read_settings, PluginError)])
+@pytest.mark.parametrize("read, error", [(load_profile, ProfileError), (read_settings, DetectorError)])
 @pytest.mark.parametrize("content", YAML, ids=range(len(YAML)))
 def test_harmful_yaml_is_refused_at_once_with_the_name_of_the_file(content, read, error, tmp_path):
     path = tmp_path/"mine.yaml"

@@ -1,5 +1,7 @@
 """The linear probe against scikit-learn and timm used directly, and what it refuses."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,12 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.linear_probe import BACKBONE, fit_linear_probe, load_linear_probe, save_linear_probe
 from imaginet_nb.detectors.predictions import embed, predict
-from imaginet_nb.models.checkpoints import CheckpointError
+from imaginet_nb.models.checkpoints import CheckpointError, read_weights_header, weights_digest
 from imaginet_nb.models.resnet import WeightsError
 
 timm = pytest.importorskip("timm")
@@ -171,3 +173,49 @@ def test_a_family_that_is_missing_means_no_identification(manifest, folder):
     assert without.tracks == ("detection",)
     found = predict(without, manifest, folder, num_workers=0)
     assert found["predicted_family"].isna().all() and found["logit"].notna().all()
+
+
+def rewritten(probe, path, changes):
+    "A probe's file with other entries in its header, and a checksum that is right for them."
+    save_linear_probe(probe, path)
+    tensors = load_file(path)
+    header = read_weights_header(path, "imaginet_nb linear probe", 1, "") | changes
+    header = {key: value for key, value in header.items() if key != "sha256"}
+    header["sha256"] = weights_digest(header, tensors)
+    save_file(tensors, path, metadata={"header": json.dumps(header)})
+    return path
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"backbone_name": ["x"]}, "header: backbone_name: .*string"),
+    ({"backbone_name": "vit_of_dreams"}, "no model 'vit_of_dreams'"),
+    ({"backbone_name": "test_resnet.r160_in1k"}, "weights do not fit the network"),
+    ({"input_size": 10**9}, "header: input_size: .*got 1000000000"),
+    ({"input_size": "32"}, "header: input_size: .*got '32'"),
+    ({"input_size": 64}, "weights do not fit the network"), # a transformer has one embedding per patch
+    ({"tracks": ["segmentation"]}, "header: tracks.0: .*got 'segmentation'"),
+    ({"tracks": []}, "header: tracks: "),
+    ({"name": ""}, "header: name: "),
+    ({"facts": None}, "header: facts: .*got None"),
+    ({"version": 2}, "header version 2"),
+], ids=str)
+def test_an_odd_header_is_refused_with_file_and_entry(probe, tmp_path, changes, words):
+    "The checksum is right; the entries are not."
+    with pytest.raises(CheckpointError, match=f"odd.safetensors: .*{words}"):
+        load_linear_probe(rewritten(probe, tmp_path/"odd.safetensors", changes))
+
+
+@pytest.mark.parametrize("backbone", ["vit_large_patch16_224.augreg_in21k", "resnet152.a1_in1k"])
+def test_no_memory_is_taken_for_a_backbone_that_the_file_does_not_hold(probe, tmp_path, backbone):
+    "The header of a file of two megabytes names a network of 240 MB or more."
+    path = rewritten(probe, tmp_path/"odd.safetensors", {"backbone_name": backbone, "input_size": 224})
+    script = ("import sys, resource, timm; from imaginet_nb.detectors.linear_probe import load_linear_probe\n"
+              "from imaginet_nb.models.checkpoints import CheckpointError\n"
+              "timm.create_model('test_vit.r160_in1k')\n"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "try: load_linear_probe(sys.argv[1])\n"
+              "except CheckpointError as error: assert 'do not fit the network' in str(error), error\n"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100_000 # KiB

@@ -1,4 +1,4 @@
-"""Three ways to the same crop: whole decoding, partial decoding, the packed store."""
+"""Two ways to the same crop: the image files and the packed store."""
 import io
 import json
 import os
@@ -19,9 +19,10 @@ from bad_images import BAD, ODD
 from PIL import Image
 
 from imaginet_nb.core import file_sha256, repo_root, rng
-from imaginet_nb.data.augmentation import CenterCrop, Perturb, Stage1, Stage2
+from imaginet_nb.data.augmentation import CenterCrop, Stage1, Stage2
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.datasets import ManifestDataset, make_loader
-from imaginet_nb.data.images import ImageError, LazyImage, decode
+from imaginet_nb.data.images import ImageError, decode, longer_side
 from imaginet_nb.data.packed import Store, StoreError, pack, verify_store
 
 PROGRAM = Path(sys.executable).with_name("imaginet")
@@ -69,27 +70,25 @@ def test_any_part_of_any_file_is_that_of_the_whole(folder, store, name):
     for number in range(len(SIDES)):
         path, draw = folder/f"{number}-{name}", np.random.default_rng(number)
         whole = decode(path)
-        assert LazyImage(path).shape == store[path.name].shape == whole.shape
+        assert store[path.name].shape == whole.shape and longer_side(path) == max(whole.shape[:2])
         for _ in range(12):
             (top, bottom), (left, right) = (np.sort(draw.choice(n + 1, 2, replace=False)) for n in whole.shape[:2])
             key = slice(int(top), int(bottom)), slice(int(left), int(right))
-            np.testing.assert_array_equal(LazyImage(path)[key], whole[key])
             np.testing.assert_array_equal(store[path.name][key], whole[key])
 
 
 @pytest.mark.parametrize("name", ["plain.png", "jpeg.jpg", "lossy.webp"])
-def test_common_files_are_not_decoded_as_a_whole(folder, name, monkeypatch):
-    monkeypatch.setattr("imaginet_nb.data.images.decode", lambda *_: pytest.fail("decoded as a whole"))
-    assert LazyImage(folder/f"0-{name}")[10:40, 10:50].shape == (30, 40, 3)
+def test_a_size_needs_no_pixels(folder, name, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert longer_side(folder/f"0-{name}") == max(SIDES[0])
 
 
 @pytest.mark.parametrize("transform", [Stage1(96), Stage2(128), Perturb(128), CenterCrop(96)], ids=lambda t: type(t).__name__)
 def test_transforms_give_the_same_bytes(folder, manifest, store, transform):
     for row, path in enumerate(manifest["path"]):
         for epoch in range(2):
-            made = [transform(image, rng(0, "test", epoch, row)) for image in (decode(folder/path), LazyImage(folder/path), store[path])]
+            made = [transform(image, rng(0, "test", epoch, row)) for image in (decode(folder/path), store[path])]
             np.testing.assert_array_equal(made[0], made[1], err_msg=path)
-            np.testing.assert_array_equal(made[0], made[2], err_msg=path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -105,14 +104,15 @@ def test_loaders_give_the_same_batches(folder, manifest, store, workers):
 def test_bad_files_have_the_usual_errors(tmp_path, name):
     BAD[name](tmp_path/"bad.png")
     with pytest.raises(ImageError) as usual: decode(tmp_path/"bad.png")
-    with pytest.raises(ImageError) as lazy: LazyImage(tmp_path/"bad.png")[:8, :8]
-    assert str(lazy.value) == str(usual.value)
+    manifest = pd.DataFrame({"path": ["bad.png"], "origin": "real", "generator_family": "real"})
+    with pytest.raises(ImageError) as found: ManifestDataset(manifest, tmp_path, CenterCrop(8), seed=0, stage="test")[0]
+    assert str(found.value) == f"manifest row 0: {usual.value}"
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_files_are_read_as_usual(tmp_path, name):
+def test_odd_files_have_the_size_of_their_pixels(tmp_path, name):
     ODD[name](tmp_path/"odd.png")
-    np.testing.assert_array_equal(LazyImage(tmp_path/"odd.png")[3:9, 4:8], decode(tmp_path/"odd.png")[3:9, 4:8])
+    assert longer_side(tmp_path/"odd.png") == max(decode(tmp_path/"odd.png").shape[:2])
 
 
 @pytest.mark.parametrize("where", [0.3, 0.95], ids=["in the crop", "below the crop"])
@@ -120,7 +120,7 @@ def test_a_changed_byte_of_a_png_is_found_wherever_it_is(folder, tmp_path, where
     content = bytearray((folder/"0-plain.png").read_bytes())
     content[int(where*len(content))] ^= 4
     (tmp_path/"changed.png").write_bytes(content)
-    with pytest.raises(ImageError, match="changed.png: damaged"): LazyImage(tmp_path/"changed.png")[:100, :50]
+    with pytest.raises(ImageError, match="changed.png: damaged"): decode(tmp_path/"changed.png")
 
 
 # --- packing

@@ -1,6 +1,6 @@
 """From an empty folder to the paper's tables: a look-alike of ImagiNet goes the way of the real one; only the address differs.
 
-Its images are those of a sandbox, its archive has volumes, its server is on the loopback. Two peers and both test sets of others
+Its images are those of a sandbox, its archive has volumes, its server is on the loopback. Two prior methods and both external benchmarks
 are there as well, so that every row of the tables that can be filled here is filled.
 """
 import hashlib

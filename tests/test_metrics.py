@@ -10,36 +10,25 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from imaginet_nb.core import rng
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError, decode, save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, embed, load_predictions, predict, save_predictions
 from imaginet_nb.detectors.protocol import BASELINE, OURS, Detector
-from imaginet_nb.evaluation.detection import (
-    as_published,
-    calibrated,
-    calibration_difference,
-    detection_by_content,
-    detection_by_family,
-    detection_by_generator,
-    fit_score_calibration,
-    identification_table,
-    robustness_table,
-)
+from imaginet_nb.evaluation.bootstrap import bootstrap, interval, resample_counts
+from imaginet_nb.evaluation.calibration import calibrated, fit_detector
+from imaginet_nb.evaluation.detection import detection_table
+from imaginet_nb.evaluation.identification import identification_table
 from imaginet_nb.evaluation.metrics import (
     auc_statistic,
-    balanced_accuracy,
     balanced_accuracy_statistic,
-    bootstrap,
-    family_recall,
-    interval,
     macro_auc_statistic,
-    macro_ovr_auc,
     mean_statistic,
+    plain_value,
     recall_statistic,
-    resample_counts,
-    roc_auc,
 )
+from imaginet_nb.evaluation.protocols import as_published, calibration_difference
+from imaginet_nb.evaluation.robustness import robustness_table
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
 
@@ -57,8 +46,10 @@ def sample(seed: int, digits: int):
 @pytest.mark.parametrize("seed", range(15))
 def test_auc_and_balanced_accuracy_equal_sklearn(seed, digits):
     labels, scores = sample(seed, digits)
-    assert roc_auc(labels, scores) == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
-    assert balanced_accuracy(labels, scores > 0.3) == pytest.approx(sk.balanced_accuracy_score(labels, scores > 0.3), abs=1e-12)
+    n = len(labels)
+    assert plain_value(auc_statistic(labels, scores), n) == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
+    expected = sk.balanced_accuracy_score(labels, scores > 0.3)
+    assert plain_value(balanced_accuracy_statistic(labels, scores > 0.3), n) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("digits", [1, 15])
@@ -69,9 +60,12 @@ def test_identification_metrics_equal_sklearn(seed, digits):
     shares = np.round(draw.dirichlet(np.ones(4), len(families)) + 0.3*np.eye(4)[families], digits)
     shares /= shares.sum(1, keepdims=True)
     by_class = [sk.roc_auc_score(families == k, shares[:, k]) for k in range(4)]
-    assert macro_ovr_auc(families, shares) == pytest.approx(np.mean(by_class), abs=1e-12)
-    assert macro_ovr_auc(families, shares) == pytest.approx(sk.roc_auc_score(families, shares, multi_class="ovr"), abs=1e-12)
-    np.testing.assert_allclose(family_recall(families, shares.argmax(1)), sk.recall_score(families, shares.argmax(1), average=None))
+    macro = plain_value(macro_auc_statistic(families, shares), len(families))
+    assert macro == pytest.approx(np.mean(by_class), abs=1e-12)
+    assert macro == pytest.approx(sk.roc_auc_score(families, shares, multi_class="ovr"), abs=1e-12)
+    guess = shares.argmax(1)
+    recalls = [plain_value(recall_statistic(guess == families, families == k), len(families)) for k in range(4)]
+    np.testing.assert_allclose(recalls, sk.recall_score(families, shares.argmax(1), average=None))
 
 
 def test_bootstrap_equals_a_plain_loop():
@@ -153,7 +147,7 @@ def by_sklearn(frame: pd.DataFrame):
 
 
 def test_detection_by_content_equals_sklearn():
-    table = detection_by_content(PREDICTIONS, 20, 0).set_index(["detector", "group"])
+    table = detection_table(PREDICTIONS, "content", 20, 0).set_index(["detector", "group"])
     for (detector, content), frame in PREDICTIONS.groupby(["detector", "content_type"]):
         assert tuple(table.loc[(detector, content), ["acc", "auc"]]) == pytest.approx(by_sklearn(frame), abs=1e-12)
     rows = table.loc[OURS]
@@ -164,7 +158,7 @@ def test_the_group_column_decides_which_reals_a_family_is_measured_against():
     one = PREDICTIONS[PREDICTIONS["detector"] == OURS].reset_index(drop=True)
     group = one["generator_family"].where(one["origin"] == "synthetic", "GAN")
     group[one.index[one["origin"] == "real"][:30]] = "SD"
-    table = detection_by_family(one.assign(group=group), 20, 0).set_index(["detector", "group"]).loc[OURS]
+    table = detection_table(one.assign(group=group), "family", 20, 0).set_index(["detector", "group"]).loc[OURS]
     assert tuple(table.loc["SD", ["acc", "auc"]]) == pytest.approx(by_sklearn(one[group == "SD"]), abs=1e-12)
     assert table.loc["SD", "n_real"] == 30
     assert table.loc["Midjourney", "note"] == "no real images" and np.isnan(table.loc["Midjourney", "acc"])
@@ -173,8 +167,9 @@ def test_the_group_column_decides_which_reals_a_family_is_measured_against():
 
 def test_tables_do_not_depend_on_the_order_of_rows_and_have_rows_for_what_is_missing():
     shuffled, missing = PREDICTIONS.sample(frac=1, random_state=0), {"Wu2023": "not run: no weights", "Grag2021": "not run", OURS: "ran"}
-    for table in (detection_by_family, detection_by_generator):
-        a, b = (table(frame, 10, 3, missing=missing).set_index(["detector", "group"]).sort_index() for frame in (PREDICTIONS, shuffled))
+    for by in ("family", "generator"):
+        tables = [detection_table(frame, by, 10, 3, missing=missing) for frame in (PREDICTIONS, shuffled)]
+        a, b = (table.set_index(["detector", "group"]).sort_index() for table in tables)
         shown = ["acc", "auc", "n_real", "n_synthetic", "note"]
         pd.testing.assert_frame_equal(a[shown], b[shown])
         assert set(a.index.get_level_values("detector")) == {OURS, BASELINE, "Wu2023", "Grag2021"}
@@ -189,7 +184,7 @@ def test_all_detectors_are_measured_on_the_same_reals():
     same["probability"] = expit(same["logit"])
     victim = same.index[(same["detector"] == BASELINE) & (same["generator"] == "ProGAN")][0]
     same.loc[victim, ["logit", "probability"]], same.loc[victim, "error"] = np.nan, "damaged"
-    table = detection_by_generator(same, 10, 0).set_index(["detector", "group"])
+    table = detection_table(same, "generator", 10, 0).set_index(["detector", "group"])
     ours, other = table.loc[OURS], table.loc[BASELINE]
     assert other.loc["ProGAN", "note"] == "1 image could not be scored" and other.loc["ProGAN", "n_synthetic"] == 49
     for column in ("acc", "auc"): assert (ours[column] == other[column]).drop(["ProGAN", "Mean"]).all()
@@ -198,10 +193,10 @@ def test_all_detectors_are_measured_on_the_same_reals():
 
 def test_a_steep_calibration_does_not_tie_the_scores():
     steep = PREDICTIONS.assign(probability=expit(1e4*PREDICTIONS["logit"]))
-    normal = detection_by_content(PREDICTIONS, 5, 0)["auc"]
-    pd.testing.assert_series_equal(detection_by_content(steep, 5, 0)["auc"], normal)
+    normal = detection_table(PREDICTIONS, "content", 5, 0)["auc"]
+    pd.testing.assert_series_equal(detection_table(steep, "content", 5, 0)["auc"], normal)
     falling = PREDICTIONS.assign(probability=expit(-PREDICTIONS["logit"]))
-    pd.testing.assert_series_equal(detection_by_content(falling, 5, 0)["auc"], 1 - normal)
+    pd.testing.assert_series_equal(detection_table(falling, "content", 5, 0)["auc"], 1 - normal)
 
 
 def test_identification_and_robustness_equal_sklearn():
@@ -226,7 +221,7 @@ def test_calibration_equals_saga(seed):
     frame = frame[frame["detector"] == OURS]
     saga = LogisticRegression(C=1e10, solver="saga", max_iter=100_000, tol=1e-8)
     saga.fit(frame[["logit"]].to_numpy(), frame["origin"] == "synthetic")
-    fit = fit_score_calibration(frame)
+    fit = fit_detector(frame)
     assert (fit.slope, fit.intercept) == pytest.approx((saga.coef_[0, 0], saga.intercept_[0]), rel=1e-3)
 
 
@@ -251,7 +246,7 @@ def test_the_difference_table_reports_separable_and_reversed_scores():
     assert table["note"].str.contains("separable").all() and table["note"].str.contains("negative slope").all()
     assert table["images_fitted"].tolist() == [400, 80]*2 and table["auc"].tolist() == [1.0]*4
     with pytest.raises(ValueError, match="needs real and synthetic"):
-        fit_score_calibration(TRAINING[(TRAINING["detector"] == OURS) & (TRAINING["origin"] == "real")])
+        fit_detector(TRAINING[(TRAINING["detector"] == OURS) & (TRAINING["origin"] == "real")])
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------

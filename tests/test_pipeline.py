@@ -18,7 +18,8 @@ from imaginet_nb.models.checkpoints import read_header
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
-          "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize", "zero_pixel", "overlap",
+          "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
+          "metadata_baseline", "overlap",
           "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
           "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
@@ -74,8 +75,8 @@ def test_detection_tables_have_the_promised_columns_and_rows(report):
         assert set(run["detector"]) == {"SelfCon (ours)", "Cross-entropy (baseline)"} and "Mean" in set(run["group"])
         assert run[["acc", "acc_low", "acc_high", "auc"]].notna().all(axis=None)
         assert (run["acc_low"] <= run["acc"]).all() and (run["acc"] <= run["acc_high"]).all()
-        nulls = table[table["detector"].str.startswith("Zero-pixel")]
-        assert set(nulls["detector"]) == {f"Zero-pixel: {rule}" for rule in ("format", "content", "format+content")}
+        nulls = table[table["detector"].str.startswith("Metadata")]
+        assert set(nulls["detector"]) == {f"Metadata: {rule}" for rule in ("format", "content", "format+content")}
         assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched").any()
         peers = table[table["note"].str.startswith("not run", na=False)]
         assert {"Grag2021", "Corvi2022", "Corvi2022*", "Wu2023", "Linear probe (DINOv2 ViT-S)"} == set(peers["detector"])
@@ -108,6 +109,52 @@ def test_pages_are_there(report):
     assert {p.stem for p in (report/"notebooks").glob("*.html")} == steps
     page = (report/"index.html").read_text()
     assert "stand-in" in page and 'href="data_card.md"' in page and 'href="model_card.md"' in page
+
+
+def executed_notebooks(report: Path) -> dict[str, dict]:
+    paths = [path for path in sorted((report/"notebooks").glob("p??_*.ipynb")) if ".partial" not in path.name]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def outputs_of(notebook: dict) -> list[dict]:
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+def test_executed_notebooks_can_be_committed(report):
+    "They are small, and hold no time, folder of this machine, address, warning or progress bar: those of the demo are committed."
+    sizes = {path.stem: path.stat().st_size for path in (report/"notebooks").glob("*.ipynb")}
+    assert max(sizes.values()) < 250_000 and sum(sizes.values()) < 3_000_000, sizes
+    unwanted = (str(ROOT), str(Path.home()), "/tmp/", "site-packages", "ipykernel_", "papermill", "%|")
+    for name, notebook in executed_notebooks(report).items():
+        text = json.dumps(notebook)
+        for part in unwanted: assert part not in text, (name, part)
+        assert not re.search(r" at 0x[0-9a-f]{6}|\d{4}-\d\d-\d\d[T ]\d\d:\d\d", text), name
+        assert set(notebook["metadata"]) == {"kernelspec", "language_info"} and notebook["metadata"]["language_info"] == {"name": "python"}
+        for cell in notebook["cells"]:
+            assert set(cell["metadata"]) <= {"tags"}, (name, cell["id"])
+            streams = [output.get("name") for output in cell.get("outputs", [])]
+            assert "stderr" not in streams, (name, cell["id"])
+            assert not any(a == b == "stdout" for a, b in zip(streams, streams[1:], strict=False)), (name, cell["id"])
+
+
+def test_executed_notebooks_show_their_tables_and_figures(report):
+    "A notebook that writes tables shows at least one as HTML and text, and one that writes figures shows each of them."
+    for name, notebook in executed_notebooks(report).items():
+        made = [json.loads(path.read_text()) for kind in ("tables", "figures") for path in (report/kind).glob("*.provenance.json")]
+        figures = [record for record in made if record["stage"] == name and any(file.endswith(".png") for file in record["outputs"])]
+        kinds = [set(output.get("data", {})) for output in outputs_of(notebook)]
+        assert sum(bool(kind & {"image/png", "image/jpeg"}) for kind in kinds) >= len(figures), name
+        assert any({"text/html", "text/plain"} <= kind for kind in kinds), name
+
+
+def test_a_notebook_that_runs_again_stores_the_same_bytes(report):
+    path = report/"notebooks"/"p61_content_ablation.ipynb"
+    before = path.read_bytes()
+    result = imaginet("notebook", "p61_content_ablation", "--profile", "profiles/smoke.yaml")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert path.read_bytes() == before
+    result = imaginet("reproduce", "--profile", "smoke") # what reads its results is older now
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
 def test_cards_are_of_this_run(report):

@@ -15,11 +15,12 @@ from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.predictions import FAMILY_COLUMNS, predict
 from imaginet_nb.detectors.protocol import BASELINE, OURS
-from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_calibration, fit_line, threshold_at
-from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, resample_counts, tpr_at_fpr_statistic
+from imaginet_nb.evaluation.bootstrap import resample_counts
+from imaginet_nb.evaluation.calibration import calibrated_probability, calibration_of, fit_all, fit_calibration, fit_line, threshold_at
+from imaginet_nb.evaluation.metrics import ece_statistic, eer_statistic, equal_mass_bins, tpr_at_fpr_statistic
 from imaginet_nb.evaluation.open_set import KNOWN, fit_nearest_known, leave_one_generator_out, open_set_header, open_set_of
-from imaginet_nb.evaluation.probabilities import fit_all, operating_table, over_grid, probability_table, reliability_bins
-from imaginet_nb.evaluation.robustness import image_shifts, loss_table, shift_table
+from imaginet_nb.evaluation.probabilities import operating_table, probability_table, reliability_bins
+from imaginet_nb.evaluation.robustness import image_shifts, loss_table, over_grid, shift_table
 from imaginet_nb.models.checkpoints import CheckpointError, load_detector, save_checkpoint
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
@@ -115,7 +116,7 @@ def test_probabilities_and_thresholds_come_from_the_other_images_only():
     fits, test = fit_all(made_up(1, "train")), made_up(0, "test")
     moved = test.assign(logit=test["logit"] - 100)
     table = operating_table(moved, fits, "moved", 20, 0)
-    assert (table.loc[table["rate"] != "0.1%", ["kept_fpr", "kept_tpr"]] == 0).all(axis=None)
+    assert (table.loc[table["rate"] != "0.1%", ["empirical_fpr", "empirical_tpr"]] == 0).all(axis=None)
     worth = probability_table(moved, fits, "moved", 20, 0, ("platt",))
     assert (worth["acc"] == 0.5).all() and worth["note"].str.startswith("0.5 is a bad threshold").all()
     np.testing.assert_allclose(worth["eer"], probability_table(test, fits, "as it is", 20, 0, ("platt",))["eer"], atol=1e-12)

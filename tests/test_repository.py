@@ -56,6 +56,11 @@ def test_imports_run_down_the_chapters():
         assert not upward, f"{module} imports {upward}, which come after it"
 
 
+def test_no_module_imports_a_private_name_of_another():
+    private = [(module, name) for module in map(module_of, LIBRARY) for source, name in imports(module) if name.startswith("_")]
+    assert not private, private
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_exported_cells_are_short(path):
     for cell in cells(path):
@@ -85,6 +90,8 @@ def test_pipeline_notebooks_are_templates(path):
         source = "".join(cell["source"])
         assert not cell["outputs"], f"committed with outputs: {source[:60]}"
         assert "#|" not in source, "papermill ignores nbdev directives"
+        own = path.stem != "p95_benchmark" and re.search(r"^def |= lambda ", source, re.M)
+        assert not own, f"functions belong in the library: {source[:60]}"
     assert notebook["cells"][1]["metadata"].get("tags") == ["parameters"]
     assert notebook["metadata"]["kernelspec"]["language"] == "python"
     later = "\n".join(cells(path)[1:])

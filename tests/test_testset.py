@@ -11,7 +11,7 @@ from PIL import Image
 
 from imaginet_nb.core import repo_root, rng
 from imaginet_nb.data import perturbed as T
-from imaginet_nb.data.augmentation import Perturb
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError
 from imaginet_nb.data.labels import AnnotationError
 from imaginet_nb.data.manifest import validate_manifest

@@ -18,6 +18,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import gaussian_blur as torchvision_blur
 
 from imaginet_nb.data import augmentation as T
+from imaginet_nb.data import corruptions as C
 from imaginet_nb.data.datasets import ManifestDataset, make_loader
 from imaginet_nb.data.images import ImageError, check_image, decode, save
 
@@ -164,7 +165,7 @@ def test_noise_variance_is_uniform_from_3_to_10_and_without_bias():
 
 def test_perturbation_compresses_three_of_four_between_60_and_100():
     known = dictionary(TILE, 60, 100)
-    outcomes = [known[T.Perturb(40)(TILE, draw(n)).tobytes()] for n in range(N)] # a KeyError is an outcome that must not be
+    outcomes = [known[C.Perturb(40)(TILE, draw(n)).tobytes()] for n in range(N)] # a KeyError is an outcome that must not be
     assert_shares(Counter(what[0] for what in outcomes), {"none": 1/4, "jpeg": 3/8, "webp": 3/8}, N)
     qualities = {what[1] for what in outcomes if what[0] == "jpeg"}
     assert min(qualities) == 60 and max(qualities) >= 99
@@ -174,7 +175,7 @@ def test_perturbation_compresses_three_of_four_between_60_and_100():
 def test_perturbation_crop_side(cap, largest):
     # fails for: no cap, the longer side, the end left out, a side below the output size
     ramp = np.broadcast_to(np.arange(250, dtype=np.uint8)[None, :, None], (180, 250, 3)).copy() # grey: compression hardly hurts it
-    perturb, sides, corners = T.Perturb(40, crop_cap=cap), [], []
+    perturb, sides, corners = C.Perturb(40, crop_cap=cap), [], []
     for n in range(1500):
         result = perturb(ramp, draw(n)).astype(float)
         slope = np.polyfit(np.arange(30), result[5:35, 5:35, 0].mean(0), 1)[0] # pixels of the image for each of the result
@@ -272,7 +273,7 @@ def test_resizing_is_lanczos_without_antialiasing(step):
     side = int(64*12/step)
     top = (400 - side)//2
     expected = np.clip(lanczos4(image[top:top + side, top:top + side].astype(float), 64), 0, 255)
-    ours = T.ResizeAt(step, 64)(image).astype(float)
+    ours = C.ResizeAt(step, 64)(image).astype(float)
     assert np.abs(ours - expected).mean() < 0.6 and np.abs(ours - expected).max() <= 4
     if step < 6:
         smoothed = cv2.resize(image[top:top + side, top:top + side], (64, 64), interpolation=cv2.INTER_AREA)
@@ -281,7 +282,8 @@ def test_resizing_is_lanczos_without_antialiasing(step):
 
 # ---------------------------------------------------------------- pure functions
 
-TRANSFORMS = [T.Stage1(64), T.Stage2(96), T.Stage2(96, "paper"), T.Perturb(64), T.CenterCrop(96), T.JpegAt(70, 96), T.ResizeAt(3, 64)]
+TRANSFORMS = [T.Stage1(64), T.Stage2(96), T.Stage2(96, "paper"), C.Perturb(64),
+              T.CenterCrop(96), C.CompressAt("jpeg", 70, 96), C.ResizeAt(3, 64)]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
@@ -325,7 +327,7 @@ def passes(dataset: ManifestDataset, batch_size: int, workers: int, **options) -
     return result
 
 
-@pytest.mark.parametrize("transform", [T.Stage1(64), T.Stage2(96), T.Perturb(64)], ids=repr)
+@pytest.mark.parametrize("transform", [T.Stage1(64), T.Stage2(96), C.Perturb(64)], ids=repr)
 def test_bytes_do_not_depend_on_workers_or_batch_size(folder, manifest, transform):
     # fails for: a stream per worker, per batch or per process; an epoch that does not reach living workers
     dataset = ManifestDataset(manifest, folder, transform, seed=3, stage="any")

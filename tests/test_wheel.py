@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_package_and_what_it_reads_and_nothing_else(wheel):
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb").rglob("*.py")}
     read = [*(ROOT/"profiles").glob("*.yaml"), *(ROOT/"data").glob("*.csv"), *(ROOT/"reports"/"published").glob("*.csv")]
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT/"imaginet_nb"/"reporting"/"templates").iterdir()}
-    assert templates and own == modules | templates | {f"imaginet_nb/{p.relative_to(ROOT).as_posix()}" for p in read}
+    assert templates and own == modules | templates | {f"imaginet_nb/shipped/{p.relative_to(ROOT).as_posix()}" for p in read}
     assert any(n.endswith("LICENSE") for n in names)
 
 
@@ -91,13 +91,13 @@ def test_the_wheel_says_what_it_needs(wheel):
 
 def test_everything_that_the_library_imports_is_required():
     "Catches a package that is only there because something else, or a development tool, brought it."
-    declared = " ".join(SETTINGS["DEFAULT"][key] for key in ("requirements", "peers_requirements", "heic_requirements")).split()
+    declared = " ".join(SETTINGS["DEFAULT"][key] for key in ("requirements", "detectors_requirements", "heic_requirements")).split()
     declared = {canonicalize_name(Requirement(r).name) for r in declared}
     # these come with a package that is declared and cannot do without them
-    declared |= {"markupsafe", "scipy", "nbclient", "nbformat", "requests", "threadpoolctl"}
+    declared |= {"ipython", "markupsafe", "scipy", "nbclient", "nbformat", "requests", "threadpoolctl"}
     declared.add("h5py") # for `make bench` alone, in the environment of a clone
     owners = metadata.packages_distributions()
-    for path in (ROOT/"imaginet_nb").glob("*.py"):
+    for path in (ROOT/"imaginet_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]

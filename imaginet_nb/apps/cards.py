@@ -93,15 +93,15 @@ def data_card(
     "What the images of a profile are, what they are for, and which shortcuts they hold."
     report, audit = Path(report), Path(audit) if audit is not None else repo_root()/"reports"/"audit"
     folder = report/"tables"
-    captions = {"composition": "Formats and contents of real images and of each family.", "zero_pixel": "Metadata-only baselines."}
+    captions = {"composition": "Formats and contents of real images and of each family.", "metadata_baseline": "Metadata-only baselines."}
     tables = {"structure": _table(folder/"dataset_structure.csv"), "overlap": _table(folder/"overlap.csv"),
               "duplicates": _table(folder/"duplicates.csv"),
-              "classifier": _table(folder/"learned_null.csv", group="all", track="detection")}
+              "classifier": _table(folder/"metadata_classifier.csv", group="all", track="detection")}
     card = DatasetCard(render(
         "data_card.md", front_matter=_data_front_matter(profile).to_yaml(), profile=profile, scope=profile_scope(profile), tables=tables,
-        sandbox=None if profile.data.source == "imaginet" else profile.sandbox, shortcuts=_shortcuts(folder/"zero_pixel.csv"),
+        sandbox=None if profile.data.source == "imaginet" else profile.sandbox, shortcuts=_shortcuts(folder/"metadata_baseline.csv"),
         figures={f"figures/{name}.png": text for name, text in captions.items() if (report/"figures"/f"{name}.png").is_file()},
-        audit=Path(os.path.relpath(audit, report)).as_posix(), audit_shortcuts=_shortcuts(audit/"zero_pixel.csv")))
+        audit=Path(os.path.relpath(audit, report)).as_posix(), audit_shortcuts=_shortcuts(audit/"metadata_baseline.csv")))
     validate_card(card)
     return card
 
@@ -165,7 +165,7 @@ def _as_good(
     rows = _rows(tables/"detection_by_family.csv", group="Mean")
     if rows.empty: return []
     mean = {row["detector"]: float(row["acc"]) for row in rows.to_dict("records") if row["acc"]}
-    better = [f"{other} ({acc:.3f})" for other, acc in mean.items() if other.startswith("Zero-pixel") and acc >= mean.get(name, 1.0)]
+    better = [f"{other} ({acc:.3f})" for other, acc in mean.items() if other.startswith("Metadata: ") and acc >= mean.get(name, 1.0)]
     if not better: return []
     return [f"On the original images, these baselines reach its mean balanced accuracy of {mean[name]:.3f} without a pixel: "
             f"{', '.join(better)}. On data with such files, high numbers prove nothing."]

@@ -218,7 +218,7 @@ def perturb(
     from imaginet_nb.data.manifest import read_manifest_csv
     from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.perturbed import make_testset
-    from imaginet_nb.data.augmentation import Perturb
+    from imaginet_nb.data.corruptions import Perturb
     manifest = manifest or root/"annotations"/"test_annotations.txt"
     images = read_manifest_csv(manifest) if manifest.suffix == ".csv" else read_annotations(manifest, "test")
     made = make_testset(images, root, Perturb(size=size, crop_cap=crop_cap or None), seed, jobs, authors_lists)
@@ -286,7 +286,7 @@ def audit(
 ) -> None:
     """Say how far file format and content alone get, and what else the files give away.
 
-    Writes zero_pixel.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
+    Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
     """
     from imaginet_nb.audit.report import audit as write_audit
@@ -381,18 +381,18 @@ def _own_detector(
     return loaded, f"{path.name}, sha256 {header['sha256']}", notes
 
 # %% ../../nbs/08_apps/07_cli.ipynb #dbff2158
-def _foreign_detector(
-    spec: str, # as for `plugins.load_plugin`, or a linear probe (.safetensors)
+def _custom_detector(
+    spec: str, # as for `custom.load_custom_detector`, or a linear probe (.safetensors)
     device: str, # cpu, cuda, ...
     trust: bool, # files may run code
 ) -> tuple[Any, str, list[str]]: # a `Detector`, what identifies it, no warnings
-    "Somebody else's detector."
+    "A detector from outside this repository."
     from imaginet_nb.core import file_sha256, fingerprint
-    from imaginet_nb.detectors.custom import detector_files, load_plugin, weights_sha256
+    from imaginet_nb.detectors.custom import detector_files, load_custom_detector, weights_sha256
     if spec.endswith(".safetensors"):
         from imaginet_nb.detectors.linear_probe import load_linear_probe
         loaded: Any = load_linear_probe(spec, device)
-    else: loaded = load_plugin(spec, device, trust)
+    else: loaded = load_custom_detector(spec, device, trust)
     files = detector_files(spec)
     hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]]
     if files[1:]:
@@ -404,7 +404,7 @@ def _foreign_detector(
 def _detector(checkpoint: Path | None, detector: str | None, device: str, trust: bool) -> tuple[Any, str, list[str]]:
     "The detector that the options name, what identifies it, and warnings."
     if checkpoint and detector: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
-    return _foreign_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
+    return _custom_detector(detector, device, trust) if detector else _own_detector(checkpoint, device)
 
 # %% ../../nbs/08_apps/07_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
@@ -416,19 +416,19 @@ def predict(
                                                       "or a linear probe (.safetensors).")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[Path, typer.Option(help="Table to write: .csv, .parquet or .jsonl.")] = Path("preds.csv"),
-    html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with pictures and maps of the evidence.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
-    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic pictures that may be judged wrongly; what lies between "
+    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that may be misclassified; what lies between "
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
-    views: Annotated[bool, typer.Option("--views/--no-views", help="Judge pictures re-saved and shrunk, too: three times the work")] = True,
+    views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
-    """Say for each picture whether it is real or synthetic, or that this cannot be said, and of which family it is.
+    """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
-    no image, or is damaged, gets a row with its error. Exits with 1 only if no file could be scored.
+    no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
     """
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.core import pick_device
@@ -490,14 +490,14 @@ def evaluate(
     root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the CSV; or, without a "
                                                    "CSV, a folder with real/ and synthetic/<generator>/.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Instead: somebody else's, as for predict.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
-    split: Annotated[str | None, typer.Option(help="Judge this split; if not given, test, or all that is not for training.")] = None,
-    robustness: Annotated[int, typer.Option(min=0, help="Images at each point of the grid of damages, half real; 0 = no grid.")] = 0,
+    split: Annotated[str | None, typer.Option(help="Evaluate this split; if not given, test, or all that is not for training.")] = None,
+    robustness: Annotated[int, typer.Option(min=0, help="Images for each corruption of the robustness grid, half real; 0 = no grid.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:
-    """Measure a detector on labelled pictures: by generator and content, with intervals, beside rules that see no pixel.
+    """Measure a detector on labelled images: by generator and content, with intervals, beside metadata-only baselines.
 
     Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
@@ -506,8 +506,8 @@ def evaluate(
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
-    from imaginet_nb.apps.evaluate import evaluate as measure, read_foreign
-    pictures = read_foreign(source, root if manifest else None)
+    from imaginet_nb.apps.evaluate import evaluate as measure, read_custom_dataset
+    pictures = read_custom_dataset(source, root if manifest else None)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
@@ -521,14 +521,14 @@ def score(
     out: Annotated[Path, typer.Option(help="CSV to write; slices get names of their own beside it.")] = Path("preds.csv"),
     slice_: Annotated[str, typer.Option("--slice", help="NUMBER/OF, such as 3/16: score this slice of the manifest alone.")] = "1/1",
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Instead: somebody else's, as for predict.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     size: Annotated[int | None, typer.Option(help="Score the middle of each image, this wide in pixels; if not given, the whole.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:
-    """Score the images of a manifest; damaged ones get a row with their error.
+    """Score the images of a manifest; corrupt files get a row with their error.
 
     Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
     what the predictions were made from.

@@ -75,7 +75,9 @@ def write_html(
     html = Path(html or Path(notebook).with_suffix(".html"))
     if html.exists() and html.stat().st_mtime >= Path(notebook).stat().st_mtime: return
     from nbconvert import HTMLExporter # takes as long to import as papermill, and is needed once per run
-    body, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
+    # its template loads scripts for formulas and diagrams from the network; the notebooks have neither
+    nothing = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url"), "data:,")
+    body, _ = HTMLExporter(template_name="lab", **nothing).from_filename(str(notebook))
     with atomic_path(html) as temporary: temporary.write_text(body, encoding="utf-8")
 
 # %% ../../nbs/08_apps/04_pipeline.ipynb #5ce19593

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRACTICAL', 'GROUP_LISTS', 'PAIRS', 'EXPECTED', 'ABOUT', 'METHOD', 'PUBLISHED', 'NO_IMAGES', 'CAPTIONS', 'READING',
            'AuditSource', 'audit_source', 'main_split', 'pixel_hashes', 'list_tables', 'image_tables',
-           'plot_composition', 'plot_zero_pixel', 'plot_properties', 'list_findings', 'image_findings',
-           'published_reference', 'zero_pixel_overview', 'audit_record', 'audit']
+           'plot_composition', 'plot_metadata_baseline', 'plot_properties', 'list_findings', 'image_findings',
+           'published_reference', 'metadata_overview', 'audit_record', 'audit']
 
 # %% ../../nbs/06_audit/03_report.ipynb #1a7de868
 import os
@@ -28,9 +28,12 @@ from ..data.labels import FAMILIES, UNKNOWN
 from ..data.manifest import image_file, read_manifest_csv
 from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
 from ..data.splits import read_practical
-from .files import RULES, composition, container_format, duplicate_table, duplicates, learned_null, overlap_table, property_table
-from .files import read_properties, zero_pixel_table
-from ..core import _git, file_sha256, versions, write_csv, write_text
+from .duplicates import duplicate_table, duplicates, overlap_table
+from .files import composition, container_format, property_table
+from .shortcuts import RULES, metadata_classifier
+from .files import read_properties
+from .shortcuts import metadata_baseline
+from ..core import file_sha256, git_state, versions, write_csv, write_text
 from ..data.folders import read_labelled_folder
 from ..reporting.figures import GREY, label_styles, new_figure, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
@@ -60,6 +63,7 @@ PAIRS = (("train_annotations.txt", "test_annotations.txt"), ("calibration.txt", 
          ("anchor_lasted_practical.txt", PRACTICAL)) # should share nothing, but for calibration in train, and test in its groups
 EXPECTED = (("calibration.txt", "train_annotations.txt"), ("test_annotations.txt", GROUP_LISTS))
 
+# %% ../../nbs/06_audit/03_report.ipynb #70f4527e
 def _read_list(path: Path) -> pd.DataFrame:
     "A published list, by its name."
     if path.name.startswith(("annotations_corvi", "annotations_calib_corvi", "anchor_lasted_corvi")): return read_corvi(path)
@@ -88,6 +92,7 @@ def _published_folder(folder: Path) -> AuditSource:
     title = "ImagiNet's published lists" if groups else f"the lists in {home.name}"
     return AuditSource(title, manifest, groups=groups or None, lists=lists, pairs=pairs, files=(*files, *practical))
 
+# %% ../../nbs/06_audit/03_report.ipynb #9b9df4db
 def _one_list(path: Path) -> AuditSource:
     "One list of the authors, or a manifest; the splits of a manifest are compared."
     if path.suffix.lower() != ".csv":
@@ -169,9 +174,9 @@ def list_tables(
     for split, rows_of in manifest.groupby("split", sort=False):
         name, groups = ("", source.groups) if split == main else ("_" + re.sub(r"\W+", "_", str(split)), None)
         what = f"Rules that see no pixel, {split} split"
-        tables[f"zero_pixel{name}"] = zero_pixel_table(rows_of, groups), f"{what}: balanced accuracy and AUC."
-        by_content = zero_pixel_table(rows_of, _content_groups(rows_of)).query("track == 'detection' and group != 'all'")
-        tables[f"zero_pixel_by_content{name}"] = by_content, f"{what}, within each content type."
+        tables[f"metadata_baseline{name}"] = metadata_baseline(rows_of, groups), f"{what}: balanced accuracy and AUC."
+        by_content = metadata_baseline(rows_of, _content_groups(rows_of)).query("track == 'detection' and group != 'all'")
+        tables[f"metadata_baseline_by_content{name}"] = by_content, f"{what}, within each content type."
     return tables
 
 # %% ../../nbs/06_audit/03_report.ipynb #a07045cb
@@ -189,7 +194,8 @@ def image_tables(
     tables = {"properties_by_generator": (property_table(images), "Files of each generator: the most common value and its share."),
               "duplicates_summary": (duplicate_table(found), "Groups of images with the same pixels (exact), or with nearly the same "
                                      "perceptual hash (near)."),
-              "learned_null": (learned_null(tested, groups), f"Gradient boosting on file properties, {main} split, cross-validated.")}
+              "metadata_classifier": (metadata_classifier(tested, groups),
+                                      f"Gradient boosting on file properties, {main} split, cross-validated.")}
     broken = images.loc[images["error"].notna(), ["path", "origin", "generator", "error"]]
     if len(broken): tables["unreadable"] = broken, "Files that could not be decoded."
     return tables
@@ -219,8 +225,8 @@ def plot_composition(
     return figure
 
 # %% ../../nbs/06_audit/03_report.ipynb #6b583dbe
-def plot_zero_pixel(
-    table: pd.DataFrame, # of `zero_pixel_table`
+def plot_metadata_baseline(
+    table: pd.DataFrame, # of `metadata_baseline`
     reference: Mapping[tuple[str, str], float] = MappingProxyType({}), # (track, group) -> published accuracy of a model
 ) -> Figure:
     "Balanced accuracy of every rule in every group, fitted in-sample."
@@ -288,7 +294,7 @@ def list_findings(
     tables: Mapping[str, tuple[pd.DataFrame, str]], # of `list_tables`
 ) -> list[str]:
     "What the lists say, in sentences."
-    manifest, table, by_content = source.manifest, tables["zero_pixel"][0], tables["zero_pixel_by_content"][0]
+    manifest, table, by_content = source.manifest, tables["metadata_baseline"][0], tables["metadata_baseline_by_content"][0]
     real = manifest["origin"].eq("real")
     formats = container_format(manifest["path"])
     found = [f"{len(manifest):,} images, {real.sum():,} real and {(~real).sum():,} synthetic. "
@@ -347,7 +353,7 @@ def image_findings(
         where = f"across {row['splits']}" if " + " in row["splits"] else f"within {row['splits']}"
         mixed = f"; {row['mixed_origin']:,} of the groups hold real and synthetic images" if row["mixed_origin"] else ""
         found.append(f"{row['images']:,} images {where} form {row['groups']:,} group{'s'*(row['groups'] > 1)} with {what}{mixed}.")
-    null = tables["learned_null"][0].query("track == 'detection' and group == 'all' and rule == 'properties'")
+    null = tables["metadata_classifier"][0].query("track == 'detection' and group == 'all' and rule == 'properties'")
     if len(null) and np.isfinite(null["balanced_accuracy"].iloc[0]):
         found.append(f"A classifier that sees nothing but these properties tells real from synthetic with a balanced accuracy of "
                      f"{_number(null['balanced_accuracy'].iloc[0])} (AUC {_number(null['auc'].iloc[0])}).")
@@ -366,8 +372,9 @@ def published_reference(
     pivot = ours.assign(value=ours["value"].astype(float)).pivot_table(index=["track", "subset"], columns="metric", values="value")
     return {(r["track"], r["subset"].replace("DALL·E", "DALL-E")): (r["acc"], r["auc"]) for r in pivot.reset_index().to_dict("records")}
 
-def zero_pixel_overview(
-    table: pd.DataFrame, # `ZERO_PIXEL_COLUMNS`
+# %% ../../nbs/06_audit/03_report.ipynb #7c6fef0b
+def metadata_overview(
+    table: pd.DataFrame, # `BASELINE_COLUMNS`
     fit: str = "in_sample",
     reference: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType({}), # (track, group) -> accuracy and AUC of a model
 ) -> pd.DataFrame: # texts: a row for each track and group, a column for each rule
@@ -397,10 +404,10 @@ NO_IMAGES = (
     "duplicates, and a classifier that sees only these.")
 CAPTIONS = {
     "composition": "Container formats and content types of the reals and of each family.",
-    "zero_pixel": "Rules that see no pixel, by track and group.",
+    "metadata_baseline": "Metadata-only baselines, by track and group.",
     "properties": "Size and JPEG quality of real and synthetic files."}
 READING = (
-    "A zero-pixel rule is an upper bound on what a shortcut could give, not proof that a model takes it. But a model that does not beat it "
+    "A metadata-only baseline is an upper bound on the gain of a shortcut, no proof that a model uses it. A model that does not exceed it "
     "has shown nothing that the suffix does not show.",
     "The suffix is not the coding history. A perturbed test set in one lossless format hides the suffix; traces of earlier lossy coding "
     "stay in the pixels.",
@@ -411,7 +418,7 @@ READING = (
 # %% ../../nbs/06_audit/03_report.ipynb #02c7cfd5
 def _list_blocks(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[Block]:
     "Chapters about the lists."
-    table, reference = tables["zero_pixel"][0], published_reference(source)
+    table, reference = tables["metadata_baseline"][0], published_reference(source)
     crossed = table.pivot_table(index=["track", "group", "rule"], columns="fit", values="balanced_accuracy")
     gap = (crossed["in_sample"] - crossed["cross_validated"]).abs().max() if len(crossed) else 0.0
     stable = "the values are the same to three digits" if gap < 5e-4 else f"no balanced accuracy differs by more than {_number(gap)}"
@@ -420,29 +427,28 @@ def _list_blocks(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
         ("heading", "What can be known without a pixel"), ("text", METHOD),
         ("text", f"Balanced accuracy / AUC, {main_split(source.manifest)} split, fitted and scored on the same images. "
               f"Cross-validated, {stable}."),
-        ("table", zero_pixel_overview(table, reference=reference)), ("figure", ("zero_pixel", CAPTIONS["zero_pixel"]))]
+        ("table", metadata_overview(table, reference=reference)), ("figure", ("metadata_baseline", CAPTIONS["metadata_baseline"]))]
     if reference: blocks.append(("text", PUBLISHED))
-    blocks += [("text", "The same within one content type:"), ("table", zero_pixel_overview(tables["zero_pixel_by_content"][0]))]
+    blocks += [("text", "The same within one content type:"), ("table", metadata_overview(tables["metadata_baseline_by_content"][0]))]
     return [*blocks, ("heading", "Lists"), *table_blocks(tables, "lists", "overlap")]
 
 # %% ../../nbs/06_audit/03_report.ipynb #7ee38fb7
 def _image_blocks(images: pd.DataFrame | None, tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[Block]:
     "Chapter about the files."
     if images is None: return [("heading", "The files"), ("note", NO_IMAGES)]
-    null, caption = tables["learned_null"]
+    null, caption = tables["metadata_classifier"]
     return [("heading", "The files"), ("list", image_findings(images, tables)),
             ("figure", ("properties", CAPTIONS["properties"])),
             *table_blocks(tables, "properties_by_generator", "duplicates_summary", "unreadable"),
-            ("text", f"{caption} Balanced accuracy / AUC."), ("table", zero_pixel_overview(null, "cross_validated"))]
+            ("text", f"{caption} Balanced accuracy / AUC."), ("table", metadata_overview(null, "cross_validated"))]
 
 def audit_record(
     source: AuditSource,
     images: int, # files that were opened
 ) -> dict[str, Any]: # ready for JSON; no times and no folders
     "What an audit was made from."
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
-    return {"stage": "audit", "git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status), "seed": 0,
-            "versions": versions(), "inputs": {path.name: file_sha256(path) for path in sorted(source.files)},
+    return {"stage": "audit", **git_state(), "seed": 0, "versions": versions(),
+            "inputs": {path.name: file_sha256(path) for path in sorted(source.files)},
             "rows": len(source.manifest), "images_opened": images}
 
 # %% ../../nbs/06_audit/03_report.ipynb #40ba8d53
@@ -460,6 +466,7 @@ def _save_rows(frame: pd.DataFrame, path: Path) -> None:
     "A long table of images: CSV only."
     write_csv(frame, path)
 
+# %% ../../nbs/06_audit/03_report.ipynb #07bc8bcb
 def audit(
     path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images
     out: str | Path, # folder for tables, figures and page
@@ -473,8 +480,9 @@ def audit(
         images = read_properties(source.manifest, source.root, jobs)
         hashes = pixel_hashes(source, images, jobs)
     tables = list_tables(source, hashes)
+    reference = {key: acc for key, (acc, _) in published_reference(source).items()}
     figures = {"composition": plot_composition(source.manifest),
-               "zero_pixel": plot_zero_pixel(tables["zero_pixel"][0], {k: v[0] for k, v in published_reference(source).items()})}
+               "metadata_baseline": plot_metadata_baseline(tables["metadata_baseline"][0], reference)}
     if images is not None:
         found = duplicates(images, max_distance)
         tables |= image_tables(source, images, found)

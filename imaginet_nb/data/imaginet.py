@@ -37,6 +37,7 @@ from .labels import LABELS, AnnotationError, ContentType, Family, Origin
 from .splits import read_annotations
 from ..core import atomic_path, file_sha256, progress, shipped, worker_processes
 from .images import ImageError, decode, is_image_path
+from .manifest import image_file
 
 # %% ../../nbs/01_data/11_imaginet.ipynb #9ef3ff66
 HUB_DATASET = "delyanboychev/imaginet"
@@ -451,12 +452,12 @@ def build(
         if not Path(path).is_dir(): raise SourceError(f"{folder}={path}: no such folder; give the folder of the original data")
     names: dict[str, dict[str, list[Path]]] = {folder: {} for folder in sources}
     rows, paths, hashes = [], _listed(out, lists)["path"].drop_duplicates(), read_ffhq_hashes(out/"annotations"/FFHQ_LIST)
-    absent = {path: md5 for path, md5 in hashes.items() if not (out/path).exists()}
+    absent = {path: md5 for path, md5 in hashes.items() if not image_file(out, path).exists()}
     renamed = _renamed(Path(sources["ffhq"]), absent, jobs) if "ffhq" in sources and absent else {}
     for folder, group in paths.groupby(paths.str.split("/").str[0], sort=False):
         there = 0
         for path in progress(group, f"linking {folder}"):
-            target, inner = out/path, path.partition("/")[2]
+            target, inner = image_file(out, path), path.partition("/")[2]
             found = renamed.get(path)
             if found is None and folder in sources and not target.exists(): found = _find(Path(sources[folder]), inner, names[folder])
             if found is not None:
@@ -501,7 +502,7 @@ def _check_images(
     "Check some files; runs in a worker process."
     found = []
     for path in paths:
-        file = root/path
+        file = image_file(root, path)
         state = file.stat() if file.exists() else None
         found.append((path, state.st_size if state else 0, state.st_mtime_ns if state else 0, _check_image(file, hashes.get(path))))
     return found
@@ -512,7 +513,7 @@ def _known_good(root: Path, hashes: Mapping[str, str]) -> set[str]:
     lines = [line[:-1].split("\t") for line in open(root/_STATE, encoding="utf-8") if line.endswith("\n")]
     state = {f[0]: (int(f[1]), int(f[2])) for f in lines if len(f) == 4 and f[3] == hashes.get(f[0], "")}
     def unchanged(path: str) -> bool:
-        file = root/path
+        file = image_file(root, path)
         return file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == state[path]
     return {path for path in state if unchanged(path)}
 

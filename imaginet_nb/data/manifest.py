@@ -110,6 +110,12 @@ def _check_agreement(
     listing.refuse(wrong, family + " / " + generator, "generator does not belong to its family:", "correct one of the two")
 
 # %% ../../nbs/01_data/01_manifest.ipynb #bc0511fd
+def _protected(paths: pd.Series) -> pd.Series:
+    "`./` in front of what a spreadsheet would compute, as `path_text` writes it."
+    first = paths.str[0]
+    formula = first.isin([start for start in first.unique() if path_text(start).startswith("./")])
+    return paths.mask(formula, "./" + paths)
+
 def validate_manifest(
     df: pd.DataFrame,                    # at least the columns `MANIFEST_COLUMNS`
     source: str = "manifest",            # name for error messages, usually a file
@@ -117,7 +123,7 @@ def validate_manifest(
     external: bool = False,              # accept other generators, and `unknown` content type and family
     allow_duplicates: bool = False,      # accept a path that occurs more than once
     lines: Sequence[int] | None = None,  # line of each row in the file, for error messages
-) -> pd.DataFrame: # a copy: manifest columns first, all text, rows numbered from 0, leading `./` removed
+) -> pd.DataFrame: # a copy: manifest columns first, all text, rows numbered from 0, paths as `path_text` writes them
     "Check every row; return the manifest in its standard form or raise `AnnotationError`."
     listing = RowSource(source, lines)
     missing = [c for c in MANIFEST_COLUMNS if c not in df.columns]
@@ -129,6 +135,7 @@ def validate_manifest(
         frame[column] = frame[column].astype(str)
     frame["path"] = frame["path"].str.replace(r"^\./", "", regex=True)
     _check_paths(frame["path"], listing, allow_duplicates)
+    frame["path"] = _protected(frame["path"])
     _check_words(frame, listing, external)
     _check_agreement(frame, listing)
     return frame

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILY_FOLDERS', 'CORVI_GENERATORS', 'PRACTICAL_FOLDERS', 'REAL_SOURCES', 'read_annotations', 'write_annotations',
            'read_corvi', 'read_practical', 'split_manifest', 'balanced_calibration', 'draw_real_images',
-           'family_groups', 'perturbed_layout', 'overlap', 'count_table']
+           'draw_balanced', 'draw_per_content', 'family_groups', 'perturbed_layout', 'overlap', 'count_table']
 
 # %% ../../nbs/01_data/02_splits.ipynb #6d4a3af6
 import re
@@ -111,7 +111,7 @@ def write_annotations(
     if column not in df.columns: raise AnnotationError(f"{path}: no column {column} to write; make it with perturbed_layout")
     frame = validate_manifest(df.assign(path=df[column]), f"manifest for {path}", allow_duplicates=True)
     columns = [frame[name].map({m.label: str(m.code) for m in schema}) for name, schema in LABELS.items()]
-    lines = [f"./{','.join(row)}\n" for row in zip(frame["path"], *columns, strict=True)]
+    lines = [f"./{','.join(row)}\n" for row in zip(frame["path"].str.removeprefix("./"), *columns, strict=True)]
     with atomic_path(path) as temporary: temporary.write_bytes("".join(lines).encode())
 
 # %% ../../nbs/01_data/02_splits.ipynb #0b6cedff
@@ -229,6 +229,31 @@ def draw_real_images(
     if not 0 < n <= real.sum():
         raise AnnotationError(f"draw_real_images: {n} real images wanted, {real.sum()} there; n must lie in 1 to {real.sum()}")
     return manifest.iloc[_shuffled(manifest, real, seed, "reals", key)[:n]]
+
+# %% ../../nbs/01_data/02_splits.ipynb #b92d14a6
+def draw_balanced(
+    manifest: pd.DataFrame, # one row per image
+    n: int, # images, half of them real; at least one of each family is drawn, and fewer where a family has too few
+    seed: int,
+) -> pd.DataFrame: # synthetic images of each family in turn, then as many real images
+    "Draw synthetic images equally from all families, and as many real images of any content."
+    each = max(n//2//len(FAMILIES), 1)
+    pools = [manifest[manifest["generator_family"] == family].sort_values("path") for family in FAMILIES]
+    synthetic = pd.concat([pool.sample(min(each, len(pool)), random_state=seed) for pool in pools])
+    return pd.concat([synthetic, draw_real_images(manifest, len(synthetic), seed)], ignore_index=True)
+
+def draw_per_content(
+    manifest: pd.DataFrame, # one row per image
+    content_types: Sequence[str], # such as photos and faces
+    n: int, # images of all types together; fewer where a type has too few
+    seed: int,
+    family: str = "SD", # of the synthetic images
+) -> pd.DataFrame: # for each type the real images, then the synthetic ones
+    "Draw equally from content types, from each half real images and half of one generator family."
+    each = n//len(content_types)//2
+    pools = [manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(label)].sort_values("path")
+             for content in content_types for label in ("real", family)]
+    return pd.concat([pool.sample(min(each, len(pool)), random_state=seed) for pool in pools], ignore_index=True)
 
 # %% ../../nbs/01_data/02_splits.ipynb #416bd3c3
 def _apportion(

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.labels import FAMILIES
-from ..core import Section, _git, atomic_path, file_sha256, pick_device
+from ..core import Section, atomic_path, file_sha256, git_state, pick_device
 from .resnet import IMAGENET_MEAN, IMAGENET_STD, Architecture, Backbone
 from .selfcon import HeadKind, ImagiNetClassifier, SelfConNet
 
@@ -48,7 +48,7 @@ class WeightsHeader(Section):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     format: str
     version: int
-    kind: str = ""       # selfcon, classifier, peer; absent in other formats
+    kind: str = ""       # selfcon, classifier, prior_method; absent in other formats
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 class _NetworkHeader(WeightsHeader):
@@ -202,7 +202,7 @@ def save_checkpoint(
     **more: Any, # further entries of the header
 ) -> dict[str, Any]: # the header as written
     "Write weights and header to one safetensors file; `CheckpointError` for a header that could not be read again."
-    origin = {"profile": None, "data_hash": None, "git_commit": _git("rev-parse", "HEAD")}
+    origin = {"profile": None, "data_hash": None, "git_commit": git_state()["git_commit"]}
     own, facts = _describe(model) | ({"extra": sorted(extra)} if extra else {}), origin | dict(header or {}) | more
     if clash := sorted(own.keys() & facts.keys()):
         raise CheckpointError(f"{path}: header keys {clash} are written from the model; leave them out")

@@ -31,6 +31,9 @@ def show_table(
     cells, headings = reading.head(rows).to_numpy().tolist(), list(reading.columns)
     html, plain = (tabulate(cells, headings, tablefmt=form, disable_numparse=True, colalign=column_alignment(reading))
                    for form in ("html", "simple"))
+    # a notebook aligns every cell to the right and breaks intervals unless the cell says otherwise
+    html = html.replace("<td>", '<td style="text-align: left;">').replace("<th>", '<th style="text-align: left;">')
+    html = html.replace('"text-align: right;"', '"text-align: right; white-space: nowrap;"')
     display({"text/html": "\n".join([html, *(f"<p>{note}</p>" for note in notes)]), "text/plain": "\n\n".join([plain, *notes])}, raw=True)
 
 # %% ../../nbs/05_reporting/04_display.ipynb #a6f718bb

@@ -25,7 +25,7 @@ from .tables import HEADINGS, has_interval, write_provenance
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #c0e9bfad
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C"
-STYLES: dict[str, dict[str, tuple[str, str]]] = { # column -> label -> colour, marker
+STYLES: dict[str, dict[str, tuple[str, str]]] = { # column -> label -> colour, markerer
     "origin": {"real": (BLUE, "s"), "synthetic": (RED, "o")},
     "content_type": {"photos": (BLUE, "s"), "paintings": (ORANGE, "o"), "faces": (GREEN, "^"), "uncategorized": (PINK, "X")},
     "generator_family": {"GAN": (BLUE, "s"), "SD": (RED, "o"), "Midjourney": (GREEN, "^"), "DALL-E 3": (PINK, "X"),
@@ -33,13 +33,14 @@ STYLES: dict[str, dict[str, tuple[str, str]]] = { # column -> label -> colour, m
     "format": {"PNG": (BLUE, "s"), "JPEG": (ORANGE, "o"), "WebP": (GREEN, "^")},
     "detector": {"SelfCon (ours)": (BLUE, "o"), "Cross-entropy (baseline)": (ORANGE, "s")}}
 LEGENDS = {"origin": "Source", "content_type": "Content", "generator_family": "Generator", "format": "File format"}
-SPARE = ((BLUE, "s"), (RED, "o"), (GREEN, "^"), (PINK, "X"), (ORANGE, "D"), (SKY, "v"), (GREY, "P"))
+SPARE = ( # for labels without a style of their own
+    (BLUE, "s"), (RED, "o"), (GREEN, "^"), (PINK, "X"), (ORANGE, "D"), (SKY, "v"), (GREY, "P"))
 
 def label_styles(
     labels: Iterable[str], # labels that occur, any order
     column: str = "", # column of `STYLES`; others get colours in order of appearance
 ) -> dict[str, tuple[str, str]]: # label -> colour, marker; in the order of the legend
-    "How each label is drawn."
+    "How each label is drawn. Raises `ValueError` if there are more labels than distinct styles."
     known, present = STYLES.get(column, {}), list(dict.fromkeys(labels))
     others = [label for label in present if label not in known]
     if len(others) > len(SPARE): raise ValueError(f"{len(others)} labels in '{column}' are too many to tell apart: {', '.join(others)}")
@@ -51,7 +52,7 @@ def _require(
     columns: Sequence[str], # that a plot reads
     plot: str, # its name, for the message
 ) -> None:
-    "Refuse a table that a plot cannot draw."
+    "Check that a table has what a plot reads."
     missing = [c for c in columns if c not in table]
     if missing: raise ValueError(f"{plot}: the table lacks the column {', '.join(missing)}; it has {', '.join(map(str, table))}")
     if table.empty: raise ValueError(f"{plot}: the table has no rows")
@@ -219,6 +220,7 @@ def plot_confusion(
     for axes, (name, shares) in zip(panels, tables.items(), strict=True):
         sns.heatmap(shares, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", cbar=False, square=True, linewidths=1, ax=axes)
         axes.set(title=name, xlabel="predicted", ylabel="true" if axes is panels[0] else "")
-        axes.tick_params(axis="x", rotation=30); axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=30)
+        axes.tick_params(axis="y", rotation=0)
     figure.suptitle(title, fontsize=10)
     return figure

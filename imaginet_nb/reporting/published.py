@@ -39,7 +39,7 @@ PAPER_ITEMS = (
               ("table3_detection_by_family",)),
     PaperItem("By content type", "Detection (not printed in the paper)", _BY, ("detection_by_content",), (), ("detection_by_content",)),
     PaperItem("By generator", "Detection (not printed in the paper)", _BY, ("detection_by_generator",), (), ("detection_by_generator",)),
-    PaperItem("Score calibration", "What the calibration of scores changes", _BY, ("score_calibration",)),
+    PaperItem("Score calibration", "Detection with and without score calibration", _BY, ("score_calibration",)),
     PaperItem("Table 4", "Practical test set", "p51_external", ("practical",), (), ("table4_practical", "repository_practical")),
     PaperItem("Table 5", "Corvi test set", "p51_external", ("corvi",), (), ("table5_corvi", "repository_corvi")),
     PaperItem("Table 6", "Inference time", "p63_speed", ("inference_time",), (), ("table6_inference_time",)),
@@ -52,20 +52,22 @@ PAPER_ITEMS = (
     PaperItem("Figure 3", "One content type left out of training", "p61_content_ablation", ("content_ablation",), ("content_ablation",)),
     PaperItem("Figure 4a", "Accuracy against JPEG quality", "p62_robustness", ("robustness_jpeg",), ("robustness_jpeg",)),
     PaperItem("Figure 4b", "Accuracy against resizing", "p62_robustness", ("robustness_resize",), ("robustness_resize",)),
-    PaperItem("Probabilities", "What a probability is worth (not in the paper)", _BY, ("probabilities", "reliability"), ("reliability",)),
-    PaperItem("Operating points", "What is found at few false positives (not in the paper)", _BY, ("operating_points",)),
-    PaperItem("Bias and robustness", "What a perturbation shifts and what it destroys (not in the paper)", "p62_robustness",
+    PaperItem("Probabilities", "Calibration quality of the probabilities (not in the paper)", _BY, ("probabilities", "reliability"),
+              ("reliability",)),
+    PaperItem("Operating points", "Detection rate at low false-positive rates (not in the paper)", _BY, ("operating_points",)),
+    PaperItem("Score shift", "Score shift and loss of separability under perturbation (not in the paper)", "p62_robustness",
               ("robustness_loss", "robustness_shift"), ("shifts_detection", "shifts_identification")),
     PaperItem("Under perturbation", "Probabilities and operating points (not in the paper)", "p62_robustness",
               ("probabilities_perturbed", "operating_points_perturbed")),
-    PaperItem("Open set", "Generators that were not in training (not in the paper)", "p52_identification", ("open_set",)),
-    PaperItem("Audit", "What formats, contents and files give away (not in the paper)", "p10_dataset",
-              ("zero_pixel", "learned_null", "file_properties", "duplicates", "overlap"), ("zero_pixel", "composition", "file_properties")),
-    PaperItem("Format-matched", "The detectors when all images went through one codec (not in the paper)", _BY, ("format_matched",)),
-    PaperItem("Grouping", "Which reals stand against which family", "p20_testset", ("grouping_difference",)),
-    PaperItem("Grouping effect", "What matching the reals by content changes", _BY, ("grouping_effect",)),
+    PaperItem("Open set", "Recognition of generators that were not in training (not in the paper)", "p52_identification", ("open_set",)),
+    PaperItem("Audit", "Shortcuts: file format, content type, file properties (not in the paper)", "p10_dataset",
+              ("metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap"),
+              ("metadata_baseline", "composition", "file_properties")),
+    PaperItem("Format-matched", "Detection when all images have passed the same codec (not in the paper)", _BY, ("format_matched",)),
+    PaperItem("Grouping", "How real images are assigned to a family", "p20_testset", ("grouping_difference",)),
+    PaperItem("Grouping effect", "Effect of matching real images by content", _BY, ("grouping_effect",)),
     PaperItem("Overlaps", "Calibration images and anchors against the test set", "p47_predict", ("calibration_overlap",)),
-    PaperItem("External calibration", "Score calibration on the sets of others", "p51_external", ("external_calibration",)),
+    PaperItem("External calibration", "Score calibration on external benchmarks", "p51_external", ("external_calibration",)),
     PaperItem("Ledger", "Published and reproduced, side by side", "p90_summary", ("published_vs_reproduced",)))
 
 # %% ../../nbs/05_reporting/02_published.ipynb #f9db104d
@@ -137,7 +139,7 @@ def _partner(
     return next((ours[detector, group, column] for group in groups if (detector, group, column) in ours), None)
 
 def _status(value: float, partner: Measured, metric: str) -> str:
-    "What a reader should make of the difference."
+    "How a published value relates to ours."
     if np.isnan(partner.value): return partner.note if partner.note.startswith("not run") else "not run"
     if metric == "time_ms": return "measured on another machine"
     if np.isnan(partner.low): return "equal" if np.isclose(value, partner.value) else "different"
@@ -147,8 +149,8 @@ def _why_absent(ours: Mapping[tuple[str, str, str], Measured], detector: str) ->
     "Why a table has no row for a group: the note of that detector, or of the table, where nothing was run."
     rows = [m for key, m in ours.items() if key[0] == detector] or list(ours.values())
     notes = {m.note for m in rows}
-    return notes.pop() if len(notes) == 1 and all(np.isnan(m.value) and m.note.startswith("not run") for m in rows) else \
-        "not run: no such row in our table"
+    if len(notes) == 1 and all(np.isnan(m.value) and m.note.startswith("not run") for m in rows): return notes.pop()
+    return "not run: no such row in our table"
 
 def _compare(row: Mapping[Any, str], ours: Mapping[tuple[str, str, str], Measured] | None, reason: str) -> dict[str, Any]:
     "Last four columns of one line of the ledger."
@@ -170,8 +172,10 @@ def ledger(
     for paper in PAPER_ITEMS:
         ours, reason = None, f"not run (profile {profile_name} measures the embedded sandbox)"
         if profile_name == "paper" and paper.published:
-            try: ours = _measured(read_table(Path(tables_dir)/paper.tables[0]))
-            except FileNotFoundError: reason = f"not run: tables/{paper.tables[0]}.csv is missing; {paper.notebook} writes it"
+            try:
+                ours = _measured(read_table(Path(tables_dir)/paper.tables[0]))
+            except FileNotFoundError:
+                reason = f"not run: tables/{paper.tables[0]}.csv is missing; {paper.notebook} writes it"
         theirs = pd.concat([published(stem, folder) for stem in paper.published] or [pd.DataFrame(columns=PUBLISHED_KEY)])
         for row in theirs[theirs["metric"] != "feature"].drop_duplicates(PUBLISHED_KEY).to_dict("records"):
             source = "" if row["paper_version"].startswith("v") else " (repository)"

@@ -60,8 +60,8 @@ HEADINGS = {
     "detector": "Detector", "group": "Group", "acc": "ACC", "auc": "AUC", "n_real": "Real", "n_synthetic": "Synthetic", "note": "Note",
     "paper_item": "Paper item", "test_set": "Test set", "metric": "Metric", "published": "Published", "reproduced": "Reproduced",
     "difference": "Difference", "status": "Status", "median_ms": "Median (ms)", "images": "Images", "n": "Images", "n_images": "Images",
-    "eer": "EER", "ece": "ECE", "ece_floor": "ECE, faultless", "nll": "NLL", "brier": "Brier", "tpr": "TPR", "kept_fpr": "Kept FPR",
-    "kept_tpr": "Kept TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
+    "eer": "EER", "ece": "ECE", "ece_floor": "ECE floor", "nll": "NLL", "brier": "Brier", "tpr": "TPR", "empirical_fpr": "Empirical FPR",
+    "empirical_tpr": "Empirical TPR", "auroc": "AUROC", "acc_clean": "ACC, clean"}
 
 def has_interval(
     frame: pd.DataFrame,
@@ -87,7 +87,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
 
 def _fold_not_run(text: pd.DataFrame) -> pd.DataFrame:
-    "One row for a detector that was run on none of its groups, in place of one a group."
+    "One row for a detector that was run on none of its groups, in place of one per group."
     if not {"group", "note"} <= set(text): return text
     counts = [c for c in text if _is_count(str(c))]
     rest = [c for c in text if c != "group" and c not in counts]

@@ -16,7 +16,7 @@ from torch import nn
 
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.custom import PluginError, load_plugin, read_settings, weights_sha256
+from imaginet_nb.detectors.custom import DetectorError, load_custom_detector, read_settings, weights_sha256
 from imaginet_nb.detectors.predictions import predict
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -91,24 +91,24 @@ def write_script(path: Path, net: nn.Module, how: str) -> Path:
 
 @pytest.mark.parametrize("file, how", [("net.pt", "script"), ("net.ts", "trace"), ("net.pt2", "export")])
 def test_programs_score_as_the_network_does(net, images, tmp_path, file, how):
-    detector = load_plugin(str(write_yaml(write_script(tmp_path/file, net, how))), trust=True)
+    detector = load_custom_detector(str(write_yaml(write_script(tmp_path/file, net, how))), trust=True)
     with torch.no_grad(): torch.testing.assert_close(detector.score(images), net(feed(images))[:, 0], atol=1e-5, rtol=0)
     assert (detector.name, detector.input_size, detector.tracks) == ("Somebody", 16, ("detection",))
 
 
 @pytest.mark.parametrize("shape", [("B", 3, "H", "W"), ("B", 3, 16, 16), (1, 3, 16, 16), (None, None, None, None)])
 def test_graphs_score_as_the_network_does(net, images, tmp_path, shape):
-    detector = load_plugin(str(write_yaml(write_onnx(tmp_path/"net.onnx", net, shape))))
+    detector = load_custom_detector(str(write_yaml(write_onnx(tmp_path/"net.onnx", net, shape))))
     with torch.no_grad(): torch.testing.assert_close(detector.score(images), net(feed(images))[:, 0], atol=1e-5, rtol=0)
 
 
 def test_another_range_of_pixels(net, images, tmp_path):
-    score = load_plugin(str(write_yaml(write_onnx(tmp_path/"net.onnx", net), range=[-1, 1]))).score(images)
+    score = load_custom_detector(str(write_yaml(write_onnx(tmp_path/"net.onnx", net), range=[-1, 1]))).score(images)
     with torch.no_grad(): torch.testing.assert_close(score, net(feed(images, -1, 1))[:, 0], atol=1e-5, rtol=0)
 
 
 def test_a_graph_in_half_precision(net, images, tmp_path):
-    score = load_plugin(str(write_yaml(write_onnx(tmp_path/"net.onnx", net, kind=TensorProto.FLOAT16)))).score(images)
+    score = load_custom_detector(str(write_yaml(write_onnx(tmp_path/"net.onnx", net, kind=TensorProto.FLOAT16)))).score(images)
     assert score.dtype == torch.float32
     with torch.no_grad(): torch.testing.assert_close(score, net(feed(images))[:, 0], atol=5e-3, rtol=0)
 
@@ -118,7 +118,7 @@ def test_two_logits_and_families_in_another_order(images, tmp_path, synthetic):
     torch.manual_seed(1)
     net, order = Net(2, families=True), ["DALL-E 3", "GAN", "SD", "Midjourney"]
     write_yaml(write_onnx(tmp_path/"net.onnx", net), output="two_logits", synthetic=synthetic, identification=order)
-    detector = load_plugin(str(tmp_path/"net.onnx"))
+    detector = load_custom_detector(str(tmp_path/"net.onnx"))
     with torch.no_grad(): scores, families = net(feed(images))
     chance = scores.softmax(1)[:, synthetic]
     torch.testing.assert_close(detector.score(images).sigmoid(), chance, atol=1e-5, rtol=0)
@@ -129,13 +129,13 @@ def test_two_logits_and_families_in_another_order(images, tmp_path, synthetic):
 def test_probabilities_become_logits(net, images, tmp_path):
     write_yaml(write_onnx(tmp_path/"net.onnx", net, sigmoid=True), output="probability")
     with torch.no_grad(): expected = net(feed(images))[:, 0]
-    torch.testing.assert_close(load_plugin(str(tmp_path/"net.onnx")).score(images), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_custom_detector(str(tmp_path/"net.onnx")).score(images), expected, atol=1e-4, rtol=0)
 
 
 def test_bgr_sees_the_channels_turned_round_with_their_own_mean(net, images, tmp_path):
     write_yaml(write_onnx(tmp_path/"net.onnx", net), channels="BGR")
     with torch.no_grad(): expected = net(feed(images).flip(1))[:, 0]
-    torch.testing.assert_close(load_plugin(str(tmp_path/"net.onnx")).score(images), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(load_custom_detector(str(tmp_path/"net.onnx")).score(images), expected, atol=1e-5, rtol=0)
 
 
 def test_other_sizes_are_cropped_and_rows_do_not_depend_on_neighbours(net, tmp_path):
@@ -144,7 +144,7 @@ def test_other_sizes_are_cropped_and_rows_do_not_depend_on_neighbours(net, tmp_p
     for i, shape in enumerate([(16, 16), (31, 20), (10, 16)]):
         save(generator.integers(0, 256, (*shape, 3), dtype=np.uint8), tmp_path/f"{i}.png")
         rows.append(dict(path=f"{i}.png", origin="real", content_type="photos", generator_family="real", generator="real", split="test"))
-    detector = load_plugin(str(write_yaml(write_onnx(tmp_path/"net.onnx", net))))
+    detector = load_custom_detector(str(write_yaml(write_onnx(tmp_path/"net.onnx", net))))
     together = predict(detector, pd.DataFrame(rows), tmp_path, num_workers=0)
     alone = pd.concat([predict(detector, pd.DataFrame([row]), tmp_path, num_workers=0) for row in rows], ignore_index=True)
     np.testing.assert_allclose(together["logit"], alone["logit"], atol=1e-6)
@@ -155,7 +155,7 @@ def test_other_sizes_are_cropped_and_rows_do_not_depend_on_neighbours(net, tmp_p
 # what is refused, with file and key
 
 def refuse(spec, *words, **options):
-    with pytest.raises(PluginError) as caught: load_plugin(str(spec), **options)
+    with pytest.raises(DetectorError) as caught: load_custom_detector(str(spec), **options)
     for word in (Path(spec).stem, *words): assert word in str(caught.value), f"{word!r} not in: {caught.value}"
 
 
@@ -188,7 +188,7 @@ def test_wrong_keys(net, tmp_path, changes, words):
     (("B", 3), {}, ["net.onnx", "onnxruntime|shape (B, 3, H, W)"])])
 def test_graphs_of_the_wrong_shape(net, tmp_path, shape, changes, words):
     path = write_yaml(write_onnx(tmp_path/"net.onnx", net, shape), **changes)
-    with pytest.raises(PluginError) as caught: load_plugin(str(path))
+    with pytest.raises(DetectorError) as caught: load_custom_detector(str(path))
     for word in words: assert any(w in str(caught.value) for w in word.split("|")), caught.value
 
 
@@ -211,9 +211,9 @@ def test_a_graph_that_crashes_the_runtime_is_refused(tmp_path, when):
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", ("B", 3, "H", "W")), ("y", None)))
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, write_yaml(tmp_path/"crash.onnx"))
-    code = f"from {load_plugin.__module__} import load_plugin; load_plugin('crash.onnx')"
+    code = f"from {load_custom_detector.__module__} import load_custom_detector; load_custom_detector('crash.onnx')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "PluginError: crash.onnx: ONNX Runtime crashes (SIGFPE)" in done.stderr, done
+    assert done.returncode == 1 and "DetectorError: crash.onnx: ONNX Runtime crashes (SIGFPE)" in done.stderr, done
 
 
 def test_a_graph_of_integers_and_scores_that_are_no_numbers(net, tmp_path):
@@ -298,14 +298,14 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Good", "ready", "make", "Where"])
 def test_classes_functions_and_detectors(here, name):
-    detector = load_plugin(f"{here}:{name}")
+    detector = load_custom_detector(f"{here}:{name}")
     images = torch.full((2, 3, 4, 4), 130, dtype=torch.uint8)
     assert detector.score(images).tolist() == [30, 30] and detector.name == "Good"
     if name == "Where": assert detector.where == "cpu"
 
 
 def test_networks_come_in_evaluation_mode(here):
-    assert not load_plugin(f"{here}:Network").training
+    assert not load_custom_detector(f"{here}:Network").training
 
 
 @pytest.mark.parametrize("name, words", [
@@ -326,8 +326,8 @@ def test_modules_that_are_not_there(here):
 
 
 def test_every_fault_is_a_value_error_that_the_command_line_prints_in_one_line(here):
-    assert issubclass(PluginError, ValueError)
-    with pytest.raises(PluginError) as caught: load_plugin(f"{here}:Raises")
+    assert issubclass(DetectorError, ValueError)
+    with pytest.raises(DetectorError) as caught: load_custom_detector(f"{here}:Raises")
     assert "\n" not in str(caught.value)
 
 
@@ -343,13 +343,13 @@ def test_modules_that_end_the_program_or_ask_for_the_impossible_are_refused(tmp_
     (tmp_path/"odd_module.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "odd_module", raising=False)
-    with pytest.raises(PluginError) as caught: load_plugin("odd_module:D")
+    with pytest.raises(DetectorError) as caught: load_custom_detector("odd_module:D")
     assert words in str(caught.value)
 
 
 def test_an_input_size_beyond_all_memory_is_refused(tmp_path):
     beside = write_yaml(tmp_path/"net.onnx", input_size=10**7).with_suffix(".yaml")
-    with pytest.raises(PluginError, match="input_size: .*16384"): read_settings(beside)
+    with pytest.raises(DetectorError, match="input_size: .*16384"): read_settings(beside)
 
 
 def test_weights_count_in_whatever_a_detector_keeps_them(tmp_path, monkeypatch):
@@ -365,5 +365,5 @@ def test_weights_count_in_whatever_a_detector_keeps_them(tmp_path, monkeypatch):
     for value in (1.0, 1.0, 2.0):
         np.save("w.npy", np.full(3, value, np.float32))
         Path("w.json").write_text(f'{{"factor": {value}}}')
-        for name in ("Array", "Deep", "Text"): found.setdefault(name, []).append(weights_sha256(load_plugin(f"keeper:{name}")))
+        for name in ("Array", "Deep", "Text"): found.setdefault(name, []).append(weights_sha256(load_custom_detector(f"keeper:{name}")))
     assert all(first == second != third for first, second, third in found.values())

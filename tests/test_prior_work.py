@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from imaginet_nb.core import file_sha256
 from imaginet_nb.data.images import ImageError, save
 from imaginet_nb.data.labels import AnnotationError
-from imaginet_nb.detectors import prior_work as peers
+from imaginet_nb.detectors import prior_work
 from imaginet_nb.detectors.predictions import predict
 from imaginet_nb.detectors.prior_work import (
-    PEERS,
+    PRIOR_METHODS,
     WEIGHTS,
     add_anchors,
-    available_peers,
-    create_peer_architecture,
+    available_prior_methods,
+    create_prior_method,
     draw_anchors,
     import_weights,
-    load_peer,
-    missing_peers,
+    load_prior_method,
+    missing_prior_methods,
     weights_table,
 )
 from imaginet_nb.detectors.protocol import Detector
@@ -155,7 +155,7 @@ def published() -> list[State]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, published) -> Path:
     "Files as published, and what the import makes of them."
-    root = tmp_path_factory.mktemp("peers")
+    root = tmp_path_factory.mktemp("prior_work")
     others = {"optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "total_steps": 1000}
     bare = {n: t for n, t in published[1].items() if not n.endswith("num_batches_tracked")}
     for name, content in (("grag2021", published[0]), ("corvi2022_progan", {f"module.{n}": t for n, t in published[0].items()}),
@@ -171,7 +171,7 @@ def test_grag2021_is_the_mean_of_a_map_of_logits(folder, published):
     logits = nodown_map(published[0], x)
     assert logits.shape == (2, 1, 5, 7)
     assert logits.std() > 0.1 and (logits[0] - logits[1]).mean().abs() > 0.1, "else a wrong network would pass"
-    grag = load_peer("Grag2021", folder / "weights")
+    grag = load_prior_method("Grag2021", folder / "weights")
     torch.testing.assert_close(grag.score(x), logits.mean((1, 2, 3)), rtol=0, atol=1e-4)
     assert (grag.name, grag.input_size, grag.tracks) == ("Grag2021", None, ("detection",)) and isinstance(grag, Detector)
     with pytest.raises(ValueError, match="no identification head"): grag.identify(x)
@@ -182,9 +182,9 @@ def test_corvi2022_is_the_mean_of_two_networks_of_which_one_was_wrapped_and_one_
     x = images(1, 32, 32, seed=1)
     one, other = (nodown_map(state, x).mean((1, 2, 3)) for state in published)
     assert (one - other).abs() > 1e-2
-    corvi = load_peer("Corvi2022", folder / "weights")
+    corvi = load_prior_method("Corvi2022", folder / "weights")
     torch.testing.assert_close(corvi.score(x), (one + other) / 2, rtol=0, atol=1e-4)
-    torch.testing.assert_close(load_peer("corvi2022_latent", folder / "weights").score(x), other, rtol=0, atol=1e-4)
+    torch.testing.assert_close(load_prior_method("corvi2022_latent", folder / "weights").score(x), other, rtol=0, atol=1e-4)
     assert corvi.name == "Corvi2022" and isinstance(corvi, Detector)
 
 
@@ -268,14 +268,14 @@ def test_restricted_weights_are_not_even_read_before_the_terms_are_accepted(tmp_
 def test_a_changed_or_exchanged_imported_file_is_refused(folder, tmp_path):
     content = bytearray((folder / "weights" / "grag2021.safetensors").read_bytes())
     (tmp_path / "corvi2022_latent.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="holds grag2021, not corvi2022_latent"): load_peer("corvi2022_latent", tmp_path)
+    with pytest.raises(CheckpointError, match="holds grag2021, not corvi2022_latent"): load_prior_method("corvi2022_latent", tmp_path)
     content[-5] ^= 16
     (tmp_path / "grag2021.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="checksum"): load_peer("Grag2021", tmp_path)
-    with pytest.raises(CheckpointError, match="checksum"): available_peers(tmp_path)           # not passed over as missing
+    with pytest.raises(CheckpointError, match="checksum"): load_prior_method("Grag2021", tmp_path)
+    with pytest.raises(CheckpointError, match="checksum"): available_prior_methods(tmp_path)           # not passed over as missing
     with pytest.raises(CheckpointError, match=r"get Grag2021_progan/model_epoch_best.pth from .*imaginet weights import corvi2022_progan"):
-        load_peer("Corvi2022", tmp_path)
-    with pytest.raises(ValueError, match="unknown weights 'Corvi'"): load_peer("Corvi", tmp_path)
+        load_prior_method("Corvi2022", tmp_path)
+    with pytest.raises(ValueError, match="unknown weights 'Corvi'"): load_prior_method("Corvi", tmp_path)
 
 
 # --- Wu2023 -----------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def lasted_file(shapes: Shapes, seed: int | None = None) -> State:
 def lasted(tmp_path, monkeypatch) -> State:
     "A LASTED with a small tower, imported; what is returned are its weights under their short names."
     pytest.importorskip("open_clip")
-    monkeypatch.setattr(peers, "CLIP_RN50X64", SMALL)
+    monkeypatch.setattr(prior_work, "CLIP_RN50X64", SMALL)
     state = lasted_file(clip_shapes(**SMALL), seed=3)
     torch.save(state, tmp_path / "lasted.pt")
     import_weights("wu2023", tmp_path / "lasted.pt", tmp_path / "weights")
@@ -305,7 +305,7 @@ def lasted(tmp_path, monkeypatch) -> State:
 @torch.no_grad()
 def test_wu2023_is_minus_the_similarity_to_the_mean_anchor(tmp_path, lasted):
     x, real = images(3, 64, 64), images(5, 64, 64, seed=1)
-    wu = load_peer("Wu2023", tmp_path / "weights")
+    wu = load_prior_method("Wu2023", tmp_path / "weights")
     z, a = (clip_embedding(lasted, pixels, SMALL["layers"], SMALL["heads"]) for pixels in (x, real))
     torch.testing.assert_close(wu.embed(x), z, rtol=0, atol=1e-4)
     assert (z[0] - z[1]).norm() > 0.05, "else any network would pass"
@@ -320,7 +320,7 @@ def test_wu2023_is_minus_the_similarity_to_the_mean_anchor(tmp_path, lasted):
 @torch.no_grad()
 @pytest.mark.parametrize("height, width", [(64, 64), (70, 101), (40, 64), (20, 150)])
 def test_wu2023_pads_by_reflection_or_takes_the_middle(tmp_path, lasted, height, width):
-    wu, x = load_peer("Wu2023", tmp_path / "weights"), images(1, height, width)
+    wu, x = load_prior_method("Wu2023", tmp_path / "weights"), images(1, height, width)
     down, right = max(0, 64 - height), max(0, 64 - width)
     padded = np.pad(x[0].numpy(), ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2)), mode="reflect")
     top, left = (padded.shape[1] - 64) // 2, (padded.shape[2] - 64) // 2
@@ -329,7 +329,7 @@ def test_wu2023_pads_by_reflection_or_takes_the_middle(tmp_path, lasted, height,
 
 
 def test_scores_of_wu2023_stay_fine_in_bfloat16(tmp_path, lasted):
-    wu = load_peer("Wu2023", tmp_path / "weights")
+    wu = load_prior_method("Wu2023", tmp_path / "weights")
     wu.set_anchors(wu.embed(images(5, 64, 64, seed=1)))
     exact, wu.precision = wu.score(images(32, 64, 64)), "bfloat16"
     rounded = wu.score(images(32, 64, 64))
@@ -341,7 +341,7 @@ def test_the_true_tower_has_the_names_and_shapes_of_clip_rn50x64():
     open_clip = pytest.importorskip("open_clip")
     config = open_clip.get_model_config("RN50x64")
     with torch.device("meta"):
-        tower = peers._clip_tower()
+        tower = prior_work._clip_tower()
         theirs = open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"])
     shapes = {n: tuple(t.shape) for n, t in tower.state_dict().items()}
     assert shapes == clip_shapes((3, 15, 36, 10), 128, 1024, 448, 64) == {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
@@ -358,7 +358,7 @@ def test_the_true_tower_has_the_names_and_shapes_of_clip_rn50x64():
 ])
 def test_lasted_files_that_do_not_fit_are_refused(tmp_path, monkeypatch, change, words):
     pytest.importorskip("open_clip")
-    monkeypatch.setattr(peers, "CLIP_RN50X64", SMALL)
+    monkeypatch.setattr(prior_work, "CLIP_RN50X64", SMALL)
     torch.save(change(lasted_file(clip_shapes(**SMALL))), tmp_path / "lasted.pt")
     with pytest.raises(CheckpointError, match=words): import_weights("wu2023", tmp_path / "lasted.pt", tmp_path / "w")
     assert not (tmp_path / "w").exists()
@@ -366,10 +366,11 @@ def test_lasted_files_that_do_not_fit_are_refused(tmp_path, monkeypatch, change,
 
 def test_without_open_clip_the_remedy_is_named(tmp_path, monkeypatch):
     for module in ("open_clip", "open_clip.modified_resnet"): monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=r"pip install imaginet_nb\[peers\]"): create_peer_architecture("Wu2023")
+    with pytest.raises(ValueError, match=r"pip install imaginet_nb\[detectors\]"): create_prior_method("Wu2023")
     (tmp_path / "wu2023.safetensors").touch()
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    assert missing_peers(tmp_path)["Wu2023"].endswith("pip install imaginet_nb[peers]") and available_peers(tmp_path) == []
+    monkeypatch.setattr(prior_work, "find_spec", lambda name: None)
+    assert missing_prior_methods(tmp_path)["Wu2023"].endswith("pip install imaginet_nb[detectors]")
+    assert available_prior_methods(tmp_path) == []
 
 
 # --- anchors, tables --------------------------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def test_anchors_are_drawn_from_reals_and_do_not_depend_on_order_or_batches(pict
     assert draw_anchors(manifest.iloc[::-1], seed=5, n=4)["path"].tolist() == anchors["path"].tolist()
     assert len(draw_anchors(manifest, seed=5)) == 6
     with pytest.raises(AnnotationError): draw_anchors(manifest[manifest["origin"] == "synthetic"], seed=5)
-    one, two = (load_peer("Wu2023", root / "weights") for _ in range(2))
+    one, two = (load_prior_method("Wu2023", root / "weights") for _ in range(2))
     add_anchors(one, anchors, root, batch_size=1)
     add_anchors(two, anchors.iloc[::-1], root)
     torch.testing.assert_close(one.detection.anchor, two.detection.anchor, rtol=1e-4, atol=1e-5)
@@ -404,14 +405,15 @@ def test_all_that_is_there_takes_part_and_the_rest_says_why_not(pictures, lasted
     manifest, root = pictures
     for name in ("grag2021", "corvi2022_progan"):
         (root / "weights" / f"{name}.safetensors").symlink_to(folder / "weights" / f"{name}.safetensors")
-    ready = available_peers(root / "weights", draw_anchors(manifest, seed=0), root)
-    assert [peer.name for peer in ready] == ["Grag2021", "Wu2023"]
+    ready = available_prior_methods(root / "weights", draw_anchors(manifest, seed=0), root)
+    assert [method.name for method in ready] == ["Grag2021", "Wu2023"]
     rows = predict(ready[1], manifest, root)
     assert rows["logit"].between(-1, 1).all() and rows["error"].isna().all() and rows["predicted_family"].isna().all()
-    notes = missing_peers(root / "weights", [peer.name for peer in ready])
+    notes = missing_prior_methods(root / "weights", [method.name for method in ready])
     assert notes == {"Corvi2022": "not run: weights not supplied: imaginet weights import corvi2022_latent FILE",
                      "Corvi2022*": "not run: weights not supplied: imaginet weights import corvi2022_imaginet FILE"}
-    assert list(missing_peers(root / "nowhere")) == list(PEERS) and "p47_predict" in missing_peers(root / "weights")["Grag2021"]
+    assert list(missing_prior_methods(root / "nowhere")) == list(PRIOR_METHODS)
+    assert "p47_predict" in missing_prior_methods(root / "weights")["Grag2021"]
     table = weights_table(root / "weights").set_index("weights")
     assert list(table.index) == ["grag2021", "corvi2022_progan", "corvi2022_latent", "wu2023", "corvi2022_imaginet"]
     assert table["imported"].tolist() == ["grag2021.pth", "corvi2022_progan.pth", "", "lasted.pt", ""]
@@ -420,7 +422,7 @@ def test_all_that_is_there_takes_part_and_the_rest_says_why_not(pictures, lasted
 def test_a_header_without_its_weights_is_refused(folder, tmp_path):
     path = folder / "weights" / "grag2021.safetensors"
     save_file({"detection.bias": torch.zeros(1)}, tmp_path / "grag2021.safetensors", metadata={"header": json.dumps(read_header(path))})
-    with pytest.raises(CheckpointError, match="checksum"): load_peer("Grag2021", tmp_path)
+    with pytest.raises(CheckpointError, match="checksum"): load_prior_method("Grag2021", tmp_path)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -438,4 +440,4 @@ def test_an_odd_header_of_imported_weights_is_refused(folder, tmp_path, changes,
     tensors = load_file(path)
     header["sha256"] = weights_digest(header, tensors)
     save_file(tensors, tmp_path / "grag2021.safetensors", metadata={"header": json.dumps(header)})
-    with pytest.raises(CheckpointError, match=f"grag2021.safetensors: .*{words}"): load_peer("Grag2021", tmp_path)
+    with pytest.raises(CheckpointError, match=f"grag2021.safetensors: .*{words}"): load_prior_method("Grag2021", tmp_path)
