@@ -25,7 +25,7 @@ from .tables import HEADINGS, has_interval, write_provenance
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #c0e9bfad
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C"
-STYLES: dict[str, dict[str, tuple[str, str]]] = { # column -> label -> colour, markerer
+STYLES: dict[str, dict[str, tuple[str, str]]] = { # column -> label -> colour, marker
     "origin": {"real": (BLUE, "s"), "synthetic": (RED, "o")},
     "content_type": {"photos": (BLUE, "s"), "paintings": (ORANGE, "o"), "faces": (GREEN, "^"), "uncategorized": (PINK, "X")},
     "generator_family": {"GAN": (BLUE, "s"), "SD": (RED, "o"), "Midjourney": (GREEN, "^"), "DALL-E 3": (PINK, "X"),
