@@ -110,6 +110,16 @@ def test_profiles_load(path):
     assert load_profile(path.stem).about
 
 
+@pytest.mark.parametrize("path", [*LIBRARY, *sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb"))], ids=lambda p: p.stem)
+def test_stored_outputs_are_quiet(path):
+    "No temporary folder, no warning, no progress bar, and what a cell prints stands in one piece."
+    for cell in json.loads(path.read_text())["cells"]:
+        outputs = cell.get("outputs", [])
+        assert not re.search(r"/tmp/|ipykernel_\d|Warning:|jupyter.widget-view", json.dumps(outputs)), cell["id"]
+        streams = [o["name"] for o in outputs if o["output_type"] == "stream"]
+        assert "stderr" not in streams and len(streams) < 2, f"{cell['id']}: {streams}"
+
+
 def test_nothing_committed_names_a_folder_of_the_machine_that_made_it():
     words = ["git", "ls-files", "*.ipynb", "*.md", "*.html", "*.json"]
     for name in subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.splitlines():

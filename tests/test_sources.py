@@ -519,6 +519,7 @@ def listed(archive: Path, names: list[str]) -> None:
     (["ffhq/.a.png.part", "ffhq/a.png"], r"'ffhq/a.png' and 'ffhq/.a.png.part', which cannot"),
     (["ffhq/0.png", "ffhq"], "'ffhq/0.png' and 'ffhq', which cannot"),
     (["ffhq/0.png", "ffhq/0.png/1.png"], "which cannot lie beside each other"),
+    (["x"*250 + ".png"], "whose name is too long for a file here"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_names_that_are_not_plain_or_not_their_own_are_refused(tmp_path, names, words):
     """Nothing is written, and no volume is called damaged."""
@@ -535,6 +536,16 @@ def test_an_empty_name_is_refused(tmp_path):
     assert not (tmp_path/"out").exists()
     entry = SimpleNamespace(filename="", is_symlink=False, is_file=True, is_directory=False)
     with pytest.raises(S.SourceError, match="'', which is no plain file name; nothing was unpacked"): S._safe_names([entry])
+
+
+@pytest.mark.parametrize("there, words", [("ffhq/0.png/x", "a folder where the archive has a file"),
+                                          ("ffhq", "a file where the archive has a folder")])
+def test_what_stands_in_the_way_of_an_archive_is_named(tmp_path, there, words):
+    listed(tmp_path/"archive", ["ffhq/0.png"])
+    (tmp_path/"out"/there).parent.mkdir(parents=True)
+    (tmp_path/"out"/there).write_text("mine")
+    with pytest.raises(S.SourceError, match=words): S.unpack(tmp_path/"archive", tmp_path/"out")
+    assert (tmp_path/"out"/there).read_text() == "mine"
 
 
 def test_odd_names_that_are_plain_are_unpacked_and_counted(tmp_path):

@@ -166,7 +166,7 @@ def _check_disk(folder: Path, needed: int) -> None:
     "Raise an error if the disk has too little free space."
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise SourceError(f"{folder}: {needed/1e9:.1f} GB are still to be downloaded, {free/1e9:.1f} GB are free; choose another disk with --out")
+        raise SourceError(f"{folder}: {needed/1e9:.1f} GB are still missing, {free/1e9:.1f} GB are free; choose another disk with --out")
 
 def _fetch_volume(volume: Volume, folder: Path) -> None:
     "Fetch one volume, or the rest of it."
@@ -282,9 +282,14 @@ def _safe_names(
     return found
 
 def _check_places(targets: Mapping[str, Path]) -> None:
-    "Refuse files of an archive that would be written on top of each other."
+    "Refuse files of an archive that would be written on top of each other, or over something else that is there."
     owners = {path: name for name, path in targets.items()}
     for path, name in owners.items():
+        if len(os.fsencode(_part(path).name)) > 255:
+            raise SourceError(f"the archive holds {name!r}, whose name is too long for a file here; nothing was unpacked")
+        if path.is_dir(): raise SourceError(f"{path}: a folder where the archive has a file; move it away; nothing was unpacked")
+        if blocked := next((place for place in path.parents if place.is_file()), None):
+            raise SourceError(f"{blocked}: a file where the archive has a folder; move it away; nothing was unpacked")
         if other := next((owners[place] for place in (_part(path), *path.parents) if place in owners), None):
             raise SourceError(f"the archive holds {name!r} and {other!r}, which cannot lie beside each other; nothing was unpacked")
 

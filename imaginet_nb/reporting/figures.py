@@ -203,7 +203,7 @@ def plot_robustness(
 def confusion(
     predictions: pd.DataFrame, # of one detector; columns origin, generator_family, predicted_family
 ) -> pd.DataFrame: # rows true family, columns predicted family, shares
-    "Share of each family's synthetic images that is taken for each family."
+    "Share of each family's synthetic images that is assigned to each family."
     rows = predictions[predictions["origin"].eq("synthetic") & predictions["predicted_family"].notna()]
     families = list(label_styles([*rows["generator_family"], *rows["predicted_family"]], "generator_family"))
     counts = pd.crosstab(rows["generator_family"], rows["predicted_family"]).reindex(index=families, columns=families, fill_value=0)

@@ -41,7 +41,7 @@ def render(
     template: str, # file name in `reporting/templates`
     **values: Any, # what the template uses
 ) -> str: # ends in one newline
-    "Fill in a template; of several empty lines in a row one stays. Raises `jinja2.UndefinedError` if a value is missing."
+    "Fill in a template; several empty lines in a row become one. Raises `jinja2.UndefinedError` if a value is missing."
     text = templates().get_template(template).render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

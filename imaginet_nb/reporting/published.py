@@ -85,7 +85,7 @@ def published(
 def published_table(
     item: str, # file stem in reports/published/
     folder: str | Path | None = None,
-) -> pd.DataFrame: # one row a group, one column a method, metrics of one cell joined by " / "
+) -> pd.DataFrame: # one row per group, one column per method, metrics of one cell joined by " / "
     "The published numbers in the paper's own layout."
     rows = published(item, folder)
     settings = [c for c in ("test_set", "subset") if c == "subset" or rows[c].nunique() > 1]
