@@ -207,15 +207,15 @@ def functions(path: Path) -> set[str]:
 def test_each_promise_names_tests_that_exist():
     "A row without a test, or with one that was renamed."
     text = (ROOT/"SECURITY.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and not line.startswith("| fault")]
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and not line.startswith("| failure |")]
     assert len(rows) > 20
-    for fault, promise, tests in rows:
+    for failure, guarantee, tests in rows:
         named = re.findall(r"`([^`]+)`", tests)
-        assert named and promise.strip(), f"no test for: {fault}"
+        assert named and guarantee.strip(), f"no test for: {failure}"
         for name in named:
             file, _, function = name.partition("::")
-            assert (ROOT/file).is_file(), f"{fault}: no file {file}"
-            assert not file.endswith(".py") or function in functions(ROOT/file), f"{fault}: no test {name}"
+            assert (ROOT/file).is_file(), f"{failure}: no file {file}"
+            assert not file.endswith(".py") or function in functions(ROOT/file), f"{failure}: no test {name}"
 
 
 def test_the_changelog_has_this_version():

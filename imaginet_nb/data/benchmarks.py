@@ -31,7 +31,7 @@ from .manifest import image_file
 
 # %% ../../nbs/01_data/12_benchmarks.ipynb #bbd9aed5
 class Crop(NamedTuple):
-    "What the list says about one picture."
+    "The crop of one image, as in the list."
     side: int    # of the square, pixels
     x: int       # of its left border
     y: int       # of its upper border
@@ -65,7 +65,7 @@ _TAKE_BACK = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5:
 def _as_stored(
     source: Path,
 ) -> Image.Image:
-    "Pixels as they lie in the file."
+    "Pixels as stored in the file."
     picture = Image.fromarray(decode(source))
     with Image.open(source) as file: orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
     return picture.transpose(_TAKE_BACK[orientation]) if orientation in _TAKE_BACK else picture
@@ -93,7 +93,7 @@ def pad_or_crop(
 
 # %% ../../nbs/01_data/12_benchmarks.ipynb #2e65f21e
 class PreparationError(RuntimeError):
-    "A test set that could not be prepared whole."
+    "A test set that could not be prepared completely."
 
 def _prepare_file(make: Callable[[], bytes], target: Path) -> str | None: # what is wrong
     "Make one file, unless it is there."
@@ -109,7 +109,7 @@ def _prepare_files(
     allow_faults: bool,
     jobs: int | None,
 ) -> None:
-    "Make all files of a set, then say which could not be made."
+    "Make all files of a set, then report those that could not be made."
     work = (delayed(_prepare_file)(make, image_file(out, path)) for path, make in tasks.items())
     with worker_processes(1 if len(tasks) < 100 else jobs) as parallel:
         problems = list(progress(parallel(work), f"preparing {out.name}", total=len(tasks)))
@@ -147,7 +147,7 @@ class ExternalSet:
         return pd.concat(parts, ignore_index=True)
 
     def why_not_run(self, external: str | Path, shown: str | Path | None = None) -> str: # empty if the set is prepared
-        "Note for the table of a set that is not there, with the command that makes it."
+        "Table note for a set that has not been prepared, with the command that prepares it."
         if (Path(external)/self.name/"prepared.json").is_file(): return ""
         state = "not complete" if (Path(external)/self.name/"started.json").is_file() else "not supplied"
         command = f"imaginet data external {self.name} --images DIR --lists DIR {self.options}--out {shown or external}"

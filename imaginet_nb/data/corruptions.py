@@ -65,7 +65,7 @@ class CompressAt:
 # %% ../../nbs/01_data/06_corruptions.ipynb #e358b7b6
 @dataclass(frozen=True)
 class ResizeAt:
-    "Centre crop of `size*12/step` pixels, shrunk to `size`."
+    "Centre crop of `size*12/step` pixels, reduced to `size`."
     step: int         # 12 (no scaling) down to 2 (six times smaller)
     size: int = 256   # side of the result, pixels
 

@@ -58,7 +58,7 @@ class ManifestDataset(Dataset):
     def set_epoch(self,
         epoch: int, # counted from 0
     ) -> None:
-        "Draw anew; call it before each pass over the loader."
+        "Select the random streams of an epoch; call it before each pass over the loader."
         self.epoch = epoch
 
     def image(self, row: int) -> Picture:
@@ -84,7 +84,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         shuffle: bool, # a new order each epoch, or the manifest's
         rank: int = 0, # number of this process
         world_size: int = 1, # number of processes
-        drop_last: bool = False, # leave out what does not go round, instead of repeating some
+        drop_last: bool = False, # omit the images that cannot be divided evenly, instead of repeating some
     ):
         if not 0 <= rank < world_size: raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         self.dataset, self.shuffle, self.rank, self.world_size, self.drop_last = dataset, shuffle, rank, world_size, drop_last
@@ -101,7 +101,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 def default_workers(
     images: int, # size of the data set
 ) -> int: # worker processes
-    "How many loader processes suit this machine."
+    "Default number of loader processes on this machine."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if images < 500 else min(cores - 1, 4)
 

@@ -27,7 +27,7 @@ def complete_manifest(
     source: str, # for messages
     lines: Sequence[int] | None = None, # of the file, for messages
 ) -> pd.DataFrame: # manifest; generators and content types may have any name
-    "Fill in what is not known, and check the rest. Raises `AnnotationError`."
+    "Fill in missing labels, and check the others. Raises `AnnotationError`."
     frame, synthetic = frame.copy(), frame["origin"].ne("real")
     for column, value in (("content_type", UNKNOWN), ("split", "test"), ("generator", np.where(synthetic, UNKNOWN, "real"))):
         known = frame[column].astype(str).str.strip() if column in frame else ""
@@ -43,14 +43,14 @@ _SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    "What a folder of labelled pictures holds."
+    "The contents of a folder of labelled images."
     manifest: pd.DataFrame # paths relative to the folder, as `path_text` writes them
     left_out: Mapping[str, Sequence[str]] # reason -> files and folders without a row
     contradictions: Sequence[str] # paths with two label words that contradict each other
 
     @property
     def sentences(self) -> list[str]:
-        "What was left out and why, and which labels are in doubt: for people."
+        "What was left out and why, and which labels are in doubt, as text for a report."
         found = [f"{reason}: {len(paths):,}. The first: `{paths[0]}`." for reason, paths in self.left_out.items()]
         if not self.contradictions: return found
         return [*found, f"Paths with label words that contradict each other: {len(self.contradictions):,}. The first: "
@@ -64,7 +64,7 @@ def _why_left_out(path: Path, problem: str | None) -> str | None:
     return f"Files left out, because {reason}" if reason else None
 
 def _row(path: str, folders: Sequence[str], at: int) -> dict[str, Any]:
-    "What the folders on the way to a picture say."
+    "Labels from the folders on the path of an image."
     origin, below = label_of(folders[at]), [name for name in folders[at + 1:] if name.lower() not in _SPLITS and not label_of(name)]
     generator = "real" if origin == "real" else next(iter(below), UNKNOWN)
     return dict(path=path, origin=origin, generator=generator, split=next((f.lower() for f in folders if f.lower() in _SPLITS), "test"))

@@ -32,21 +32,21 @@ class ImageError(ValueError):
 
 # %% ../../nbs/01_data/03_images.ipynb #dafb0220
 def is_image_path(
-    path: str | Path, # only its suffix is looked at
+    path: str | Path, # only its suffix is used
 ) -> bool:
-    "Does the name look like a picture?"
+    "Whether the suffix is that of an image."
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3a12
 class Found(NamedTuple):
-    "What a folder holds: a file, or a folder that was not entered."
+    "An entry of a folder: a file, or a folder that was not entered."
     path: Path
     problem: str | None = None # why the folder was not entered; None for everything else
 
 def walk(
     folder: str | Path,
 ) -> list[Found]: # in the order of their paths
-    "All that lies in a folder and the folders below it, hidden files, broken links and special files included; not the locks of runs."
+    "All entries of a folder and its subfolders, including hidden files, broken links and special files; without lock files of runs."
     found, left = [], [Path(folder)]
     while left:
         place = left.pop()
@@ -64,7 +64,7 @@ def walk(
 def check_image(
     image: np.ndarray, # what should be `(H, W, 3)` `uint8` RGB
 ) -> np.ndarray: # the same array
-    "Return `image`, or say why it is not one."
+    "Return `image`, or raise an error that says why it is not an image."
     if not isinstance(image, np.ndarray): raise ImageError(f"expected a numpy array, got {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ImageError(f"expected a uint8 array of shape (H, W, 3), got {image.dtype} {image.shape}")
@@ -124,7 +124,7 @@ def _silent_libtiff() -> Iterator[None]:
 def _heif(
     stream: BinaryIO, # whole file, at its beginning; left there
 ) -> tuple[str, ...]: # the format to add, if the file is HEIC
-    "Get ready for a HEIC file."
+    "Register the HEIC reader if the file is HEIC."
     brand = stream.read(12)[4:]
     stream.seek(0)
     if brand not in (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftyphevx"): return ()
@@ -138,7 +138,7 @@ def _read(
     stream: BinaryIO, # whole file, at its beginning
     max_pixels: int, # largest width times height
 ) -> np.ndarray: # `(H, W, 3)` uint8
-    "The five steps above; errors are whatever Pillow raises."
+    "The five steps above; raises whatever Pillow raises."
     formats = (*FORMATS, *_heif(stream))
     picture = Image.open(stream, formats=formats)
     width, height = picture.size
@@ -185,7 +185,7 @@ def decode(
 ) -> np.ndarray: # `(H, W, 3)` uint8 RGB
     """Read one image: the first frame, upright, transparent parts on white.
 
-    Raises `ImageError`, which names the file and the reason, for whatever cannot be read completely.
+    Raises `ImageError`, which names the file and the reason, for every file that cannot be read completely.
     """
     with _opened(source) as stream: return _read(stream, max_pixels)
 
@@ -231,7 +231,7 @@ def encode(
     quality: int | None = None, # 1..100 for JPEG and lossy WebP; None = 90
     lossless: bool = False, # WebP only; PNG always is
 ) -> bytes: # content of a file
-    "Compress an image."
+    "Compress an image to the bytes of a file."
     options = _writer_options(format.lower(), quality, lossless)
     buffer = io.BytesIO()
     try: Image.fromarray(check_image(image)).save(buffer, _WRITERS[format.lower()], **options)
@@ -245,14 +245,14 @@ def save(
     quality: int | None = None, # 1..100 for JPEG and lossy WebP; None = 90
     lossless: bool = False, # WebP only; PNG always is
 ) -> None:
-    "Write an image to a file, whole or not at all."
+    "Write an image to a file atomically."
     try: content = encode(image, Path(path).suffix[1:], quality, lossless)
     except ImageError as error: raise ImageError(f"{path}: {error}") from error
     with atomic_path(path) as temporary: temporary.write_bytes(content)
 
 # %% ../../nbs/01_data/03_images.ipynb #ee0e83e8
 class Picture(Protocol):
-    "Whatever has the shape of an image, `(H, W, 3)`, and gives `uint8` RGB when sliced by rows and columns."
+    "Any object with the shape of an image, `(H, W, 3)`, that returns `uint8` RGB when sliced by rows and columns."
     @property
     def shape(self) -> tuple[int, ...]: ...
     def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray: ...

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 # %% ../../nbs/01_data/00_labels.ipynb #34b506ab
 class AnnotationError(ValueError):
-    "An annotation list or a manifest that cannot be used as it is; a message of over 1,000 characters is shortened in its middle."
+    "An annotation list or a manifest that cannot be used as it is; a message of over 1,000 characters is shortened in the middle."
     def __init__(self, message: str):
         super().__init__(message if len(message) <= 1000 else f"{message[:700]} … {message[-200:]}")
 
@@ -104,7 +104,7 @@ LABEL_RULE = ("Of two label words on one path the one nearest to the folder coun
 def label_of(
     word: str, # name of a folder, or a cell
 ) -> str | None: # real or synthetic; None for another word
-    "What a label word says."
+    "The origin that a label word stands for."
     return LABEL_WORDS.get(_plain(word))
 
 def _plain(word: str) -> str: return re.sub(r"[ _-]+", "-", word.strip().lower())
@@ -112,6 +112,6 @@ def _plain(word: str) -> str: return re.sub(r"[ _-]+", "-", word.strip().lower()
 def label_place(
     folders: Sequence[str], # names on the way to a picture, the outermost first
 ) -> int | None: # position of the name that is its label; None without any
-    "Which name on a path is the label."
+    "Position of the name on a path that is the label."
     places = [i for i, name in enumerate(folders) if label_of(name)]
     return next((i for i in places if _plain(folders[i]) not in _WEAK), places[0] if places else None)

@@ -51,7 +51,7 @@ _PATH_ERRORS = ( # pattern of a bad path, what is wrong, what to do
 
 # %% ../../nbs/01_data/01_manifest.ipynb #c8902933
 def _is_written(path: str) -> bool:
-    "Is this what `path_text` writes? Any other spelling of a path could lead out of the folder."
+    "Whether a path is spelled as `path_text` writes it; any other spelling could point outside of the folder."
     try: return path_text(text_path(path)).removeprefix("./") == path
     except ValueError: return False
 
@@ -84,7 +84,7 @@ def _check_words(
     listing: RowSource,
     external: bool,
 ) -> None:
-    "Refuse words that are not labels, with the nearest label as a hint."
+    "Refuse values that are not labels, with the nearest label as a hint."
     for column, schema in LABELS.items():
         words, allowed = frame[column], [m.label for m in schema]
         if external and column != "origin": allowed.append(UNKNOWN)
@@ -111,7 +111,7 @@ def _check_agreement(
 
 # %% ../../nbs/01_data/01_manifest.ipynb #bc0511fd
 def _protected(paths: pd.Series) -> pd.Series:
-    "`./` in front of what a spreadsheet would compute, as `path_text` writes it."
+    "Put `./` in front of a path that a spreadsheet would evaluate, as `path_text` does."
     first = paths.str[0]
     formula = first.isin([start for start in first.unique() if path_text(start).startswith("./")])
     return paths.mask(formula, "./" + paths)
@@ -152,7 +152,7 @@ def _lines(path: str | Path) -> Iterator[str]:
                 raise AnnotationError(f"{path}, line {number}: byte 0x{line[e.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 def _csv_error(error: csv.Error) -> str:
-    "What is wrong and what to do, in our words where python's are of no help."
+    "What is wrong and what to do; clearer than Python's message where that does not help."
     if "field limit" in str(error): return f"a cell of more than {csv.field_size_limit():,} characters; shorten it, or close its quotes"
     if "new-line character" in str(error): return "a carriage return that ends no line; put the cell in quotes, or end lines with a newline"
     return f"{error}; check the quotation marks"

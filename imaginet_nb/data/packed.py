@@ -27,7 +27,7 @@ from .manifest import image_file
 
 # %% ../../nbs/01_data/08_packed.ipynb #3b69f761
 class StoreError(ValueError):
-    "A store that is missing, damaged or does not hold what is asked for; the message says what to do."
+    "A store that is missing or damaged, or lacks the requested image; the message says what to do."
 
 _AGAIN = "run `imaginet data pack` again with the same arguments"
 _REMEDY = f"the store is damaged: delete the named shard and {_AGAIN}, which makes it anew"
@@ -63,7 +63,7 @@ class StoredImage:
         y, x = rows.start*_BLOCK, columns.start*_BLOCK
         tiles = np.empty((rows.stop*_BLOCK - y, columns.stop*_BLOCK - x, 3), np.uint8)
         start, stop = [self.top + y, x, 0], [self.top + rows.stop*_BLOCK, columns.stop*_BLOCK, 3]
-        # what `canvas[...]` does after it has looked at its key, which takes half of the time of a crop
+        # as `canvas[...]`, but without its parsing of the key, which takes half of the time of a crop
         try: self.canvas.get_slice_numpy(tiles, (start, stop))
         except RuntimeError as error: raise StoreError(f"{self.name}: cannot be decompressed ({error}); {_REMEDY}") from None
         if not np.array_equal(tile_checksums(tiles), self.checksums[rows, columns].reshape(-1)):
@@ -75,7 +75,7 @@ INDEX = np.dtype([("path", "<u8"), ("top", "<u8"), ("tile", "<u8"), ("shard", "<
 _MARKER, _VERSION = "store.json", 2
 
 def _key(path: str) -> int:
-    "64 bits that stand for a path."
+    "64-bit hash of a path."
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "little")
 
 def _find(index: np.ndarray, path: str) -> np.void | None:
@@ -88,7 +88,7 @@ def _find(index: np.ndarray, path: str) -> np.void | None:
 _FileName = Annotated[str, Field(pattern=r"^(index\.npy|shard-\d{5}\.(b2nd|crc32))$")]
 
 class StoreFacts(Section):
-    "What `store.json` says."
+    "The contents of `store.json`."
     version: int
     images: NonNegativeInt
     sha256: dict[_FileName, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
@@ -175,7 +175,7 @@ _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filte
 _SUFFIXES = ".b2nd", ".crc32", ".npy" # canvas, checksums, part of the index
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
-    "Stands for the files of a shard as they are now."
+    "Fingerprint of the current image files of a shard."
     def state(path: str) -> tuple[str, int, int]:
         found = image_file(root, path).stat()
         return path, found.st_size, found.st_mtime_ns
@@ -184,7 +184,7 @@ def _mark(root: Path, paths: Sequence[str]) -> str:
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
 
 def _packed(part: Path, mark: str) -> dict[str, str] | None: # SHA-256 of its files; None = pack it
-    "What is known about a shard that is finished: all files are there, and the small ones are whole."
+    "The record of a finished shard, of which all files exist and the small ones are complete."
     try:
         facts: Any = json.loads(part.with_suffix(".json").read_text(encoding="utf-8"))
         hashes = {part.with_suffix(suffix).name: facts["sha256"][part.with_suffix(suffix).name] for suffix in _SUFFIXES}
@@ -225,7 +225,7 @@ def _write_shard(
             full = len(waiting)//_CHUNK*_CHUNK # a chunk that is not full would be compressed again with the next image
             _append(canvas, waiting[:full])
             waiting = waiting[full:]
-        _append(canvas, np.pad(waiting, ((0, -len(waiting) % _CHUNK), (0, 0), (0, 0)))) # the rest of a chunk would be left to chance
+        _append(canvas, np.pad(waiting, ((0, -len(waiting) % _CHUNK), (0, 0), (0, 0)))) # the rest of a chunk would be undefined
         del canvas
     return part, np.concatenate(checksums)
 
@@ -234,7 +234,7 @@ def _finish(
     out: Path, # folder of the store
     shards: Mapping[Path, Mapping[str, str]], # part of the index -> SHA-256 of the shard's files
 ) -> Store:
-    "Write the index of all shards, and the mark of a finished store."
+    "Write the index of all shards, and `store.json`, which marks a finished store."
     parts = [np.load(part, allow_pickle=False) for part in shards]
     with atomic_path(out/"index.npy") as temporary: np.save(temporary, np.sort(np.concatenate(parts), order="path"))
     for left in set(out.glob("shard-*.npy")) - set(shards): # of a longer manifest
@@ -253,7 +253,7 @@ def _pack_shard(
     number: int, # of the shard
     mark: str, # stands for its images
 ) -> dict[str, str]: # SHA-256 of its files
-    "Write the files of one shard; the one that says what went into it comes last."
+    "Write the files of one shard; the record of its inputs is written last."
     widest = max(longer_side(image_file(root, p)) for p in paths)
     entries, checksums = _write_shard(images, paths, widest + -widest % _CHUNK, number, part.parent)
     with atomic_path(part.with_suffix(".crc32")) as temporary: checksums.astype("<u4").tofile(temporary)
@@ -269,9 +269,9 @@ def pack(
     root: str | Path, # folder that the paths are relative to
     out: str | Path, # folder of the store
     shard_images: int = 4096, # images in a file
-    jobs: int | None = None, # processes that decode; None = one for each core
+    jobs: int | None = None, # processes that decode; None = one per core
 ) -> Store:
-    "Pack the images of a manifest; goes on where a stopped run ended."
+    "Pack the images of a manifest; continues an interrupted run."
     root, out = Path(root), Path(out)
     if out.exists() and any(not p.name.startswith((".", "shard-")) for p in out.iterdir()) and not (out/_MARKER).exists():
         raise StoreError(f"{out} is not empty and no store: name another folder")
@@ -297,7 +297,7 @@ def pack(
 def verify_store(
     path: str | Path, # folder that `pack` made
 ) -> list[str]: # names of files that are missing or damaged
-    "Read a store to its last byte."
+    "Check every file of a store against its SHA-256."
     folder, facts = Path(path), read_facts(path)
     files = progress(facts.sha256.items(), "verifying the store", total=len(facts.sha256))
     return [name for name, sha256 in files if not (folder/name).is_file() or file_sha256(folder/name) != sha256]

@@ -22,7 +22,7 @@ from .manifest import image_file
 
 # %% ../../nbs/01_data/09_perturbed.ipynb #ac4e3f48
 def _perturb_file(source: Path, target: Path, transform: Perturb, seed: int, row: int) -> None:
-    "Perturb one image; what is there already is complete, because files appear under their names only when they are."
+    "Perturb one image; an existing file is complete, because files get their names only when they are complete."
     if target.exists(): return
     save(transform(decode(source), rng(seed, "testset", 0, row)), target, lossless=True)
 
@@ -98,8 +98,8 @@ def clean_groups(
     manifest: pd.DataFrame, # test images, perturbed or not
     seed: int,
     identity: str | None = None, # column that tells which image a row shows, such as a pixel hash; None = `source`, else `path`
-) -> pd.Series: # family of each row; missing for repeats, and for reals whose content type no synthetic image has
-    "Group of every image, each image once, reals matched by content type."
+) -> pd.Series: # family of each row; missing for repeats, and for real images whose content type no synthetic image has
+    "Group of every image, each image once, real images matched by content type."
     once = manifest[~manifest[identity or ("source" if "source" in manifest else "path")].duplicated()]
     contents = [part for _, part in once.groupby("content_type") if part["origin"].eq("synthetic").any()]
     if not contents: raise AnnotationError("clean_groups: no synthetic image; give the whole test set")
@@ -118,8 +118,8 @@ def _count_group(grouping: str, name: str, rows: pd.DataFrame, identity: str) ->
 def grouping_difference(
     groupings: dict[str, pd.DataFrame], # name -> manifest with the column `group`
     test: pd.DataFrame, # all test images, raw paths
-) -> pd.DataFrame: # one row a grouping and group: counts, repeats, reals of each content type, unmatched reals, images never used
-    "What one way of grouping counts and another does not."
+) -> pd.DataFrame: # one row per grouping and group: counts, repeats, real images of each content type, unmatched ones, images never used
+    "Counts of several groupings, side by side."
     rows = []
     for name, frame in groupings.items():
         grouped, identity = frame.dropna(subset=["group"]), "source" if "source" in frame else "path"

@@ -231,7 +231,7 @@ def camera(
     gain = 10**draw.uniform(-2.6, -2.0) # high sensitivity, as by night
     noise = draw.standard_normal(image.shape, dtype=np.float32)
     image = np.clip(image + np.sqrt(gain*image + 0.3*gain)*noise, 0, 1)
-    if draw.random() < 0.3: # one colour a pixel, the others interpolated
+    if draw.random() < 0.3: # one colour per pixel, the others interpolated
         raw = image[..., 1].copy()
         raw[0::2, 0::2], raw[1::2, 1::2] = image[0::2, 0::2, 0], image[1::2, 1::2, 2]
         image = cv2.cvtColor((raw*65535).astype(np.uint16), cv2.COLOR_BayerRGGB2RGB).astype(np.float32)/65535
@@ -301,7 +301,7 @@ def train_stand_in(
     steps: int, # optimiser steps
     seed: int,
 ) -> dict[str, Tensor]: # state of a `StandIn`
-    "Train a stand-in for some seconds on pictures of their own; photographs among them are those of the train split."
+    "Train a stand-in for some seconds on newly made pictures; photographs among them are those of the train split."
     torch.set_num_threads(1) # one thread: as fast for so small a network, and the same result on every machine size
     draw = rng(seed, "stand-in", generator)
     pool = [picture(contents[i % len(contents)], side, "train", draw) for i in range(48)]
@@ -331,7 +331,7 @@ def reconstruct(
     image: np.ndarray, # (H, W, 3) uint8
     draw: np.random.Generator,
 ) -> np.ndarray: # (H, W, 3) uint8
-    "What the stand-in makes of a picture."
+    "Reconstruction of a picture by a stand-in."
     side = [n + -n % 4 for n in image.shape[:2]] # two steps down need sides that four divides
     padded = cv2.copyMakeBorder(image, 0, side[0] - image.shape[0], 0, side[1] - image.shape[1], cv2.BORDER_REFLECT_101)
     x = torch.from_numpy(padded).permute(2, 0, 1)[None]/255 - 0.5
@@ -388,7 +388,7 @@ ROWS = (
 def plan(
     images: int, # in all; each row has at least five, so small data sets come out a little larger
 ) -> pd.DataFrame: # manifest columns, and `row`, the number of the row of `ROWS`
-    "Which files to make: counts as in Table 2, a fifth of each row in the test split, each content type half real."
+    "The files of a sandbox: counts as in Table 2, a fifth of each row in the test split, each content type half real."
     counts = np.array([5*max(1, round(images*row.share/1_000_000)) for row in ROWS])
     for content in RECIPES: # the rounding and the five are made up for by the largest row of the smaller side
         rows = [i for i, row in enumerate(ROWS) if row.content == content]
@@ -442,7 +442,7 @@ def make_sandbox(
     return root
 
 def _make(root: Path, mark: str, images: int, seed: int, sides: tuple[int, int], decoder_steps: int) -> None:
-    "Make it beside its place and move it there."
+    "Make the data set in a temporary folder beside `root`, and rename it."
     files = plan(images)
     root.parent.mkdir(parents=True, exist_ok=True)
     for left in root.parent.glob(f".{root.name}-????????"): shutil.rmtree(left) # by a run that was killed
@@ -458,7 +458,7 @@ def _make(root: Path, mark: str, images: int, seed: int, sides: tuple[int, int],
     finally: shutil.rmtree(building, ignore_errors=True)
 
 def _is_complete(root: Path, mark: str) -> bool:
-    "Is the data set there, with every file? Raises if `root` holds something else."
+    "Whether the data set exists, with every file. Raises if `root` holds something else."
     try: found = made_with(root, MARKER)
     except FileExistsError as error: raise FileExistsError(f"{root} is not a sandbox: {error}") from None
     if found != mark: return False

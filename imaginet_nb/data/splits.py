@@ -42,7 +42,7 @@ def _read_fields(
     separator: str,  # between the fields
     codes: int,      # fields after the path
     form: str,       # what a line should look like, for error messages
-) -> tuple[list[tuple[str, ...]], RowSource]: # one tuple a field (path first), and the source for later errors
+) -> tuple[list[tuple[str, ...]], RowSource]: # one tuple per field (path first), and the source for later errors
     "Cut the lines of a list from the right."
     rows = [line.rsplit(separator, codes) for line in _read_text(path).split("\n")]
     listing = RowSource(str(path), range(1, len(rows) + 1))
@@ -58,7 +58,7 @@ def _decode(
     schema: type[Label],
     listing: RowSource,
 ) -> list[str]: # labels
-    "Words for a column of codes."
+    "Labels for a column of codes."
     words = {str(m.code): m.label for m in schema}
     bad = [c not in words for c in codes]
     listing.refuse(bad, codes, f"unknown {schema.__name__} code", f"use one of {', '.join(f'{k} ({v})' for k, v in words.items())}")
@@ -126,7 +126,7 @@ def _external(
     split: str,
     listing: RowSource,
 ) -> pd.DataFrame:
-    "Manifest of a foreign list, validated."
+    "Manifest of an external list, validated."
     frame = pd.DataFrame(dict(path=paths, origin=_decode(origin, Origin, listing)))
     synthetic = frame["origin"].eq("synthetic")
     frame["content_type"] = UNKNOWN
@@ -249,7 +249,7 @@ def draw_per_content(
     seed: int,
     family: str = "SD", # of the synthetic images
 ) -> pd.DataFrame: # for each type the real images, then the synthetic ones
-    "Draw equally from content types, from each half real images and half of one generator family."
+    "Draw equally from content types; half of the images of each are real, half are of one generator family."
     each = n//len(content_types)//2
     pools = [manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(label)].sort_values("path")
              for content in content_types for label in ("real", family)]

@@ -215,7 +215,7 @@ def _from_file(path: Path, device: torch.device, trust: bool) -> FileDetector:
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #33aacdb3
 def _import(spec: str) -> Any:
-    "What `module:name` stands for."
+    "The object that `module:name` names."
     module, _, name = spec.partition(":")
     if str(Path.cwd()) not in sys.path: sys.path.insert(0, str(Path.cwd()))
     importlib.invalidate_caches()
@@ -253,7 +253,7 @@ def _try(detector: Any, method: str, images: Tensor, shape: tuple[int, ...], spe
         raise DetectorError(f"{spec}: {method} gives numbers that are not finite: {found.flatten().tolist()}")
 
 def _check(detector: Any, spec: str) -> Detector:
-    "Refuse what does not follow the protocol."
+    "Refuse an object that does not follow the protocol."
     try: missing = [name for name in ("name", "input_size", "score") if not hasattr(detector, name)]
     except Exception as error:
         raise DetectorError(f"{spec}: asking {type(detector).__name__} for its attributes failed: {error!r}") from error
@@ -325,7 +325,7 @@ def detector_files(
     return [path, path.with_suffix(".yaml"), *(_external_files(path) if path.suffix == ".onnx" else [])]
 
 def _parts(value: Any) -> Iterable[Any]:
-    "What an object consists of: of a network its tensors, inner networks and attributes; of a container its items."
+    "The parts of an object: of a network its tensors, inner networks and attributes; of a container its items."
     if isinstance(value, nn.Module):
         tensors = value.named_parameters(recurse=False), value.named_buffers(recurse=False)
         attributes = [item for item in vars(value).items() if not item[0].startswith("_")]

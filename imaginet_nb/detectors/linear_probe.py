@@ -71,7 +71,7 @@ def _create(
     try:
         with torch.random.fork_rng(devices=[]): model = timm.create_model(name, pretrained=pretrained, **options)
         model.reset_classifier(0)
-        if not next(model.parameters()).is_meta: # no trial without memory; some networks take certain sizes only
+        if not next(model.parameters()).is_meta: # no trial on the device `meta`; some networks take certain sizes only
             with torch.inference_mode(): model.eval()(torch.zeros(1, 3, size, size))
     except Exception as error: # timm and torch raise almost anything
         why = f"{type(error).__name__}: {str(error)[:300]}"

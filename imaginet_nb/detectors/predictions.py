@@ -100,9 +100,9 @@ FAMILY_COLUMNS = tuple(f"p_{family}" for family in FAMILIES)
 PREDICTION_COLUMNS = ("detector", "logit", "probability", "predicted_family", *FAMILY_COLUMNS, "error")
 
 def error_text(
-    error: BaseException, # of somebody else's code
+    error: BaseException, # raised by a custom detector or a library
 ) -> str: # at most 1,000 characters on one line, which UTF-8 can hold
-    "What an exception says, or its kind where it says nothing."
+    "The message of an exception, or its type if it has no message."
     try: text = str(error)
     except Exception: text = "" # its own `__str__` fails
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in (text or type(error).__name__)[:1000])

@@ -63,7 +63,7 @@ def _initialize(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 def _check_backbone(name: str, width: float, stem_stride: int) -> None:
-    "Raise ValueError for what cannot be built."
+    "Raise ValueError for a backbone that cannot be built."
     if name not in _LAYOUTS: raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_LAYOUTS)}")
     if stem_stride not in (1, 2): raise ValueError(f"stem_stride must be 1 (no-down) or 2 (strided), got {stem_stride!r}")
     if round(64*width) < 4: raise ValueError(f"width must leave at least 4 channels (1/16), got {width!r}")
