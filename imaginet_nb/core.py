@@ -7,8 +7,8 @@ __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'sh
            'text_path', 'csv_text', 'write_csv', 'only_run', 'made_with', 'claim_folder', 'read_yaml', 'Section',
            'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig',
            'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError',
-           'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'file_sha256',
-           'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
+           'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'usable_precision',
+           'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -504,6 +504,25 @@ def worker_processes(
     try: yield Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")
     finally: get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
+# %% ../nbs/00_core.ipynb #b16a0002
+def usable_precision(
+    device: "str | torch.device",
+    precision: str, # float32 or bfloat16
+) -> str: # float32 in place of bfloat16 on a processor that has no instructions for it
+    "Precision that networks compute in on a device. Raises ValueError for any other precision."
+    import torch
+    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+    if torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(): return precision
+    return "float32"
+
+def autocast(
+    device: "torch.device",
+    precision: str, # float32 or bfloat16
+) -> "torch.autocast":
+    "Mixed precision where bfloat16 is asked for and usable. Raises ValueError for any other precision."
+    import torch
+    return torch.autocast(device.type, torch.bfloat16, enabled=usable_precision(device, precision) == "bfloat16")
+
 # %% ../nbs/00_core.ipynb #ee0f7686
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "opencv-python-headless", "pillow", "umap-learn", "imaginet_nb")
 
@@ -559,6 +578,7 @@ def provenance(
     return {
         "stage": stage, "profile": profile.name, "seed": profile.seed, "device": str(device), **git_state(),
         "versions": versions(), "threads": torch.get_num_threads(),
+        "bfloat16": usable_precision(device, "bfloat16") == "bfloat16",
         "inputs": {_relative(path): file_sha256(path) for path in sorted(map(Path, inputs))},
         "settings": profile.model_dump(), **extra}
 

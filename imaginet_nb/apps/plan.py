@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..core import Profile, pick_device, repo_root
+from ..core import Profile, autocast, pick_device, repo_root
 from ..data.corruptions import grid_points
 from ..training.losses import ImagiNetLoss
 from ..models.resnet import create_backbone, to_device
 from ..models.selfcon import ImagiNetClassifier, SelfConNet
-from ..training.loop import autocast, make_optimizer
+from ..training.loop import make_optimizer
 from ..training.stages import selfcon_step
 
 # %% ../../nbs/08_apps/05_plan.ipynb #9e9d9599

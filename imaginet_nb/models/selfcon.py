@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import autocast
 from .resnet import Backbone, Normalize
 
 # %% ../../nbs/02_models/01_selfcon.ipynb #d5ed3359
@@ -124,11 +125,6 @@ class MissingHead(nn.Module):
         raise ValueError(f"this model has no {self.track} head; train one (stage 2), or load a checkpoint that has it")
 
 # %% ../../nbs/02_models/01_selfcon.ipynb #1c3b9197
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    "Mixed precision for bfloat16; raises ValueError for anything but the two precisions that networks compute in."
-    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
 def _parts(images: Any, pixels: int | None) -> tuple[Tensor, ...]:
     """The batch in parts of at most `pixels` pixels, but at least one image; whole if `pixels` is None.
 
@@ -159,7 +155,7 @@ class PixelDetector(nn.Module):
     ) -> Tensor: # float32, on the CPU
         "`head` of the features; what `score`, `identify` and `embed` are made of."
         device = self.normalize.mean.device
-        with evaluation_mode(self), torch.inference_mode(), _autocast(device, self.precision):
+        with evaluation_mode(self), torch.inference_mode(), autocast(device, self.precision):
             results = [head(self.backbone(self.normalize(part.to(device)))) for part in _parts(images, self.pixels_at_once)]
         return torch.cat(results).to("cpu", torch.float32).clone() # outside inference mode: an ordinary tensor, fit for training
 

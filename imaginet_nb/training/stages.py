@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 
 from ..data.manifest import read_manifest_csv
 from ..models.checkpoints import load_checkpoint, save_checkpoint
-from ..core import Profile, Run, fingerprint, load_profile, pick_device, repo_root
+from ..core import Profile, Run, autocast, fingerprint, load_profile, pick_device, repo_root
 from ..data.datasets import ManifestDataset, make_loader
 from .grad_cache import cached_step
 from .losses import ImagiNetLoss
 from ..models.resnet import Backbone, Normalize, create_backbone, load_imagenet_weights, to_device
 from ..models.selfcon import ImagiNetClassifier, SelfConNet
-from .loop import Batch, Step, autocast, fit, make_optimizer, warmup_cosine
+from .loop import Batch, Step, fit, make_optimizer, warmup_cosine
 from .processes import gather, joined, per_process, rank_and_size
 from ..data.augmentation import Stage1, Stage2
 
