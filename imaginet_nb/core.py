@@ -508,12 +508,12 @@ def worker_processes(
 def usable_precision(
     device: "str | torch.device",
     precision: str, # float32 or bfloat16
-) -> str: # float32 in place of bfloat16 on a processor that has no instructions for it
+) -> Precision: # float32 in place of bfloat16 on a processor that has no instructions for it
     "Precision that networks compute in on a device. Raises ValueError for any other precision."
     import torch
     if precision not in ("float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
-    if torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(): return precision
-    return "float32"
+    if torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return "float32"
+    return "bfloat16" if precision == "bfloat16" else "float32"
 
 def autocast(
     device: "torch.device",

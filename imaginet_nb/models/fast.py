@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..core import usable_precision
 from .graphs import onnx_session
 from .resnet import Backbone, to_device
 from .selfcon import PixelDetector
@@ -67,6 +68,7 @@ def fast(
 ) -> AnyDetector: # a copy that cannot be trained
     "A copy of a detector that gives the same scores faster."
     device, copied = detector.normalize.mean.device, copy.deepcopy(detector).eval().requires_grad_(False)
+    precision = usable_precision(device, precision)
     copied.precision, copied.pixels_at_once = precision, 2**18 if device.type == "cpu" else 2**22
     if device.type == "cpu" and precision == "float32" and find_spec("onnxruntime") and find_spec("onnx"):
         copied.backbone = OnnxBackbone(detector.backbone) # type: ignore[assignment, arg-type]
