@@ -47,6 +47,11 @@ def module_of(notebook: Path) -> str:
     return ".".join(part.partition("_")[2] for part in notebook.relative_to(ROOT/"nbs").with_suffix("").parts)
 
 
+def first_notebook(folder: str) -> str:
+    "The first notebook of a folder, relative to the repository."
+    return min((ROOT/folder).glob("*.ipynb")).relative_to(ROOT).as_posix()
+
+
 def shown_cell(cell: dict) -> dict | None:
     "A cell as the site shows it: without directives, and without outputs that need a kernel or a network."
     source = "".join(cell["source"])
@@ -209,7 +214,8 @@ def gather(folder: Path) -> None:
     for path in itertools.chain(*groups): copy_notebook(path, folder/path.relative_to(ROOT))
     for path in library(): write(folder/"api"/f"{module_of(path)}.md", api_page(path))
     write(folder/"api"/"commands.md", command_page())
-    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    # a folder has no page of its own; its first notebook stands for it
+    readme = re.sub(r"\]\((nbs/\w+)\)", lambda match: f"]({first_notebook(match[1])})", (ROOT/"README.md").read_text(encoding="utf-8"))
     names = [[p.relative_to(ROOT).as_posix() for p in group] for group in groups]
     parts = {"Use": [*names[0], "api/commands"], "Library": names[1], "Pipeline": names[2], "Documents": documents,
              "API": [*(f"api/{module_of(path)}" for path in library()), "genindex"]}

@@ -405,7 +405,7 @@ def test_content_under_a_wrong_name_is_refused(archive, tmp_path, monkeypatch):
 
 def test_a_file_named_like_a_volume_is_not_read_as_one(archive, tmp_path):
     (archive/"imaginet.7z.002.bak").write_bytes(b"x")
-    with pytest.raises(S.SourceError, match="imaginet.7z.002.bak is no volume"): S.unpack(archive, tmp_path/"out")
+    with pytest.raises(S.SourceError, match="imaginet.7z.002.bak is named like a volume but is not one"): S.unpack(archive, tmp_path/"out")
 
 
 def test_a_damaged_start_is_said(archive, tmp_path):
