@@ -21,7 +21,7 @@ from imaginet_nb.apps.benchmark import (
     summary,
     training_case,
 )
-from imaginet_nb.core import load_profile
+from imaginet_nb.core import load_profile, usable_precision
 from imaginet_nb.data.augmentation import Stage1
 from imaginet_nb.data.packed import pack
 from imaginet_nb.detectors import predictions as detectors
@@ -58,7 +58,9 @@ def test_fast_detectors_answer_as_the_plain_one(network, size):
     exact, half = (logit_difference(detector, fast(detector, precision), images) for precision in ("float32", "bfloat16"))
     assert exact[1] > 1e-3, "logits without spread compare nothing"
     assert exact[0] < 1e-3*exact[1]
-    assert exact[0] < half[0] < 0.3*half[1]
+    assert half[0] < 0.3*half[1]
+    if usable_precision("cpu", "bfloat16") == "bfloat16": assert exact[0] < half[0], "no bfloat16 at all"
+    else: assert half == exact, "float32 stands in where the processor has no bfloat16"
     assert torch.equal(detector.score(images), before) and detector.precision == "float32", "the detector itself was changed"
 
 
