@@ -99,7 +99,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     epochs: int,
     scheduler: LRScheduler | None = None, # stepped once per epoch
-    resume: Path | None = None, # file that the state goes to after every epoch; removed at the end
+    resume: Path | None = None, # file that the state goes to after every epoch; delete it when the weights are stored
     run_fingerprint: str = "", # `fingerprint` of everything the run depends on
 ) -> pd.DataFrame: # one row per epoch: epoch, loss (mean over batches), learning_rate
     """Train for `epochs` epochs, or continue from `resume` if that file is there and fits.
@@ -123,6 +123,4 @@ def fit(
         _print_once(f"epoch {epoch}/{epochs}  loss {loss:.4f}  learning rate {rate:.2e}")
         if resume is not None and first:
             _save_state(resume, run_fingerprint, parts, epoch, history)
-    if resume is not None and first:
-        resume.unlink(missing_ok=True)
     return pd.DataFrame(history)
