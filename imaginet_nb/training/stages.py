@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Measurement', 'Stage', 'STAGES', 'training_loader', 'selfcon_step', 'hold_out', 'selfcon_bounds',
            'stage1_measurements', 'pretrain', 'pretrain_cross_entropy', 'calibrate', 'two_track_loss', 'train_detector',
-           'train_stage', 'launch', 'main']
+           'train_stage', 'launch', 'main', 'training_history']
 
 # %% ../../nbs/03_training/04_stages.ipynb #fddeca93
 import argparse
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from ..data.labels import FAMILIES
 from ..data.manifest import read_manifest_csv
 from ..data.splits import draw_balanced
-from ..models.checkpoints import load_checkpoint, save_checkpoint
+from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint
 from ..core import Profile, Run, autocast, fingerprint, load_profile, pick_device, repo_root
 from ..data.datasets import EpochSampler, ManifestDataset, make_loader
 from .grad_cache import cached_step
@@ -97,10 +97,9 @@ def hold_out(
     manifest: pd.DataFrame, # training images
     seed: int, # of the draw
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # images to train on; images held out, none if there are fewer than 160 in all
-    "Hold out a twentieth of the training images, at most 400: half of them real, the families equally often."
-    n = min(len(manifest)//20, 400)
-    if n < 2*len(FAMILIES): return manifest, manifest[:0]
-    held_out = draw_balanced(manifest, n, seed)
+    "Hold out a twentieth of the training images, 32 to 400: half of them real, the families equally often."
+    if len(manifest) < 160: return manifest, manifest[:0]
+    held_out = draw_balanced(manifest, min(max(len(manifest)//20, 32), 400), seed)
     return manifest[~manifest["path"].isin(held_out["path"])].reset_index(drop=True), held_out
 
 # %% ../../nbs/03_training/04_stages.ipynb #b072368a
@@ -371,3 +370,19 @@ def main(
 
 if __name__ == "__main__" and "__file__" in globals(): # a notebook has no __file__
     main()
+
+# %% ../../nbs/03_training/04_stages.ipynb #3944be09
+def training_history(
+    checkpoints: str | Path, # folder with pretrain, selfcon and baseline
+) -> pd.DataFrame: # detector, stage (1 or 2), epoch, loss and its terms, their bounds, learning_rate, neighbours_origin and _family
+    "Histories of both stages of both detectors, one row per epoch, from the headers of their checkpoints. Raises as `read_header`."
+    selfcon, baseline = "SelfCon (ours)", "Cross-entropy (baseline)"
+    parts = [(selfcon, 1, "pretrain", "history"), (selfcon, 2, "selfcon", "history"),
+             (baseline, 1, "baseline", "pretrain_history"), (baseline, 2, "baseline", "history")]
+    frames = []
+    for detector, stage, name, key in parts:
+        header = read_header(Path(checkpoints)/f"{name}.safetensors")
+        frames.append(pd.DataFrame(header[key]).assign(detector=detector, stage=stage))
+    table = pd.concat(frames, ignore_index=True)
+    first = ["detector", "stage", "epoch"]
+    return table[[*first, *(column for column in table if column not in first)]]
