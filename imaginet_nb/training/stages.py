@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..data.labels import FAMILIES
 from ..data.manifest import read_manifest_csv
 from ..data.splits import draw_balanced
 from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint
@@ -224,11 +223,11 @@ def calibrate(
         model.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay, (first_beta, second_beta))
 
     def step(batch: Batch) -> dict[str, Tensor]:
-        images, (origin, family) = batch[0].to(device, non_blocking=True), _all_labels(batch, device)
+        images, (origin, family) = batch[0].to(device, non_blocking=True), batch[1:3]
+        if rank_and_size()[1] > 1:
+            origin, family = (codes.cpu() for codes in _all_labels(batch, device))
         with autocast(device, settings.precision):
-            features = gather(model.features(images))
-            detection, identification = model.detection(features).squeeze(1), model.identification(features)
-        value = two_track_loss(detection.float(), identification.float(), origin, family)
+            value = two_track_loss(model, gather(model.features(images)), origin, family)
         value.backward()
         return {"loss": value}
     loader = training_loader(manifest, root, profile, "calibrate", settings.batch_size)
@@ -238,18 +237,19 @@ def calibrate(
 
 # %% ../../nbs/03_training/04_stages.ipynb #fcffbe4d
 def two_track_loss(
-    detection: Tensor, # `(B,)` logits, larger = synthetic
-    identification: Tensor, # `(B, 4)` logits over families
-    origin: Tensor, # `(B,)` 0 real, 1 synthetic
+    model: ImagiNetClassifier, # whose heads are trained
+    features: Tensor, # `(B, D)` of the backbone
+    origin: Tensor, # `(B,)` 0 real, 1 synthetic; on the CPU, else counting the synthetic images synchronises the device
     family: Tensor, # `(B,)` 0..3; that of real images does not matter
 ) -> Tensor: # 0-d, in nats, at least 0
-    "Mean sigmoid cross-entropy of all images plus mean softmax cross-entropy of the synthetic ones, without synchronisation."
-    origin, family = (codes.to(detection.device, non_blocking=True) for codes in (origin, family))
-    synthetic = origin == 1
-    found = F.binary_cross_entropy_with_logits(detection, origin.float())
-    ignored = -100 # torch's code for "no label"
-    named = F.cross_entropy(identification, family.where(synthetic, ignored), ignore_index=ignored, reduction="sum")
-    return found + named/synthetic.sum().clamp(min=1) # a batch of real images alone still has a gradient
+    """Mean sigmoid cross-entropy of all images plus mean softmax cross-entropy of the synthetic ones.
+
+    The identification head sees the synthetic images alone. Fewer than two cannot be normalised, and leave it as it is."""
+    rows = (origin == 1).nonzero().squeeze(1)
+    origin, family, rows = (codes.to(features.device, non_blocking=True) for codes in (origin, family, rows))
+    value = F.binary_cross_entropy_with_logits(model.detection(features).squeeze(1).float(), origin.float())
+    if len(rows) < 2: return value
+    return value + F.cross_entropy(model.identification(features[rows]).float(), family[rows])
 
 # %% ../../nbs/03_training/04_stages.ipynb #6ef780ba
 def train_detector(
