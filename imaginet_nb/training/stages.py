@@ -286,7 +286,7 @@ def _new_backbone(run: Run) -> Backbone:
 
 def _records(history: pd.DataFrame) -> list[dict[str, float]]:
     "Rows of a history without what was not measured, which JSON has no number for."
-    return [{key: value for key, value in row.items() if pd.notna(value)} for row in history.to_dict("records")]
+    return [{str(key): value for key, value in row.items() if pd.notna(value)} for row in history.to_dict("records")]
 
 def _write(run: Run, model: SelfConNet | ImagiNetClassifier, name: str, data: str, **histories: pd.DataFrame) -> None:
     "Checkpoint with its histories, unless a loss did not fall."
