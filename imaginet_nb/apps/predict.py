@@ -435,6 +435,7 @@ def _json_rows(
             except (ValueError, RecursionError): raise ValueError(f"line {number}: not JSON") from None
             yield _checked(row, f"line {number}")
 
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c5
 def _check_columns(found: Iterable[Any]) -> None:
     "Raises `ValueError` if these are not the columns of a table of scores, each once."
     names = [str(name) for name in found]
@@ -453,7 +454,6 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError as error: raise ValueError(f"{place}: {error}") from None
             yield _checked(row, place)
 
-# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c4
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     "Rows of a Parquet table; None for what is missing."
     import pyarrow.parquet as pq
@@ -463,6 +463,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         for batch in table.iter_batches(_PIECE):
             for row in batch.to_pylist(): yield _checked(row, f"row {next(rows)}")
 
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c4
 def read_scores(
     path: str | Path, # as written by `write_scores`, or what `part_of` names
 ) -> Iterator[dict[str, Any]]: # rows; None for what is missing
