@@ -6,9 +6,9 @@
 __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'shipped', 'atomic_path', 'write_text', 'path_text',
            'text_path', 'csv_text', 'write_csv', 'only_run', 'made_with', 'claim_folder', 'read_yaml', 'Section',
            'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig',
-           'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError',
-           'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'usable_precision',
-           'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
+           'EmbeddingConfig', 'AblationConfig', 'GeneralisationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile',
+           'ProfileError', 'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes',
+           'usable_precision', 'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -381,6 +381,16 @@ class AblationConfig(Section):
     batch_size: PositiveInt
     learning_rate: PositiveFloat
 
+class GeneralisationConfig(Section):
+    "Leave one generator family out of both stages, with both losses; other settings are those of the two stages."
+    width: PositiveFloat                       # ResNet-18 channel factor
+    crop_size: PositiveInt                     # side of all images, pixels: crops in training, centre crops in the test
+    train_images: PositiveInt                  # for each network, half real
+    test_images: PositiveInt                   # for each family, half real
+    epochs: PositiveInt                        # of stage 1
+    batch_size: PositiveInt                    # of both stages
+    learning_rate: PositiveFloat               # of stage 1
+
 class RobustnessConfig(Section):
     "JPEG and resizing curves (Figure 4), and the grid of all perturbations."
     images: PositiveInt                        # test images at each point of a curve, half real (paper: all 40000)
@@ -410,6 +420,7 @@ class Profile(Section):
     evaluation: EvaluationConfig
     embedding: EmbeddingConfig
     ablation: AblationConfig
+    generalisation: GeneralisationConfig
     robustness: RobustnessConfig
     speed: SpeedConfig
 

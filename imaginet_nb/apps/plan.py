@@ -82,6 +82,7 @@ def estimate(
     stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads),
               ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", heads),
               ("p46_ablation", "ablation", 4*cfg.ablation.train_images*cfg.ablation.epochs),
+              ("p46_ablation", "pretrain", 10*cfg.generalisation.train_images*cfg.generalisation.epochs), # by a smaller network: at most
               ("p47_predict", "infer", 2*3*n["test"] + 24*min(cfg.robustness.images, n["test"]) + cfg.embedding.images + grid)]
     table = pd.DataFrame(stages, columns=["notebook", "work", "images"])
     table["seconds_per_image"] = table["work"].map(seconds)

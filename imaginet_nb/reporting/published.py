@@ -51,6 +51,8 @@ PAPER_ITEMS = (
     PaperItem("UMAP", "Map of the features: UMAP (not in the paper)", "p60_embeddings", ("embedding_quality",),
               ("umap_family", "umap_origin", "umap_content", "umap_format")),
     PaperItem("Figure 3", "One content type left out of training", "p61_content_ablation", ("content_ablation",), ("content_ablation",)),
+    PaperItem("Unseen families", "One generator family left out of training (not in the paper)", "p61_content_ablation",
+              ("family_generalisation",), ("family_generalisation",)),
     PaperItem("Figure 4a", "Accuracy against JPEG quality", "p62_robustness", ("robustness_jpeg",), ("robustness_jpeg",)),
     PaperItem("Figure 4b", "Accuracy against resizing", "p62_robustness", ("robustness_resize",), ("robustness_resize",)),
     PaperItem("Probabilities", "Calibration quality of the probabilities (not in the paper)", _BY, ("probabilities", "reliability"),
