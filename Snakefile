@@ -160,6 +160,13 @@ rule p47_predict:
     shell: RUN
 
 
+rule p48_training:
+    input: every(CHECKPOINTS + "/{name}.safetensors", name=["pretrain", "selfcon", "baseline"])
+    output: notebook("p48_training"), tables("training_history"), figures("training_curves")
+    params: settings=settings("pretrain", "calibrate"), code=code_of("p48_training")
+    shell: RUN
+
+
 rule p50_detection:
     input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"]), SURE
     output:
@@ -225,7 +232,7 @@ rule p63_speed:
 rule p90_summary:
     input:
         CHECKPOINTS + "/selfcon.safetensors",
-        rules.p10_dataset.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
+        rules.p10_dataset.output, rules.p48_training.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
         rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,
     output:
         notebook("p90_summary"), tables("published_vs_reproduced"),

@@ -12,18 +12,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from imaginet_nb.core import repo_root
+from imaginet_nb.apps.plan import estimate
+from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data.images import decode, save
 from imaginet_nb.models.checkpoints import read_header
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
           "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
-          "metadata_baseline", "overlap",
+          "training_history", "metadata_baseline", "overlap",
           "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
           "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
-           "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification"]
+           "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification",
+           "training_curves"]
 DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -96,6 +98,13 @@ def test_overlap_is_reported_and_only_calibration_lies_in_training(report):
 
 def test_identification_has_both_settings(report):
     assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean"}
+
+
+def test_the_estimate_counts_the_images_that_were_predicted(report):
+    "Catches a part of p47 that the hours of `DRYRUN=1` leave out."
+    table = estimate(load_profile("smoke"), dict.fromkeys(("pretrain", "infer", "ablation"), 1.0)).set_index("notebook")
+    names = ("perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set")
+    assert table.loc["p47_predict", "images"] == sum(len(pd.read_csv(report/"predictions"/f"{name}.csv")) for name in names)
 
 
 def test_sandbox_numbers_never_stand_under_the_papers(report):
@@ -207,8 +216,8 @@ def test_a_second_run_does_nothing(report):
     ("grid_images: 8", "grid_images: 12", {"p47_predict", "p50_detection", "p51_external", "p52_identification", "p60_embeddings",
                                            "p62_robustness", "p90_summary"}),
     ("repeats: 2", "repeats: 3", {"p63_speed", "p90_summary"}),
-    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p50_detection", "p51_external",
-                                          "p52_identification", "p60_embeddings", "p62_robustness", "p90_summary"}),
+    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p48_training", "p50_detection",
+                                          "p51_external", "p52_identification", "p60_embeddings", "p62_robustness", "p90_summary"}),
 ], ids=["umap", "grid", "speed", "stage 2"])
 def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, old, new, expected):
     assert planned(edited(tmp_path, old, new)) == expected

@@ -343,7 +343,7 @@ def test_names_that_look_alike_or_break_lines_have_each_their_own_row(net, tmp_p
         with open(out, newline="", encoding="utf-8") as file: assert len(list(csv.DictReader(file))) == len(names)
         assert out.read_text(encoding="utf-8").count("\n") == len(names) + 1 and "\r" not in out.read_bytes().decode()
     if suffix == ".jsonl": assert len(out.read_text().splitlines()) == len(names)
-    if suffix == ".parquet": assert len(pd.read_parquet(out, engine="fastparquet")) == len(names)
+    if suffix == ".parquet": assert len(pd.read_parquet(out, engine="pyarrow")) == len(names)
     again = predict(folder, "--checkpoint", net, "--out", out, "--resume")
     assert f"; {len(names)} rows kept" in again.output
 
@@ -506,7 +506,7 @@ def test_damaged_tables_and_parts_give_rows_or_one_kind_of_error(tmp_path):
     for suffix in (".csv", ".jsonl", ".parquet", ".part"):
         write_scores(rows, tmp_path/f"good{'.jsonl' if suffix == '.part' else suffix}")
         good = (tmp_path/f"good{'.jsonl' if suffix == '.part' else suffix}").read_bytes()
-        for _ in range(15 if suffix == ".parquet" else 200): # each Parquet file costs a process
+        for _ in range(200):
             bad = bytearray(good)
             for _ in range(draw.integers(1, 4)): bad[draw.integers(len(bad))] = draw.integers(256)
             (tmp_path/f"bad{suffix}").write_bytes(bad[:draw.integers(len(bad))] if draw.random() < 0.3 else bad)

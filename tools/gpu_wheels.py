@@ -29,7 +29,7 @@ PLATFORMS += [f"manylinux{year}_x86_64" for year in (2014, 2010, 1)]
 # beside the library's own requirements: `imaginet reproduce` runs Snakemake, the benchmark compares with HDF5
 ROOTS = ["snakemake", "h5py"]
 # with torch, or imported by nothing that the pipeline and the benchmark run
-LEFT_OUT = re.compile("torch|torchvision|triton|nvidia-.*|cuda-.*|fastparquet|cramjam|onnxruntime|debugpy|pulp")
+LEFT_OUT = re.compile("torch|torchvision|triton|nvidia-.*|cuda-.*|pyarrow|onnxruntime|debugpy|pulp")
 
 
 def locked() -> dict[str, str]:

@@ -310,7 +310,7 @@ def training_case(
 
     def once() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = step(batch)
+        loss = step(batch)["loss"]
         optimizer.step()
         return loss.detach()
     return once

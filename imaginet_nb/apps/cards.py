@@ -18,7 +18,7 @@ from huggingface_hub.repocard import RepoCard
 from safetensors import safe_open
 
 from ..core import Profile, repo_root, write_text
-from ..models.checkpoints import read_header
+from ..models.checkpoints import read_header, training_outcome
 from ..reporting.pages import profile_scope, render
 from ..reporting.tables import INTERVAL_NOTE, interval_text, markdown_table, reading_frame
 
@@ -202,7 +202,8 @@ def model_card(
     card = ModelCard(render(
         "model_card.md", front_matter=_model_front_matter(name, profile, tables).to_yaml(), name=name, profile=profile,
         scope=profile_scope(profile), stand_ins=profile.data.source != "imaginet", facts=markdown_table(facts),
-        history=header.get("history"), fitted=header.get("probability"), limits=[*_limits(tables, name), *_as_good(tables, name)],
+        history=header.get("history"), outcome=training_outcome(header), fitted=header.get("probability"),
+        limits=[*_limits(tables, name), *_as_good(tables, name)],
         results={heading: _table(tables/f"{stem}.csv", drop=["detector"], detector=name) for heading, stem in stems.items()}))
     validate_card(card)
     return card

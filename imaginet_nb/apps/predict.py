@@ -15,8 +15,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -391,14 +389,19 @@ def write_scores(
     out, rows = check_out(out), iter(rows)
     pieces = itertools.chain([list(itertools.islice(rows, _PIECE))], iter(lambda: list(itertools.islice(rows, _PIECE)), []))
     if out.suffix == ".csv": return write_csv(map(score_frame, pieces), out)
-    texts = {column: "utf8" for column, kind in SCORE_COLUMNS.items() if kind is str} # also where a piece has none in it
     with atomic_path(out) as temporary:
-        for i, piece in enumerate(pieces):
-            if out.suffix == ".parquet":
-                import fastparquet
-                fastparquet.write(str(temporary), score_frame(piece), append=i > 0, write_index=False, object_encoding=texts)
-            else:
-                with open(temporary, "a", encoding="utf-8") as file: file.writelines(_line(row) for row in piece)
+        if out.suffix == ".parquet": return _write_parquet(pieces, temporary)
+        with open(temporary, "w", encoding="utf-8") as file:
+            for piece in pieces: file.writelines(_line(row) for row in piece)
+
+def _write_parquet(pieces: Iterable[list[dict[str, Any]]], path: Path) -> None:
+    "Rows as a Parquet file whose pages carry checksums."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    kinds = {str: pa.string(), float: pa.float64(), int: pa.int64()}
+    schema = pa.schema([(column, kinds[kind]) for column, kind in SCORE_COLUMNS.items()])
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        for piece in pieces: writer.write_table(pa.Table.from_pylist(piece, schema))
 
 def _line(row: dict[str, Any]) -> str:
     "A row as a line of JSON."
@@ -432,33 +435,35 @@ def _json_rows(
             except (ValueError, RecursionError): raise ValueError(f"line {number}: not JSON") from None
             yield _checked(row, f"line {number}")
 
-def _table_rows(
-    pieces: Iterable[pd.DataFrame], # of a CSV or Parquet file
-) -> Iterator[dict[str, Any]]:
-    "Rows of a table; None for what is missing."
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c5
+def _check_columns(found: Iterable[Any]) -> None:
+    "Raises `ValueError` if these are not the columns of a table of scores, each once."
+    names = [str(name) for name in found]
+    if sorted(names) == sorted(SCORE_COLUMNS): return
+    wrong = sorted(set(names) ^ set(SCORE_COLUMNS)) or ["one stands twice"]
+    raise ValueError(f"columns missing or too many: {', '.join(wrong)}")
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    "Rows of a CSV table; None for what is missing."
     rows = itertools.count(1)
-    for piece in pieces:
-        wrong = sorted(map(str, set(SCORE_COLUMNS) ^ set(piece.columns)))
-        if wrong: raise ValueError(f"columns missing or too many: {', '.join(wrong)}")
+    for piece in pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE):
+        _check_columns(piece.columns)
         for values in piece[list(SCORE_COLUMNS)].itertuples(index=False, name=None):
             place, cells = f"row {next(rows)}", zip(SCORE_COLUMNS.items(), values, strict=True)
             try: row = {column: None if pd.isna(value) else kind(value) for (column, kind), value in cells}
             except ValueError as error: raise ValueError(f"{place}: {error}") from None
             yield _checked(row, place)
 
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    "Rows of a Parquet table; None for what is missing."
+    import pyarrow.parquet as pq
+    rows = itertools.count(1)
+    with open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as table:
+        _check_columns(table.schema_arrow.names)
+        for batch in table.iter_batches(_PIECE):
+            for row in batch.to_pylist(): yield _checked(row, f"row {next(rows)}")
+
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c4
-_TRY = "import sys, fastparquet\nfor piece in fastparquet.ParquetFile(sys.argv[1]).iter_row_groups(): pass"
-
-def _pieces(path: Path) -> Iterable[pd.DataFrame]:
-    "A CSV or Parquet file, piece by piece."
-    if path.suffix == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE)
-    with open(path, "rb"): pass # a missing permission is not a corrupt file
-    tried = subprocess.run([sys.executable, "-c", _TRY, path], capture_output=True, text=True, errors="replace")
-    if tried.returncode < 0: raise ValueError("its reader crashes") # fastparquet, on damaged files, so that it is tried in another process
-    if tried.returncode: raise ValueError(tried.stderr.strip().rpartition("\n")[2])
-    import fastparquet
-    return fastparquet.ParquetFile(str(path)).iter_row_groups()
-
 def read_scores(
     path: str | Path, # as written by `write_scores`, or what `part_of` names
 ) -> Iterator[dict[str, Any]]: # rows; None for what is missing
@@ -467,7 +472,8 @@ def read_scores(
     part = path.suffix == ".part"
     try:
         if path.exists() and not path.is_file(): raise ValueError("no regular file") # a pipe would be waited for without end
-        yield from _json_rows(path, part) if part or check_out(path).suffix == ".jsonl" else _table_rows(_pieces(path))
+        if part or check_out(path).suffix == ".jsonl": yield from _json_rows(path, part)
+        else: yield from _csv_rows(path) if path.suffix == ".csv" else _parquet_rows(path)
     except Exception as error: # readers of damaged files raise nearly anything
         if isinstance(error, OSError) and error.filename: raise # such as no permission, and it says where
         kind = "rows of an interrupted `imaginet predict`" if part else "a table of `imaginet predict`"

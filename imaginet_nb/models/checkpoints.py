@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'EXTRA', 'Model', 'Share', 'CheckpointError', 'WeightsHeader', 'ProbabilityHeader',
            'OpenSetHeader', 'check_header', 'weights_digest', 'save_weights', 'save_checkpoint', 'read_weights_header',
-           'read_header', 'verified_tensors', 'check_fit', 'fill', 'load_checkpoint', 'amend_checkpoint',
-           'read_torch_file', 'read_published', 'convert_authors_checkpoint', 'load_detector']
+           'read_header', 'training_outcome', 'verified_tensors', 'check_fit', 'fill', 'load_checkpoint',
+           'amend_checkpoint', 'read_torch_file', 'read_published', 'convert_authors_checkpoint', 'load_detector']
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0d46f92e
 import argparse
@@ -61,6 +61,8 @@ class _NetworkHeader(WeightsHeader):
     data_hash: str | None
     git_commit: str | None
     extra: list[str] = []
+    learned: bool | None = None
+    not_learned: str = ""
 
     @field_validator("input")
     @classmethod
@@ -241,6 +243,15 @@ def read_header(
     check_header(header, WeightsHeader, path)
     check_header(header, _SCHEMAS.get(header.get("kind", ""), WeightsHeader), path)
     return header
+
+# %% ../../nbs/02_models/02_checkpoints.ipynb #4a496df8
+def training_outcome(
+    header: Mapping[str, Any], # of a checkpoint
+) -> str: # begins with "learned", "not learned" or "not known"
+    "Whether the training learned, in words."
+    learned = header.get("learned")
+    if learned is None: return "not known whether the training learned: the header does not say"
+    return "learned: the loss fell below that of answers that ignore the image" if learned else f"not learned: {header['not_learned']}"
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #56c3cc2a
 def verified_tensors(

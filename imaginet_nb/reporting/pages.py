@@ -145,6 +145,12 @@ def profile_scope(
             "about ImagiNet and cannot be compared with the published ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
+def _not_learned(report: Path) -> list[str]:
+    "Detectors of the report whose training did not learn, each with the reason."
+    from imaginet_nb.models.checkpoints import read_header # takes seconds to import
+    headers = [read_header(path) for path in sorted((report/"checkpoints").glob("*.safetensors"))]
+    return [f"{header['detector']}: {header['not_learned']}" for header in headers if header.get("not_learned") and "detector" in header]
+
 def report_index(
     report_dir: str | Path, # `reports/<profile>`
     profile: Profile,
@@ -154,5 +160,5 @@ def report_index(
     executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
     values = dict(title=f"ImagiNet: report of the profile {profile.name}", profile=profile, scope=profile_scope(profile),
                   cards=[name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()],
-                  chapters=_chapters(report), executed=executed, long=LONG_TABLE)
+                  not_learned=_not_learned(report), chapters=_chapters(report), executed=executed, long=LONG_TABLE)
     return [write_text(render(f"report.{form}", **values), report/name) for form, name in (("html", "index.html"), ("md", "README.md"))]

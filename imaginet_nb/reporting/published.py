@@ -35,6 +35,7 @@ PAPER_ITEMS = (
     PaperItem("Figures 1 and 5", "Prompts of the generators", remark="The prompts given to the generators: there is nothing to compute."),
     PaperItem("Table 1", "Features of the data set", "p10_dataset", ("dataset_features",), (), ("table1_dataset_features",)),
     PaperItem("Table 2", "Structure of the data set", "p10_dataset", ("dataset_structure",), (), ("table2_dataset_structure",)),
+    PaperItem("Training", "Curves of both stages (not in the paper)", "p48_training", ("training_history",), ("training_curves",)),
     PaperItem("Table 3", "Detection by generator family", _BY, ("detection_by_family",), ("detection_by_family",),
               ("table3_detection_by_family",)),
     PaperItem("By content type", "Detection (not printed in the paper)", _BY, ("detection_by_content",), (), ("detection_by_content",)),

@@ -97,13 +97,18 @@ class ImagiNetLoss(nn.Module):
         super().__init__()
         self.contrast = SelfConLoss(temperature)
 
-    def forward(self,
+    def terms(self,
         features: Tensor, # `(B, V, D)` embeddings, unit length along `D`
         origin: Tensor, # `(B,)` 0 = real, 1 = synthetic; on any device
         family: Tensor, # `(B,)` integer code of the family, on any device; that of real images does not matter
-    ) -> Tensor: # 0-d, float32 or wider, at least 0
-        "Sum of the two terms, in nats. Raises ValueError as `SelfConLoss` does and, on a CPU, for other values of `origin`."
+    ) -> tuple[Tensor, Tensor]: # origin term, family term; 0-d, float32 or wider, at least 0
+        "The two terms, in nats. Raises ValueError as `SelfConLoss` does and, on a CPU, for other values of `origin`."
         _check_codes("family", family, features)
         if origin.device.type == "cpu" and not bool(((origin == 0) | (origin == 1)).all()):
             raise ValueError("origin must be 0 (real) or 1 (synthetic)")
-        return self.contrast(features, origin) + self.contrast(features, family, among=origin == 1)
+        return self.contrast(features, origin), self.contrast(features, family, among=origin == 1)
+
+    def forward(self, features: Tensor, origin: Tensor, family: Tensor) -> Tensor:
+        "Sum of the two terms; arguments, result and errors as in `terms`."
+        by_origin, by_family = self.terms(features, origin, family)
+        return by_origin + by_family
