@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from imaginet_nb.core import repo_root
+from imaginet_nb.apps.plan import estimate
+from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data.images import decode, save
 from imaginet_nb.models.checkpoints import read_header
 
@@ -97,6 +98,13 @@ def test_overlap_is_reported_and_only_calibration_lies_in_training(report):
 
 def test_identification_has_both_settings(report):
     assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean"}
+
+
+def test_the_estimate_counts_the_images_that_were_predicted(report):
+    "Catches a part of p47 that the hours of `DRYRUN=1` leave out."
+    table = estimate(load_profile("smoke"), dict.fromkeys(("pretrain", "infer", "ablation"), 1.0)).set_index("notebook")
+    names = ("perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set")
+    assert table.loc["p47_predict", "images"] == sum(len(pd.read_csv(report/"predictions"/f"{name}.csv")) for name in names)
 
 
 def test_sandbox_numbers_never_stand_under_the_papers(report):
