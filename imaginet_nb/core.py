@@ -379,6 +379,7 @@ class EmbeddingConfig(Section):
     epochs: PositiveInt                        # epochs of the final fit (paper: 200)
     batch_size: PositiveInt                    # paper: 250
 
+# %% ../nbs/00_core.ipynb #e90e8c4c
 class AblationConfig(Section):
     "Leave one content type out (Figure 3)."
     width: PositiveFloat                       # ResNet-18 channel factor (paper: 1)
