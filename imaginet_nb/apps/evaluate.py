@@ -160,7 +160,8 @@ def _score_figures(
     "ROC curve and histogram of the scores."
     scored = predictions.loc[has_score(predictions), "origin"]
     n = f"{scored.eq('real').sum():,} real and {scored.eq('synthetic').sum():,} synthetic images"
-    return {"roc": (plot_roc(predictions, fits), f"ROC curve over {n}, all generators together, with the decision thresholds. {about}"),
+    curve = f"ROC curve over {n}, all generators together, with the decision thresholds. {about}"
+    return {"roc": (plot_roc(predictions, fits), curve),
             "scores": (plot_scores(predictions, fits), f"Scores of {n}, and the decision thresholds. {about}")}
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0699d079
@@ -229,17 +230,17 @@ def _swapped(
     slope: float, # of the score calibration
 ) -> list[str]: # empty if there is no doubt
     "Questions that scores the wrong way round raise."
-    found, ours = [], table[table["detector"] == name].set_index("group")
-    below = ours.index[ours["auc_high"] < 0.5].tolist()
-    if MEAN in below: below = [MEAN]
-    for group in below:
-        where = "mean" if group == MEAN else f"generator {group}"
-        auc, low, high = ours.loc[group, ["auc", "auc_low", "auc_high"]]
-        found.append(f"AUC {auc:.3f} [{low:.3f}, {high:.3f}], {where}, lies below 0.5: real images have the higher scores. "
+    below = table[table["detector"].eq(name) & table["auc_high"].lt(0.5)]
+    if MEAN in set(below["group"]): below = below[below["group"] == MEAN]
+    found = []
+    for row in below.to_dict("records"):
+        where = "mean over the generators" if row["group"] == MEAN else f"generator {row['group']}"
+        auc = f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
+        found.append(f"The AUC lies below 0.5 ({where}: {auc}), so real images have the higher scores. "
                      "Are the labels swapped?")
     if slope < 0:
-        found.append("In the score calibration real images have the higher scores, so it reverses the order of all scores. "
-                     "Are the labels of its images swapped?")
+        found.append("In the score calibration real images have the higher scores, so it reverses the order of all "
+                     "scores. Are the labels of its images swapped?")
     return found
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e5
@@ -248,10 +249,12 @@ def _operating_blocks(
 ) -> list[Block]:
     "The table of operating points, narrow enough for a page: what is equal in all rows is left out, notes are below."
     if "operating_points" not in tables:
-        return [("text", "No table of operating points: it needs a calibration. Add a split `calibration` with real and synthetic images.")]
+        return [("text", "There are no operating points, because the detector has no calibration. "
+                         "A split `calibration` with real and synthetic images gives one.")]
     table, caption = tables["operating_points"]
     wanted = [c for c in OPERATING_COLUMNS if c.startswith(("rate", "threshold", "empirical", "tpr"))]
-    reading = reading_frame(text_frame(table[wanted])).rename(columns={"rate": "FPR, at most", "TPR": "TPR at this FPR", "threshold": "Threshold"})
+    headings = {"rate": "FPR, at most", "TPR": "TPR at this FPR", "threshold": "Threshold"}
+    reading = reading_frame(text_frame(table[wanted])).rename(columns=headings)
     notes = [f"At {row.rate}: {row.note}." for row in table.itertuples() if row.note]
     return [("text", caption), ("table", reading), *([("list", notes)] if notes else [])]
 
@@ -278,10 +281,13 @@ def evaluate(
     blocks: list[Block] = [*(("note", note) for note in notes), ("list", found.sentences), ("heading", "By generator")]
     blocks += table_blocks(found.tables, "detection_by_generator")
     blocks += [("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
-    if "detection_by_content" in found.tables: blocks += [("heading", "By content"), *table_blocks(found.tables, "detection_by_content")]
-    blocks += [("heading", "Scores and operating points"), *(("figure", (stem, found.figures[stem][1])) for stem in ("roc", "scores")),
-               *_operating_blocks(found.tables)]
-    if "robustness_loss" in found.tables: blocks += [("heading", "Robustness"), *table_blocks(found.tables, "robustness_loss", "robustness_shift")]
+    if "detection_by_content" in found.tables:
+        blocks += [("heading", "By content"), *table_blocks(found.tables, "detection_by_content")]
+    blocks.append(("heading", "Scores and operating points"))
+    blocks += [("figure", (stem, found.figures[stem][1])) for stem in ("roc", "scores")]
+    blocks += _operating_blocks(found.tables)
+    if "robustness_loss" in found.tables:
+        blocks += [("heading", "Robustness"), *table_blocks(found.tables, "robustness_loss", "robustness_shift")]
     if "shifts" in found.figures: blocks.append(("figure", ("shifts", found.figures["shifts"][1])))
     blocks += [("heading", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
                ("text", "Made by `imaginet evaluate`; beside each table lies its provenance.")]

@@ -197,8 +197,8 @@ def decision_thresholds(
     fit: Calibration,
 ) -> dict[str, float]: # label -> calibrated probability above which an image is flagged
     "Probability 0.5, and the threshold of every false-positive rate that has one."
-    rates = {f"FPR ≤ {100*float(rate):g} %": threshold for rate, threshold in fit.thresholds.items() if threshold is not None}
-    return {"probability 0.5": 0.5} | rates
+    known = {rate: threshold for rate, threshold in fit.thresholds.items() if threshold is not None}
+    return {"probability 0.5": 0.5} | {f"FPR ≤ {100*float(rate):g} %": threshold for rate, threshold in known.items()}
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
 def plot_roc(
@@ -215,8 +215,8 @@ def plot_roc(
     axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="chance")
     axes.plot(*roc_curve(synthetic, z)[:2], color="#404040", lw=1.6)
     thresholds = decision_thresholds(fit)
-    for (label, threshold), (colour, marker) in zip(thresholds.items(), label_styles(thresholds).values(), strict=True):
-        flagged = expit(z) > threshold
+    for label, (colour, marker) in label_styles(thresholds).items():
+        flagged = expit(z) > thresholds[label]
         fpr, tpr = flagged[~synthetic].mean(), flagged[synthetic].mean()
         axes.plot(fpr, tpr, marker, color=colour, ms=7, label=f"{label}: {fpr:.3f}, {tpr:.3f}")
     axes.set(xlabel="false-positive rate (FPR)", ylabel="true-positive rate (TPR)", aspect="equal")
@@ -234,15 +234,17 @@ def plot_scores(
     (name, frame), = by_detector(predictions)
     fit, (usable, _, _) = of_detector(fits, name, "calibration predictions")["platt"], _usable(frame)
     z = fit.log_odds(usable["logit"])
-    edges = np.histogram_bin_edges(z, bins=30)
+    edges = np.histogram_bin_edges(z, bins=int(np.clip(np.sqrt(len(z)), 5, 30))).tolist()
     figure, (axes,) = new_figure(height=4)
     figure.set_size_inches(4.6, 4)
     for origin, (colour, _) in STYLES["origin"].items():
         mine = z[usable["origin"].eq(origin)]
-        axes.hist(mine, edges, weights=np.full(len(mine), 1/max(len(mine), 1)), color=colour, alpha=0.5, label=f"{origin}, {len(mine)} images")
+        shares = np.full(len(mine), 1/max(len(mine), 1))
+        axes.hist(mine, edges, weights=shares, color=colour, alpha=0.5, label=f"{origin}, {len(mine):,} images")
     for (label, threshold), line in zip(decision_thresholds(fit).items(), ("-", "--", "-.", ":"), strict=False):
         if threshold < 1: axes.axvline(float(logit(threshold)), color="#404040", lw=1.2, ls=line, label=label)
-    axes.set(xlabel="log-odds of synthetic" if fit.n else "logit (the detector has no calibration)", ylabel="share of the class")
+    scale = "log-odds of synthetic" if fit.n else "logit (the detector has no calibration)"
+    axes.set(xlabel=scale, ylabel="share of the class")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     axes.set_title(title, fontsize=10)
     return figure
