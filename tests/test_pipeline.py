@@ -20,12 +20,12 @@ from imaginet_nb.models.checkpoints import read_header
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
           "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
-          "training_history", "metadata_baseline", "overlap",
+          "training_history", "family_generalisation", "metadata_baseline", "overlap",
           "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
           "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
            "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification",
-           "training_curves"]
+           "training_curves", "family_generalisation"]
 DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -216,8 +216,9 @@ def test_a_second_run_does_nothing(report):
     ("grid_images: 8", "grid_images: 12", {"p47_predict", "p50_detection", "p51_external", "p52_identification", "p60_embeddings",
                                            "p62_robustness", "p90_summary"}),
     ("repeats: 2", "repeats: 3", {"p63_speed", "p90_summary"}),
-    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p48_training", "p50_detection",
-                                          "p51_external", "p52_identification", "p60_embeddings", "p62_robustness", "p90_summary"}),
+    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p46_ablation", "p47_predict", "p48_training", "p50_detection",
+                                          "p51_external", "p52_identification", "p60_embeddings", "p61_content_ablation",
+                                          "p62_robustness", "p90_summary"}),
 ], ids=["umap", "grid", "speed", "stage 2"])
 def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, old, new, expected):
     assert planned(edited(tmp_path, old, new)) == expected
