@@ -232,8 +232,9 @@ def _swapped(
     "Questions that scores the wrong way round raise."
     below = table[table["detector"].eq(name) & table["auc_high"].lt(0.5)]
     if MEAN in set(below["group"]): below = below[below["group"] == MEAN]
+    rows: Any = below.to_dict("records")
     found = []
-    for row in below.to_dict("records"):
+    for row in rows:
         where = "mean over the generators" if row["group"] == MEAN else f"generator {row['group']}"
         auc = f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
         found.append(f"The AUC lies below 0.5 ({where}: {auc}), so real images have the higher scores. "
