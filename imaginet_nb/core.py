@@ -6,10 +6,10 @@
 __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'shipped', 'atomic_path', 'link_target',
            'write_text', 'path_text', 'text_path', 'csv_text', 'write_csv', 'only_run', 'made_with', 'claim_folder',
            'read_yaml', 'Section', 'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig',
-           'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile',
-           'ProfileError', 'validation_text', 'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress',
-           'worker_processes', 'usable_precision', 'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state',
-           'provenance', 'Run']
+           'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig', 'GeneralisationConfig', 'RobustnessConfig',
+           'SpeedConfig', 'Profile', 'ProfileError', 'validation_text', 'load_profile', 'rng', 'seed_everything',
+           'pick_device', 'progress', 'worker_processes', 'usable_precision', 'autocast', 'file_sha256', 'fingerprint',
+           'versions', 'git_state', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -379,6 +379,7 @@ class EmbeddingConfig(Section):
     epochs: PositiveInt                        # epochs of the final fit (paper: 200)
     batch_size: PositiveInt                    # paper: 250
 
+# %% ../nbs/00_core.ipynb #e90e8c4c
 class AblationConfig(Section):
     "Leave one content type out (Figure 3)."
     width: PositiveFloat                       # ResNet-18 channel factor (paper: 1)
@@ -387,6 +388,16 @@ class AblationConfig(Section):
     epochs: PositiveInt                        # paper: 200
     batch_size: PositiveInt
     learning_rate: PositiveFloat
+
+class GeneralisationConfig(Section):
+    "Leave one generator family out of both stages, with both losses; other settings are those of the two stages."
+    width: PositiveFloat                       # ResNet-18 channel factor
+    crop_size: PositiveInt                     # side of all images, pixels: crops in training, centre crops in the test
+    train_images: PositiveInt                  # for each network, half real
+    test_images: PositiveInt                   # for each family, half real
+    epochs: PositiveInt                        # of stage 1
+    batch_size: PositiveInt                    # of both stages
+    learning_rate: PositiveFloat               # of stage 1
 
 class RobustnessConfig(Section):
     "JPEG and resizing curves (Figure 4), and the grid of all perturbations."
@@ -417,6 +428,7 @@ class Profile(Section):
     evaluation: EvaluationConfig
     embedding: EmbeddingConfig
     ablation: AblationConfig
+    generalisation: GeneralisationConfig
     robustness: RobustnessConfig
     speed: SpeedConfig
 
