@@ -232,9 +232,8 @@ def _swapped(
     "Questions that scores the wrong way round raise."
     below = table[table["detector"].eq(name) & table["auc_high"].lt(0.5)]
     if MEAN in set(below["group"]): below = below[below["group"] == MEAN]
-    rows: Any = below.to_dict("records")
     found = []
-    for row in rows:
+    for row in below.to_dict("records"):
         where = "mean over the generators" if row["group"] == MEAN else f"generator {row['group']}"
         auc = f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
         found.append(f"The AUC lies below 0.5 ({where}: {auc}), so real images have the higher scores. "
@@ -256,7 +255,7 @@ def _operating_blocks(
     wanted = [c for c in OPERATING_COLUMNS if c.startswith(("rate", "threshold", "empirical", "tpr"))]
     headings = {"rate": "FPR, at most", "TPR": "TPR at this FPR", "threshold": "Threshold"}
     reading = reading_frame(text_frame(table[wanted])).rename(columns=headings)
-    notes = [f"At {row.rate}: {row.note}." for row in table.itertuples() if row.note]
+    notes = [f"At {rate}: {note}." for rate, note in zip(table["rate"], table["note"], strict=True) if note]
     return [("text", caption), ("table", reading), *([("list", notes)] if notes else [])]
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0781f60e
