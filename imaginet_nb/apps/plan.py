@@ -76,8 +76,8 @@ def estimate(
 ) -> pd.DataFrame: # notebook, work, images (of all epochs together), seconds_per_image, hours
     "Cost of each notebook that runs a network."
     n, cfg = image_counts(profile), profile
-    pretrain, calibrate = n["train"]*cfg.pretrain.epochs, n["calibration"]*cfg.calibrate.epochs
-    heads = calibrate + cfg.evaluation.probability_images
+    pretrain, scored = n["train"]*cfg.pretrain.epochs, cfg.evaluation.calibration_images # set aside from the list of stage 2
+    heads = (n["calibration"] - scored)*cfg.calibrate.epochs + scored
     grid = 2*len(list(grid_points()))*min(cfg.robustness.grid_images, n["test"]) + n["test"]//2 # half of the test images are synthetic
     stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads),
               ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", heads),
