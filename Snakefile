@@ -81,6 +81,7 @@ RUN = f"imaginet notebook {{rule}} --profile $(case {{wildcards.profile}} in {FI
 TRAIN = f"{RUN} --processes {config.get('processes', 1)}" # of a notebook that several processes can train
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
 SURE = every(PREDICTIONS + "/probability_{name}.csv", name=["selfcon", "baseline"]) # what the probabilities are fitted on
+OPEN_SET = every(PREDICTIONS + "/{name}", name=["known.csv", "known.npy", "held_out.npy"]) # of stage 2, and of the images set aside
 FITTED = ["evaluation.calibration_images", "evaluation.batch_size", "evaluation.precision"]
 
 
@@ -122,7 +123,7 @@ rule p30_pretrain:
 
 rule p40_calibrate:
     input: every(MANIFESTS + "/{split}.csv", split=["calibration", "test"]), CHECKPOINTS + "/pretrain.safetensors"
-    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors", PREDICTIONS + "/probability_selfcon.csv"
+    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors", OPEN_SET, PREDICTIONS + "/probability_selfcon.csv"
     priority: 1 # on the longest way
     params: settings=settings("data", "calibrate", *FITTED), code=code_of("p40_calibrate")
     threads: training_threads
@@ -188,8 +189,8 @@ rule p51_external:
 
 rule p52_identification:
     input:
-        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE,
-        every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]), CHECKPOINTS + "/selfcon.safetensors",
+        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE, OPEN_SET,
+        every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]),
     output: notebook("p52_identification"), tables("identification", "open_set"), figures("identification_confusion")
     params: settings=settings("evaluation"), code=code_of("p52_identification")
     shell: RUN
