@@ -79,6 +79,10 @@ def test_detection_tables_have_the_promised_columns_and_rows(report):
         nulls = table[table["detector"].str.startswith("Metadata")]
         assert set(nulls["detector"]) == {f"Metadata: {rule}" for rule in ("format", "content", "format+content")}
         assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched").any()
+        means = table.set_index(["detector", "group"])[["acc", "auc"]]
+        difference = means.loc["difference: SelfCon (ours) − Cross-entropy (baseline)"]
+        expected = means.loc["SelfCon (ours)"] - means.loc["Cross-entropy (baseline)"]
+        pd.testing.assert_frame_equal(difference, expected.loc[difference.index], atol=2e-4, rtol=0)
         peers = table[table["note"].str.startswith("not run", na=False)]
         assert {"Grag2021", "Corvi2022", "Corvi2022*", "Wu2023", "Linear probe (DINOv2 ViT-S)"} == set(peers["detector"])
         assert peers["acc"].isna().all()

@@ -268,9 +268,10 @@ def set_aside(
     most = min(*have.values(), int(counts.get("real", 0))//len(FAMILIES)) - 1
     if not 0 < each <= most:
         listed = ", ".join(f"{family} {number}" for family, number in have.items())
-        raise AnnotationError(f"set_aside: {each} images of each family and {each*len(FAMILIES)} real ones wanted for the score "
-                              f"calibration; the list of stage 2 has {listed}, real {counts.get('real', 0)}. "
-                              f"Set evaluation.calibration_images to {2*len(FAMILIES)} to {2*len(FAMILIES)*most} in the profile, or enlarge the list")
+        raise AnnotationError(f"set_aside: {each} images of each family and {each*len(FAMILIES)} real ones wanted for "
+                              f"the score calibration; the list of stage 2 has {listed}, real {counts.get('real', 0)}. "
+                              f"Set evaluation.calibration_images to {2*len(FAMILIES)} to {2*len(FAMILIES)*most} in the profile, "
+                              "or enlarge the list")
     chosen = draw_balanced(calibration, n, seed)
     return calibration[~calibration["path"].isin(chosen["path"])].reset_index(drop=True), chosen
 
