@@ -310,6 +310,17 @@ def test_manifest_with_splits_compares_them_by_content(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"): audit_page.audit(tmp_path/"m.csv", tmp_path/"out", root=tmp_path/"none")
 
 
+def test_the_list_that_evaluate_takes_is_audited(tmp_path):
+    for i in range(8): picture(i).save(tmp_path/f"{i}.{'jpg' if i % 2 else 'png'}")
+    rows = [f"{i}.{'jpg' if i % 2 else 'png'},{1 - i % 2},{'' if i % 2 else 'Flux'},birds\n" for i in range(8)]
+    (tmp_path/"mine.csv").write_text("path,label,generator,content_type\n" + "".join(rows))
+    sentences = audit_page.audit(tmp_path/"mine.csv", tmp_path/"out", jobs=1)
+    assert sentences[0].startswith("8 images, 4 real and 4 synthetic")
+    assert pd.read_csv(tmp_path/"out"/"properties.csv")["generator"].value_counts().to_dict() == {"real": 4, "Flux": 4}
+    (tmp_path/"bad.csv").write_text("path,label\n0.png,maybe\n")
+    with pytest.raises(AnnotationError, match="line 2: unknown label 'maybe'"): audit_page.audit(tmp_path/"bad.csv", tmp_path/"out", jobs=1)
+
+
 def test_written_list_is_read_back(tmp_path):
     manifest = some_list(80)
     write_annotations(manifest, tmp_path/"annotations"/"test_annotations.txt")

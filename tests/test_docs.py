@@ -218,6 +218,21 @@ def test_each_promise_names_tests_that_exist():
             assert not file.endswith(".py") or function in functions(ROOT/file), f"{failure}: no test {name}"
 
 
+def test_each_choice_names_its_source():
+    """Paper and code side by side: no cell without its source, and none that has the source of the other column.
+
+    Score calibration on test images and the half-compressed JPEG curve are the authors' code, not the paper's text."""
+    text = text_of(ROOT/"nbs"/"tutorials"/"paper_and_code.ipynb").partition("## What is fitted on which images")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    choices = {row[0]: row[1:3] for row in rows if row[0] != "point"}
+    assert len(choices) > 20
+    for point, cells in choices.items():
+        for cell, allowed in zip(cells, ({"stated", "derived"}, {"code", "derived"}), strict=True):
+            named = set(re.findall(r"\((stated|code|derived)\b", cell))
+            assert named <= allowed and (named or cell == "–"), f"{point}: {cell}"
+    for point in ("images of the score calibration", "JPEG curve of Figure 4a"): assert choices[point][0] == "–"
+
+
 def test_the_changelog_has_this_version():
     assert re.search(rf"^## {re.escape(settings()['version'])}, \d{{4}}-\d\d-\d\d$", (ROOT/"CHANGELOG.md").read_text(), re.M)
 

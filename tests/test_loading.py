@@ -203,6 +203,19 @@ def test_a_changed_source_is_packed_anew(many):
     assert verify_store(many/"store") == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no change time")
+def test_a_source_of_the_same_size_and_date_is_packed_anew(tmp_path):
+    rows, image = pd.DataFrame({"path": ["a.bmp"]}), tmp_path/"a.bmp"
+    Image.new("RGB", (70, 80), "red").save(image)
+    before = image.stat()
+    pack(rows, tmp_path, tmp_path/"store", jobs=1)
+    time.sleep(0.01)
+    Image.new("RGB", (70, 80), "blue").save(image)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert pack(rows, tmp_path, tmp_path/"store", jobs=1)["a.bmp"][0:1, 0:1].tolist() == [[[0, 0, 255]]]
+
+
 # --- damaged stores
 
 @pytest.fixture(scope="module")

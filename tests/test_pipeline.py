@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from imaginet_nb.apps.plan import estimate
 from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import fingerprint, load_profile, repo_root
 from imaginet_nb.data.images import decode, save
@@ -136,6 +137,13 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
 
 def test_identification_has_both_settings(report):
     assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean"}
+
+
+def test_the_estimate_counts_the_images_that_were_predicted(report):
+    "Catches a part of p47 that the hours of `DRYRUN=1` leave out."
+    table = estimate(load_profile("smoke"), dict.fromkeys(("pretrain", "infer", "ablation"), 1.0)).set_index("notebook")
+    names = ("perturbed", "clean", "matched", "robustness", "grid", "features", "open_set") # p40 and p45 predict those of the score calibration
+    assert table.loc["p47_predict", "images"] == sum(len(pd.read_csv(report/"predictions"/f"{name}.csv")) for name in names)
 
 
 def test_sandbox_numbers_never_stand_under_the_papers(report):

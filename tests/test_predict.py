@@ -449,6 +449,31 @@ def test_resume_on_somebody_elses_or_a_damaged_file_says_so_and_leaves_it(net, t
     assert (tmp_path/name).read_bytes() == content
 
 
+def test_resume_on_a_csv_that_is_cut_in_its_last_column_says_that_it_is_cut(net, tmp_path):
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    out = tmp_path/"p.csv"
+    table(tmp_path/"a.png", "--checkpoint", net, out=out)
+    whole = out.read_bytes()
+    for end in range(1, 90): # within the column settings, which ends each row
+        out.write_bytes(whole[:-end])
+        with pytest.raises(ValueError, match="p.csv: damaged.*cut off"): list(read_scores(out))
+    found = predict(tmp_path/"a.png", "--checkpoint", net, "--out", out, "--resume")
+    assert found.exit_code == 1 and "cut off" in found.output and out.read_bytes() == whole[:-end], found.output
+
+
+def test_results_go_through_a_link_and_the_link_stays(net, tmp_path):
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    (tmp_path/"disk").mkdir()
+    (tmp_path/"disk"/"old.csv").write_text("an older table")
+    for link, target in (("p.csv", "old.csv"), ("p.html", "page.html")): (tmp_path/link).symlink_to(tmp_path/"disk"/target)
+    found = predict(tmp_path/"a.png", "--checkpoint", net, "--out", tmp_path/"p.csv", "--html", tmp_path/"p.html")
+    assert found.exit_code == 0 and (tmp_path/"p.csv").is_symlink() and (tmp_path/"p.html").is_symlink(), found.output
+    assert len(list(read_scores(tmp_path/"disk"/"old.csv"))) == 1 and "<html" in (tmp_path/"disk"/"page.html").read_text()
+    assert sorted(path.name for path in (tmp_path/"disk").iterdir()) == ["old.csv", "page.html"]
+    again = predict(tmp_path/"a.png", "--checkpoint", net, "--out", tmp_path/"p.csv", "--resume")
+    assert "1 rows kept" in again.output and (tmp_path/"p.csv").is_symlink()
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
 @pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.csv.part"])
 def test_resume_does_not_wait_for_a_pipe(net, tmp_path, name):

@@ -433,7 +433,8 @@ def predict(
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.core import pick_device
     from imaginet_nb.models.fast import fast
-    from imaginet_nb.apps.predict import Scorer, Settings, read_scores
+    from imaginet_nb.apps.predict import Scorer, Settings, check_out, read_scores
+    out = check_out(out)
     files = _existing_files(paths, out, html)
     place = str(pick_device(device))
     loaded, identity, notes = _detector(checkpoint, detector, place, trust)
@@ -457,8 +458,8 @@ def _is_missing(path: Path) -> bool:
 
 def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path]:
     "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
-    from imaginet_nb.apps.predict import check_out, check_writable, find_files, without_results
-    results = [check_out(out), *([] if html is None else [html])]
+    from imaginet_nb.apps.predict import check_writable, find_files, without_results
+    results = [out, *([] if html is None else [html])]
     if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
     listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
     files = without_results(find_files(words, listed), results)

@@ -15,7 +15,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data.labels import UNKNOWN, AnnotationError
-from ..data.manifest import read_table
 from ..evaluation.detection import metadata_rows
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
 from ..core import file_sha256, fingerprint, git_state, versions, write_text
@@ -24,8 +23,7 @@ from ..detectors.protocol import Detector
 from ..evaluation.calibration import calibrated
 from ..evaluation.detection import MEAN, detection_table
 from ..data.corruptions import grid_points, grid_transform
-from ..data.labels import label_of
-from ..data.folders import complete_manifest, read_labelled_folder
+from ..data.folders import read_labelled_folder, read_labelled_list
 from ..evaluation.calibration import Fits, fit_all
 from ..evaluation.probabilities import operating_table
 from ..reporting.figures import plot_detection, save_figure
@@ -44,19 +42,6 @@ class CustomDataset:
     source: Path # list or folder
     remarks: Sequence[str] = () # what was left out of a folder, and labels in doubt
 
-def _from_csv(path: Path) -> pd.DataFrame:
-    "The manifest in a CSV file."
-    frame, listing = read_table(path)
-    column = next((name for name in ("label", "origin") if name in frame), None)
-    if column is None or "path" not in frame:
-        glued = "; separate the columns by commas" if len(frame.columns) == 1 and set(frame.columns[0]) & set(";\t|") else ""
-        raise AnnotationError(f"{path}: the columns path and label are needed; it has {', '.join(frame.columns)}{glued}")
-    numbers = {"0": "real", "1": "synthetic", "0.0": "real", "1.0": "synthetic"}
-    origins = [label_of(word) or numbers.get(word.strip(), "") for word in frame[column]]
-    listing.refuse([not origin for origin in origins], frame[column], "unknown label", "use real or synthetic, or 0 or 1")
-    return complete_manifest(frame.assign(origin=origins), listing.name, listing.lines)
-
-
 # %% ../../nbs/08_apps/02_evaluate.ipynb #55916b34
 def read_custom_dataset(
     source: str | Path, # CSV, or folder with real/ and synthetic/<generator>/
@@ -70,7 +55,7 @@ def read_custom_dataset(
         return CustomDataset(source.resolve().name, found.manifest, source, source, found.sentences)
     place = Path(root) if root is not None else source.parent
     if not place.is_dir(): raise FileNotFoundError(f"{place}: no such folder; --root is the folder that the paths begin in")
-    return CustomDataset(source.stem, _from_csv(source), place, source)
+    return CustomDataset(source.stem, read_labelled_list(source), place, source)
 
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #2941d85a

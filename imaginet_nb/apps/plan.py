@@ -77,12 +77,13 @@ def estimate(
     "Cost of each notebook that runs a network."
     n, cfg = image_counts(profile), profile
     pretrain, scored = n["train"]*cfg.pretrain.epochs, cfg.evaluation.calibration_images # set aside from the list of stage 2
-    heads = (n["calibration"] - scored)*cfg.calibrate.epochs + scored
-    grid = 2*len(list(grid_points()))*min(cfg.robustness.grid_images, n["test"]) + n["test"]//2 # half of the test images are synthetic
-    stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads),
+    heads = (n["calibration"] - scored)*cfg.calibrate.epochs + scored # set aside, scored once
+    curves = 24*min(cfg.robustness.images, n["test"]) + 2*len(list(grid_points()))*min(cfg.robustness.grid_images, n["test"])
+    features = cfg.embedding.images + n["test"]//2 # half of the test images are synthetic
+    stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads + scored//2), # and the known images of the open set
               ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", heads),
               ("p46_ablation", "ablation", 4*cfg.ablation.train_images*cfg.ablation.epochs),
-              ("p47_predict", "infer", 2*3*n["test"] + 24*min(cfg.robustness.images, n["test"]) + cfg.embedding.images + grid)]
+              ("p47_predict", "infer", 2*3*n["test"] + curves + features)]
     table = pd.DataFrame(stages, columns=["notebook", "work", "images"])
     table["seconds_per_image"] = table["work"].map(seconds)
     return table.assign(hours=table["images"]*table["seconds_per_image"]/3600)

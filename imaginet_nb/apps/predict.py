@@ -33,7 +33,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from ..data.labels import FAMILIES
 from ..evaluation.calibration import calibrated_probability, calibration_of
-from ..core import atomic_path, file_sha256, fingerprint, path_text, progress, write_csv
+from ..core import atomic_path, file_sha256, fingerprint, link_target, path_text, progress, write_csv
 from ..detectors.predictions import detector_outputs, error_text
 from ..data.images import ImageError, decode, walk
 from ..evaluation.open_set import NearestKnown, open_set_of
@@ -351,9 +351,10 @@ _PIECE = 10_000 # rows
 def check_out(
     out: str | Path,
 ) -> Path:
-    "The path of the table. Raises `ValueError` for an unknown suffix."
-    if Path(out).suffix not in FORMATS_OUT: raise ValueError(f"{out}: choose one of {', '.join(FORMATS_OUT)} by the suffix")
-    return Path(out)
+    "The path of the table; a link stays, and the file that it stands for is written. Raises `ValueError` for an unknown suffix."
+    path = link_target(out)
+    if path.suffix not in FORMATS_OUT: raise ValueError(f"{path}: choose one of {', '.join(FORMATS_OUT)} by the suffix")
+    return path
 
 class _Tried(Exception):
     "A file could be written; raised so that the trial file is removed."
@@ -445,6 +446,9 @@ def _check_columns(found: Iterable[Any]) -> None:
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     "Rows of a CSV table; None for what is missing."
+    with open(path, "rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        if file.read() not in (b"", b"\n"): raise ValueError("cut off in its last line") # which might look whole
     rows = itertools.count(1)
     for piece in pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], chunksize=_PIECE):
         _check_columns(piece.columns)

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..evaluation.calibration import calibration_of
-from ..core import atomic_path, path_text, progress, text_path, versions
+from ..core import atomic_path, link_target, path_text, progress, text_path, versions
 from ..data.images import decode
 from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import VIEWS, Prepared, Scorer, prepare
@@ -181,5 +181,6 @@ def write_page(
         for total, row in enumerate(rows, 1): yield (-1 if row["probability"] is None else row["probability"]), -total, row
     chosen = [row for _, _, row in heapq.nlargest(SHOWN, counted())]
     if total > len(chosen): notes = [*notes, f"The {len(chosen):,} files with the highest probability; all {total:,} are in the table."]
-    with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as file: file.writelines(_page(chosen, notes, scorer))
+    with atomic_path(link_target(out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(_page(chosen, notes, scorer))
     return len(chosen)

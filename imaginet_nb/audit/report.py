@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from ..data.labels import FAMILIES, UNKNOWN
-from ..data.manifest import image_file, read_manifest_csv
+from ..data.manifest import image_file
 from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
 from ..data.splits import read_practical
 from .duplicates import duplicate_table, duplicates, overlap_table
@@ -34,7 +34,7 @@ from .shortcuts import RULES, metadata_classifier
 from .files import read_properties
 from .shortcuts import metadata_baseline
 from ..core import file_sha256, git_state, versions, write_csv, write_text
-from ..data.folders import read_labelled_folder
+from ..data.folders import read_labelled_folder, read_labelled_list
 from ..reporting.figures import GREY, label_styles, new_figure, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
 from ..reporting.published import published
@@ -102,7 +102,7 @@ def _one_list(path: Path) -> AuditSource:
         if groups: lists[GROUP_LISTS] = pd.concat(groups.values(), ignore_index=True)
         pairs = tuple(pair for pair in PAIRS if set(pair) <= set(lists))
         return AuditSource(path.name, manifest, groups=groups or None, lists=lists, pairs=pairs, files=(path, *found.values()))
-    manifest = read_manifest_csv(path, external=True, allow_duplicates=True)
+    manifest = read_labelled_list(path, allow_duplicates=True)
     lists = {str(split): rows for split, rows in manifest.groupby("split", sort=False)}
     return AuditSource(path.name, manifest, lists=lists, pairs=tuple(combinations(lists, 2)), files=(path,))
 

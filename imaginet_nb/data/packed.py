@@ -176,9 +176,9 @@ _SUFFIXES = ".b2nd", ".crc32", ".npy" # canvas, checksums, part of the index
 
 def _mark(root: Path, paths: Sequence[str]) -> str:
     "Fingerprint of the current image files of a shard."
-    def state(path: str) -> tuple[str, int, int]:
+    def state(path: str) -> tuple[str, int, int, int]:
         found = image_file(root, path).stat()
-        return path, found.st_size, found.st_mtime_ns
+        return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns # nothing sets the last one back, as `cp -p` does with the other
     try: states = [state(path) for path in paths]
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..data.labels import FAMILIES
 from ..models.checkpoints import weights_digest
-from ..core import Section, pick_device, read_yaml, rng
+from ..core import Section, pick_device, read_yaml, rng, validation_text
 from .protocol import Detector
 from ..data.augmentation import center_crop
 from ..models.graphs import GraphError, image_input, onnx_session, try_graph
@@ -56,16 +56,6 @@ class FileSettings(Section):
     channels: Literal["RGB", "BGR"] = "RGB"                               # their order in the network's input
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #ca05dac4
-def _explain(
-    error: Any, # one entry of pydantic's `errors()`
-) -> str: # "key: what is wrong"
-    "One line for one wrong key."
-    key, known = ".".join(map(str, error["loc"])), list(FileSettings.model_fields)
-    if error["type"] == "missing": return f"{key}: missing key"
-    if error["type"] != "extra_forbidden": return f"{key}: {error['msg']}, got {error['input']!r}"
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"{key}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
-
 def read_settings(
     path: str | Path, # a YAML file
 ) -> FileSettings:
@@ -79,7 +69,7 @@ def read_settings(
         raise DetectorError(f"{path}: expected the keys {required}; found {type(content).__name__}")
     try: settings = FileSettings(**content)
     except ValidationError as error:
-        raise DetectorError(f"{path}: " + "; ".join(_explain(e) for e in error.errors()[:10])) from None
+        raise DetectorError(f"{path}: {validation_text(error, FileSettings)}") from None
     if (settings.output == "two_logits") != (settings.synthetic is not None):
         raise DetectorError(f"{path}: synthetic: needed with output: two_logits (0 or 1: which logit is synthetic), and only there")
     if settings.identification is not None and sorted(settings.identification) != sorted(FAMILIES):

@@ -42,6 +42,14 @@ def check_features(
     return features
 
 # %% ../../nbs/07_evaluation/08_embedding.ipynb #dde8fd4b
+def _store_compiled() -> None:
+    "Let numba store what it compiles for UMAP, which takes longer than most maps: later processes load it."
+    from numba.core.dispatcher import Dispatcher
+    from umap import distances, layouts, spectral, umap_, utils
+    for module in (distances, layouts, spectral, umap_, utils):
+        for function in vars(module).values():
+            if isinstance(function, Dispatcher): function.enable_caching()
+
 def umap_points(
     features: np.ndarray, # (N, D)
     neighbors: int = 15, # size of the neighbourhood that is preserved; at most N - 1 is used
@@ -50,14 +58,17 @@ def umap_points(
     seed: int = 42,
 ) -> np.ndarray: # (N, 2) float32
     "Coordinates of each image in a plane, by UMAP."
-    features = check_features(features)
+    features, threads = check_features(features), torch.get_num_threads()
     from umap import UMAP  # numba takes seconds to import
+    _store_compiled()
     reducer = UMAP(n_neighbors=min(neighbors, len(features) - 1), min_dist=min_dist, metric=metric, random_state=seed, n_jobs=1)
     with warnings.catch_warnings():
         # more groups than UMAP's spectral start can separate: it then starts at random, from the same seed
         warnings.filterwarnings("ignore", category=UserWarning, module="umap|sklearn")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        return np.asarray(reducer.fit_transform(features), dtype=np.float32)
+        points = np.asarray(reducer.fit_transform(features), dtype=np.float32)
+    torch.set_num_threads(threads)  # numba sets it to all cores, which slows small networks down
+    return points
 
 # %% ../../nbs/07_evaluation/08_embedding.ipynb #71bbb4af
 class RelationalAutoencoder(nn.Module):
