@@ -140,9 +140,9 @@ def test_identification_has_both_settings(report):
 
 
 def test_the_estimate_counts_the_images_that_were_predicted(report):
-    "Catches a part of p47 that the hours of `DRYRUN=1` leave out."
+    "Catches a part of p47 that the hours of `DRYRUN=1` leave out. The score calibration is predicted in p40 and p45."
     table = estimate(load_profile("smoke"), dict.fromkeys(("pretrain", "infer", "ablation"), 1.0)).set_index("notebook")
-    names = ("perturbed", "clean", "matched", "robustness", "grid", "features", "open_set") # p40 and p45 predict those of the score calibration
+    names = ("perturbed", "clean", "matched", "robustness", "grid", "features", "open_set")
     assert table.loc["p47_predict", "images"] == sum(len(pd.read_csv(report/"predictions"/f"{name}.csv")) for name in names)
 
 

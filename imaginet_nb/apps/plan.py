@@ -77,7 +77,7 @@ def estimate(
     "Cost of each notebook that runs a network."
     n, cfg = image_counts(profile), profile
     pretrain, scored = n["train"]*cfg.pretrain.epochs, cfg.evaluation.calibration_images # set aside from the list of stage 2
-    heads = (n["calibration"] - scored)*cfg.calibrate.epochs + scored # set aside, scored once
+    heads = (n["calibration"] - scored)*cfg.calibrate.epochs + scored
     curves = 24*min(cfg.robustness.images, n["test"]) + 2*len(list(grid_points()))*min(cfg.robustness.grid_images, n["test"])
     features = cfg.embedding.images + n["test"]//2 # half of the test images are synthetic
     stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads + scored//2), # and the known images of the open set
