@@ -141,8 +141,8 @@ rule p45_baseline:
 
 rule p46_ablation:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/perturbed.csv"
-    output: notebook("p46_ablation"), PREDICTIONS + "/ablation.csv"
-    params: settings=settings("data", "pretrain", "evaluation", "ablation"), code=code_of("p46_ablation")
+    output: notebook("p46_ablation"), every(PREDICTIONS + "/{name}.csv", name=["ablation", "family_ablation"])
+    params: settings=settings("data", "model", "pretrain", "calibrate", "evaluation", "ablation", "generalisation"), code=code_of("p46_ablation")
     threads: training_threads
     shell: RUN
 
@@ -207,8 +207,10 @@ rule p60_embeddings:
 
 
 rule p61_content_ablation:
-    input: PREDICTIONS + "/ablation.csv"
-    output: notebook("p61_content_ablation"), tables("content_ablation"), figures("content_ablation")
+    input: every(PREDICTIONS + "/{name}.csv", name=["ablation", "family_ablation"])
+    output:
+        notebook("p61_content_ablation"), tables("content_ablation", "family_generalisation"),
+        figures("content_ablation", "family_generalisation"),
     params: settings=settings("evaluation"), code=code_of("p61_content_ablation")
     shell: RUN
 

@@ -6,10 +6,10 @@
 __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'repo_root', 'shipped', 'atomic_path', 'link_target',
            'write_text', 'path_text', 'text_path', 'csv_text', 'write_csv', 'only_run', 'made_with', 'claim_folder',
            'read_yaml', 'Section', 'DataConfig', 'SandboxConfig', 'ModelConfig', 'PretrainConfig', 'CalibrateConfig',
-           'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile',
-           'ProfileError', 'validation_text', 'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress',
-           'worker_processes', 'usable_precision', 'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state',
-           'provenance', 'Run']
+           'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig', 'GeneralisationConfig', 'RobustnessConfig',
+           'SpeedConfig', 'Profile', 'ProfileError', 'validation_text', 'load_profile', 'rng', 'seed_everything',
+           'pick_device', 'progress', 'worker_processes', 'usable_precision', 'autocast', 'file_sha256', 'fingerprint',
+           'versions', 'git_state', 'provenance', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -314,7 +314,7 @@ class DataConfig(Section):
     source: Literal["sandbox", "imaginet", "look-alike"] # made by code; the real 144 GB; sandbox images in its place
     root: str                                  # folder of images and lists, relative to the repository
     weights: str                               # folder of the imported weights of other detectors
-    external: str                              # folder of the prepared test sets of others
+    external: str                              # folder of the prepared external benchmarks
     crop_size: PositiveInt                     # side of a stage-1 crop, pixels (paper: 96)
     image_size: PositiveInt                    # side in stage 2 and in the perturbed test set, pixels (paper: 256)
     crop_cap: PositiveInt | None               # largest crop side of the test perturbation; None = as in the paper's text
@@ -378,6 +378,7 @@ class EmbeddingConfig(Section):
     epochs: PositiveInt                        # epochs of the final fit (paper: 200)
     batch_size: PositiveInt                    # paper: 250
 
+# %% ../nbs/00_core.ipynb #e90e8c4c
 class AblationConfig(Section):
     "Leave one content type out (Figure 3)."
     width: PositiveFloat                       # ResNet-18 channel factor (paper: 1)
@@ -386,6 +387,16 @@ class AblationConfig(Section):
     epochs: PositiveInt                        # paper: 200
     batch_size: PositiveInt
     learning_rate: PositiveFloat
+
+class GeneralisationConfig(Section):
+    "Leave one generator family out of both stages, with both losses; other settings are those of the two stages."
+    width: PositiveFloat                       # ResNet-18 channel factor
+    crop_size: PositiveInt                     # side of all images, pixels: crops in training, centre crops in the test
+    train_images: PositiveInt                  # for each network, half real
+    test_images: PositiveInt                   # for each family, half real
+    epochs: PositiveInt                        # of stage 1
+    batch_size: PositiveInt                    # of both stages
+    learning_rate: PositiveFloat               # of stage 1
 
 class RobustnessConfig(Section):
     "JPEG and resizing curves (Figure 4), and the grid of all perturbations."
@@ -416,6 +427,7 @@ class Profile(Section):
     evaluation: EvaluationConfig
     embedding: EmbeddingConfig
     ablation: AblationConfig
+    generalisation: GeneralisationConfig
     robustness: RobustnessConfig
     speed: SpeedConfig
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.apps.plan import estimate
 from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import fingerprint, load_profile, repo_root
@@ -22,12 +23,12 @@ from imaginet_nb.models.checkpoints import read_header
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
           "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
-          "training_history", "metadata_baseline", "overlap",
+          "training_history", "family_generalisation", "metadata_baseline", "overlap",
           "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
           "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
            "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification",
-           "training_curves"]
+           "training_curves", "family_generalisation"]
 DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -36,11 +37,16 @@ def imaginet(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(["imaginet", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
+def listed(text: str) -> set[str]:
+    "Notebooks in the table of jobs that a dry run prints."
+    return set(re.findall(r"^(p\d\d_\w+) +\d+$", text, flags=re.M))
+
+
 def planned(profile: Path | str) -> set[str]:
     "Notebooks that a run would execute."
     result = imaginet("reproduce", "--profile", profile, "--dry-run")
     assert result.returncode == 0, result.stdout + result.stderr
-    return set(re.findall(r"^(p\d\d_\w+) +\d+$", result.stdout + result.stderr, flags=re.M)) # of the table of jobs
+    return listed(result.stdout + result.stderr)
 
 
 def edited(tmp_path: Path, old: str, new: str, name: str = "smoke") -> Path:
@@ -107,7 +113,7 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     calibrated on different images, and thresholds of the open set from images that are stored."""
     train, listed, test = (read_manifest_csv(report/"manifests"/f"{split}.csv") for split in ("train", "calibration", "test"))
     predicted = {name: pd.read_csv(report/"predictions"/f"{name}.csv") for name in (
-        "perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set", "ablation", "known",
+        "perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set", "ablation", "family_ablation", "known",
         "probability_selfcon", "probability_baseline")}
     root, paths = ROOT/"data"/"smoke", pd.concat([train["path"], test["path"]])
     content = read_properties(paths.to_frame(), root).set_index("path")["pixel_hash"]
@@ -255,11 +261,15 @@ def test_a_second_run_does_nothing(report):
     ("grid_images: 8", "grid_images: 12", {"p47_predict", "p50_detection", "p51_external", "p52_identification", "p60_embeddings",
                                            "p62_robustness", "p90_summary"}),
     ("repeats: 2", "repeats: 3", {"p63_speed", "p90_summary"}),
-    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p47_predict", "p48_training", "p50_detection",
-                                          "p51_external", "p52_identification", "p60_embeddings", "p62_robustness", "p90_summary"}),
+    ("batch_size: 20", "batch_size: 24", {"p40_calibrate", "p45_baseline", "p46_ablation", "p47_predict", "p48_training", "p50_detection",
+                                          "p51_external", "p52_identification", "p60_embeddings", "p61_content_ablation",
+                                          "p62_robustness", "p90_summary"}),
 ], ids=["umap", "grid", "speed", "stage 2"])
-def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, old, new, expected):
-    assert planned(edited(tmp_path, old, new)) == expected
+def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, monkeypatch, capfd, old, new, expected):
+    "The command's function in this process, without its estimate of hours, which times steps of the networks for seconds."
+    monkeypatch.setattr("imaginet_nb.apps.plan.plan_text", lambda profile: "")
+    reproduce(str(edited(tmp_path, old, new)), dry_run=True)
+    assert listed("".join(capfd.readouterr())) == expected
 
 
 def test_one_notebook_runs_by_hand_with_papermill(report, tmp_path):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILY_FOLDERS', 'CORVI_GENERATORS', 'PRACTICAL_FOLDERS', 'REAL_SOURCES', 'read_annotations', 'write_annotations',
            'read_corvi', 'read_practical', 'split_manifest', 'balanced_calibration', 'draw_real_images',
-           'draw_balanced', 'draw_per_content', 'set_aside', 'family_groups', 'perturbed_layout', 'overlap',
-           'count_table']
+           'draw_balanced', 'draw_per_content', 'set_aside', 'family_groups', 'draw_without_family', 'draw_per_group',
+           'perturbed_layout', 'overlap', 'count_table']
 
 # %% ../../nbs/01_data/02_splits.ipynb #6d4a3af6
 import re
@@ -301,6 +301,30 @@ def family_groups(
     real = _shuffled(manifest, ~synthetic, seed, "groups")
     groups[real] = np.repeat(np.array(FAMILIES, dtype=object), _apportion(len(real), counts))
     return pd.Series(groups, index=manifest.index, name="group").astype(str)
+
+# %% ../../nbs/01_data/02_splits.ipynb #4e64d88a
+def draw_without_family(
+    manifest: pd.DataFrame, # one row per image
+    family: str | None, # that is left out; None = no family is
+    n: int, # images, half of them real; fewer where a family has too few
+    seed: int,
+) -> pd.DataFrame: # synthetic images of each family in turn, then as many real images
+    "Draw as `draw_balanced`, from all families but one: the number of images is the same whatever is left out."
+    kept = [name for name in FAMILIES if name != family]
+    pools = [manifest[manifest["generator_family"].eq(name)].sort_values("path") for name in kept]
+    shares = _apportion(n//2, [1]*len(kept))
+    synthetic = pd.concat([pool.sample(min(share, len(pool)), random_state=seed) for pool, share in zip(pools, shares, strict=True)])
+    return pd.concat([synthetic, draw_real_images(manifest, len(synthetic), seed)], ignore_index=True)
+
+def draw_per_group(
+    manifest: pd.DataFrame, # of the perturbed test set: its column `group` assigns every image to a family
+    n: int, # images of each family, half of them real; fewer where there are not so many
+    seed: int,
+) -> pd.DataFrame: # for each family the synthetic, then the real images of its group
+    "Draw equally from the groups of all families."
+    pools = [manifest[manifest["group"].eq(family) & manifest["origin"].eq(origin)].sort_values("path")
+             for family in FAMILIES for origin in ("synthetic", "real")]
+    return pd.concat([pool.sample(min(n//2, len(pool)), random_state=seed) for pool in pools], ignore_index=True)
 
 # %% ../../nbs/01_data/02_splits.ipynb #9a56d331
 def perturbed_layout(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PINK', 'SKY', 'GREY', 'STYLES', 'LEGENDS', 'SPARE', 'X_LABELS', 'CHANCE', 'TERMS',
            'label_styles', 'new_figure', 'plot_embedding', 'save_figure', 'plot_detection', 'plot_content_ablation',
-           'plot_robustness', 'plot_training', 'confusion', 'plot_confusion']
+           'plot_generalisation', 'plot_robustness', 'plot_training', 'confusion', 'plot_confusion']
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #5e1ab004
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,6 +168,29 @@ def plot_content_ablation(
         axes.grid(axis="x", visible=False)
     figure.suptitle(title, fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+# %% ../../nbs/05_reporting/01_figures.ipynb #f2664475
+def plot_generalisation(
+    table: pd.DataFrame, # columns detector, training, group, auc, auc_low, auc_high; rows of differences are not drawn
+    title: str = "",
+) -> Figure:
+    "AUC of every family, trained with it and without it: a panel for each method, intervals as lines."
+    _require(table, ("detector", "training", "group", "auc"), "plot_generalisation")
+    table = table[~table["detector"].str.startswith("difference") & ~table["training"].str.startswith("difference")]
+    groups, methods, trainings = (list(dict.fromkeys(table[column])) for column in ("group", "detector", "training"))
+    figure, panels = new_figure(len(methods), height=1.6 + 0.42*len(groups))
+    for axes, method in zip(panels, methods, strict=True):
+        colour, marker = label_styles([method], "detector")[method]
+        for i, training in enumerate(trainings):
+            rows = table[table["detector"].eq(method) & table["training"].eq(training)]
+            y = [groups.index(group) + 0.24*(i - 0.5) for group in rows["group"]]
+            axes.errorbar(rows["auc"], y, xerr=_arms(rows, "auc"), fmt=marker, color=colour, mfc="white" if i else colour, ms=5, lw=1.4,
+                          capsize=2, label=training)
+        axes.axvline(0.5, color=GREY, ls="--", lw=1)
+        axes.set(title=method, xlabel="AUC", yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
+        axes.legend(frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #908eaad4

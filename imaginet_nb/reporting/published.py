@@ -31,7 +31,7 @@ class PaperItem(NamedTuple):
 
 # %% ../../nbs/05_reporting/02_published.ipynb #3e6842fa
 _BY = "p50_detection"
-PAPER_ITEMS = (
+PAPER_ITEMS: tuple[PaperItem, ...] = (
     PaperItem("Figures 1 and 5", "Prompts of the generators", remark="The prompts given to the generators: there is nothing to compute."),
     PaperItem("Table 1", "Features of the data set", "p10_dataset", ("dataset_features",), (), ("table1_dataset_features",)),
     PaperItem("Table 2", "Structure of the data set", "p10_dataset", ("dataset_structure",), (), ("table2_dataset_structure",)),
@@ -51,8 +51,13 @@ PAPER_ITEMS = (
     PaperItem("UMAP", "Map of the features: UMAP (not in the paper)", "p60_embeddings", ("embedding_quality",),
               ("umap_family", "umap_origin", "umap_content", "umap_format")),
     PaperItem("Figure 3", "One content type left out of training", "p61_content_ablation", ("content_ablation",), ("content_ablation",)),
+    PaperItem("Unseen families", "One generator family left out of training (not in the paper)", "p61_content_ablation",
+              ("family_generalisation",), ("family_generalisation",)),
     PaperItem("Figure 4a", "Accuracy against JPEG quality", "p62_robustness", ("robustness_jpeg",), ("robustness_jpeg",)),
-    PaperItem("Figure 4b", "Accuracy against resizing", "p62_robustness", ("robustness_resize",), ("robustness_resize",)),
+    PaperItem("Figure 4b", "Accuracy against resizing", "p62_robustness", ("robustness_resize",), ("robustness_resize",)))
+
+# %% ../../nbs/05_reporting/02_published.ipynb #ed75d9e9
+PAPER_ITEMS += (
     PaperItem("Probabilities", "Calibration quality of the probabilities (not in the paper)", _BY, ("probabilities", "reliability"),
               ("reliability",)),
     PaperItem("Operating points", "Detection rate at low false-positive rates (not in the paper)", _BY, ("operating_points",)),
