@@ -112,9 +112,9 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     """By content, from the outputs alone. Catches a stage 2 that is trained on the images of the score calibration, detectors that are
     calibrated on different images, and thresholds of the open set from images that are stored."""
     train, listed, test = (read_manifest_csv(report/"manifests"/f"{split}.csv") for split in ("train", "calibration", "test"))
-    predicted = {name: pd.read_csv(report/"predictions"/f"{name}.csv") for name in (
-        "perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set", "ablation", "family_ablation", "known",
-        "probability_selfcon", "probability_baseline")}
+    evaluated = ("perturbed", "clean", "matched", "robustness", "grid", "features", "open_set", "ablation", "family_ablation")
+    fitted = ("calibration", "known", "probability_selfcon", "probability_baseline")
+    predicted = {name: pd.read_csv(report/"predictions"/f"{name}.csv") for name in (*evaluated, *fitted)}
     root, paths = ROOT/"data"/"smoke", pd.concat([train["path"], test["path"]])
     content = read_properties(paths.to_frame(), root).set_index("path")["pixel_hash"]
     assert content.notna().all()
@@ -129,7 +129,6 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     trained_on = {name: header["data_hash"] for name, header in headers.items()}
     assert trained_on == {"pretrain": fingerprint(train), "selfcon": fingerprint(stage2), "baseline": fingerprint(train, stage2)}
 
-    evaluated = [name for name in predicted if not name.startswith(("calibration", "probability", "known"))]
     fits = {"stage 1": train, "stage 2": stage2, "score calibration": predicted["calibration"], "open set": predicted["known"]}
     for name in evaluated:
         assert images(predicted[name]) <= images(test), name
