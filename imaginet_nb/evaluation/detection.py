@@ -229,6 +229,7 @@ def paired_frames(
     error = first["error"].where(first["error"].notna(), second["error"])
     return first.assign(error=error), second.assign(error=error)
 
+# %% ../../nbs/07_evaluation/03_detection.ipynb #b4d2a51e
 def difference_rows(
     predictions: pd.DataFrame, # with calibrated `probability`
     by: str | Grouping, # that of the table
@@ -242,6 +243,7 @@ def difference_rows(
     values = [detection_values(frame, groups, strata, resamples, seed) for frame in (first, second)]
     return detection_frame([dict(detector=difference_name(pair)) | row for row in detection_rows(first, groups, values[0] - values[1])])
 
+# %% ../../nbs/07_evaluation/03_detection.ipynb #68927573
 def difference_sentences(
     rows: pd.DataFrame, # of `difference_rows`
     pair: Sequence[str] = DETECTORS, # two detectors
