@@ -29,8 +29,8 @@ bench: setup ## times of every stage beside the plain way, to reports/benchmark/
 
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	# mypy has one process: it runs beside the notebooks
+	$(BIN)/mypy & types=$$!; TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; notebooks=$$?; wait $$types && exit $$notebooks
 	# the longest files first, in this order; a worker that crashes ends the run, since what it had left would wait for ever
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_look_alike.py tests/test_pipeline.py tests -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
 

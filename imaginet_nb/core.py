@@ -314,7 +314,7 @@ class DataConfig(Section):
     source: Literal["sandbox", "imaginet", "look-alike"] # made by code; the real 144 GB; sandbox images in its place
     root: str                                  # folder of images and lists, relative to the repository
     weights: str                               # folder of the imported weights of other detectors
-    external: str                              # folder of the prepared test sets of others
+    external: str                              # folder of the prepared external benchmarks
     crop_size: PositiveInt                     # side of a stage-1 crop, pixels (paper: 96)
     image_size: PositiveInt                    # side in stage 2 and in the perturbed test set, pixels (paper: 256)
     crop_cap: PositiveInt | None               # largest crop side of the test perturbation; None = as in the paper's text
@@ -365,8 +365,7 @@ class EvaluationConfig(Section):
     "Prediction, score calibration and intervals."
     batch_size: PositiveInt
     precision: Precision
-    calibration_images: PositiveInt            # images that the score calibration is fitted on (paper: 80)
-    probability_images: PositiveInt            # training images behind probabilities, thresholds and the open set, half real
+    calibration_images: int = Field(ge=8)      # of the list of stage 2, set aside for probabilities and thresholds, half real (paper: 80)
     resamples: PositiveInt                     # bootstrap resamples behind every interval
 
 class EmbeddingConfig(Section):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from browser import browser, needs_browser
 from click.testing import Result
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
@@ -78,6 +79,45 @@ def test_two_columns_are_enough_and_a_calibration_split_moves_the_threshold(pict
     assert len(rows) == 60 and not rows["split"].eq("calibration").any()
     made = {path.stem for path in (pictures/"four"/"tables").glob("*.csv")}
     assert made == {"detection_by_generator", "detection_by_content", "operating_points"}
+
+
+def test_swapped_labels_are_asked_about(pictures):
+    "In the terminal, on the page and in the rows of the table; never for the labels as they are."
+    listed = pd.read_csv(pictures/"list.csv")[["path", "label"]]
+    for name, frame in dict(right=listed, wrong=listed.assign(label=1 - listed["label"])).items():
+        frame.to_csv(pictures/f"{name}.csv", index=False)
+        result = evaluate(pictures, "--manifest", f"{name}.csv", "--root", "set", "--detector", "meter:Meter", "--out", name,
+                          "--workers", 0)
+        assert result.exit_code == 0, result.output
+        table = pd.read_csv(pictures/name/"tables"/"detection_by_generator.csv").query("detector == 'Brightness meter'")
+        terminal, page = " ".join(result.output.split()), (pictures/name/"index.html").read_text()
+        swapped = name == "wrong"
+        assert ["Are the labels swapped?" in text for text in (terminal, page)] == [swapped]*2
+        assert table["note"].astype(str).str.contains("labels swapped").tolist() == [swapped]*len(table)
+        assert (table["auc_high"] < 0.5).tolist() == [swapped]*len(table)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1300, 420])
+def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
+    "All figures are shown, and the table of operating points needs no sideways scrolling."
+    listed = pd.read_csv(pictures/"list.csv").replace({"split": {"test": "calibration", "calibration": "test"}})
+    listed.to_csv(pictures/"wide.csv", index=False) # twenty real images: enough for a threshold
+    result = evaluate(pictures, "--manifest", "wide.csv", "--root", "set", "--detector", "meter:Meter", "--out", "page",
+                      "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert pd.read_csv(pictures/"page"/"tables"/"operating_points.csv")["empirical_tpr_high"].notna().any()
+    with browser(1300, 900) as window:
+        window.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        window.open((pictures/"page"/"index.html").as_uri())
+        assert window.ask("innerWidth") == width
+        shown = window.ask("[...document.images].map(i => [i.src.split('/').pop(), i.naturalWidth > 0, "
+                           "i.clientWidth <= innerWidth])")
+        assert shown == [[f"{name}.png", True, True] for name in ("detection_by_generator", "roc", "scores")]
+        heads = window.ask("[...document.querySelectorAll('.table')].map(t => [t.innerText.includes('Empirical FPR'), "
+                           "t.scrollWidth - t.clientWidth])")
+        assert [over for operating, over in heads if operating] == [0], heads
+        assert window.ask("document.documentElement.scrollWidth") <= width and window.errors == []
 
 
 def test_the_same_seed_gives_the_same_table(pictures, monkeypatch):

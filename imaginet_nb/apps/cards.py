@@ -17,6 +17,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from huggingface_hub.repocard import RepoCard
 from safetensors import safe_open
 
+from ..audit.shortcuts import separated_groups
 from ..core import Profile, repo_root, write_text
 from ..models.checkpoints import read_header, training_outcome
 from ..reporting.pages import profile_scope, render
@@ -56,9 +57,8 @@ def _shortcuts(
     score = rows.set_index(["group", "rule"])["balanced_accuracy"]
     told = ", ".join(f"{score['all', rule]} from {what}" for rule, what in _RULES.items())
     found = [f"Metadata alone tell real from synthetic images with a balanced accuracy of {told}; chance is 0.5."]
-    perfect = rows[rows["balanced_accuracy"].astype(float).eq(1) & rows["group"].ne("all")].drop_duplicates("group")
-    separated = ", ".join(f"{group} ({rule})" for group, rule in zip(perfect["group"], perfect["rule"], strict=True))
-    return [*found, f"Groups that metadata separate completely, and by what: {separated}."] if separated else found
+    groups = separated_groups(rows[rows["group"].ne("all")].astype({"balanced_accuracy": float}))
+    return [*found, f"Groups that metadata separate completely, and by what: {', '.join(groups)}."] if groups else found
 
 # %% ../../nbs/08_apps/03_cards.ipynb #ca4d0002
 def validate_card(
@@ -167,7 +167,7 @@ def _as_good(
     mean = {row["detector"]: float(row["acc"]) for row in rows.to_dict("records") if row["acc"]}
     better = [f"{other} ({acc:.3f})" for other, acc in mean.items() if other.startswith("Metadata: ") and acc >= mean.get(name, 1.0)]
     if not better: return []
-    return [f"On the original images, these baselines reach its mean balanced accuracy of {mean[name]:.3f} without a pixel: "
+    return [f"On the original images, these baselines reach its mean balanced accuracy of {mean[name]:.3f} from metadata alone: "
             f"{', '.join(better)}. On data with such files, high numbers prove nothing."]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #ca4d0005

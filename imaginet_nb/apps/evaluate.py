@@ -25,10 +25,11 @@ from ..evaluation.detection import MEAN, detection_table
 from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import read_labelled_folder, read_labelled_list
 from ..evaluation.calibration import Fits, fit_all
-from ..evaluation.probabilities import operating_table
+from ..evaluation.bootstrap import has_score
+from ..evaluation.probabilities import OPERATING_COLUMNS, operating_table, plot_roc, plot_scores
 from ..reporting.figures import plot_detection, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
-from ..reporting.tables import save_table
+from ..reporting.tables import reading_frame, save_table, text_frame
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
 
@@ -150,6 +151,19 @@ class Findings:
     figures: Mapping[str, tuple[Figure, str]] # file stem -> figure, caption
     sentences: tuple[str, ...]
 
+# %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e1
+def _score_figures(
+    predictions: pd.DataFrame, # of one detector
+    fits: Fits,
+    about: str, # detector, data set and origin of the probability
+) -> dict[str, tuple[Figure, str]]: # file stem -> figure, caption
+    "ROC curve and histogram of the scores."
+    scored = predictions.loc[has_score(predictions), "origin"]
+    n = f"{scored.eq('real').sum():,} real and {scored.eq('synthetic').sum():,} synthetic images"
+    curve = f"ROC curve over {n}, all generators together, with the decision thresholds. {about}"
+    return {"roc": (plot_roc(predictions, fits), curve),
+            "scores": (plot_scores(predictions, fits), f"Scores of {n}, and the decision thresholds. {about}")}
+
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0699d079
 def judge(
     detector: Detector,
@@ -177,6 +191,7 @@ def judge(
     if fits[detector.name]["platt"].n: tables["operating_points"] = operating_table(predictions, fits, "as they are", **options), (
         f"True-positive rate at chosen false-positive rates, and empirical rates at the calibrated thresholds. {about}")
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
+    figures |= _score_figures(predictions, fits, about)
     if robustness:
         loss, shifts = _robustness(detector, dataset, predictions, fits, robustness, options, reading)
         strengths = f"Strengths: {points_of(list(loss['perturbation']))}. {about}"
@@ -184,8 +199,10 @@ def judge(
         tables["robustness_shift"] = shifts, f"Mean shift of the log-odds of each class. {strengths}"
         moved = shifts[shifts["track"] == "detection"]
         figures["shifts"] = plot_shifts(moved), f"Mean shift of the log-odds towards synthetic. {strengths}"
-    return Findings(predictions, tables, figures, (*_sentences(by_generator, predictions, detector.name, words),
-                                               *_not_judged(dataset.manifest, predictions), *dataset.remarks))
+    sentences = (*_sentences(by_generator, predictions, detector.name, words),
+                 *_swapped(by_generator, detector.name, fits[detector.name]["platt"].slope),
+                 *_not_judged(dataset.manifest, predictions), *dataset.remarks)
+    return Findings(predictions, tables, figures, sentences)
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #a39d3d67
 def _sentences(table: pd.DataFrame, predictions: pd.DataFrame, name: str, words: str) -> tuple[str, ...]:
@@ -205,6 +222,41 @@ def _sentences(table: pd.DataFrame, predictions: pd.DataFrame, name: str, words:
     lost = int(predictions["error"].notna().sum())
     if lost: found.append(f"{lost} of {len(predictions)} pictures could not be scored; the table of predictions says why.")
     return tuple(found)
+
+# %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e2
+def _swapped(
+    table: pd.DataFrame, # detection by generator
+    name: str, # of the detector
+    slope: float, # of the score calibration
+) -> list[str]: # empty if there is no doubt
+    "Questions that scores the wrong way round raise."
+    below = table[table["detector"].eq(name) & table["auc_high"].lt(0.5)]
+    if MEAN in set(below["group"]): below = below[below["group"] == MEAN]
+    found = []
+    for row in below.to_dict("records"):
+        where = "mean over the generators" if row["group"] == MEAN else f"generator {row['group']}"
+        auc = f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
+        found.append(f"The AUC lies below 0.5 ({where}: {auc}), so real images have the higher scores. "
+                     "Are the labels swapped?")
+    if slope < 0:
+        found.append("In the score calibration real images have the higher scores, so it reverses the order of all "
+                     "scores. Are the labels of its images swapped?")
+    return found
+
+# %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e5
+def _operating_blocks(
+    tables: Mapping[str, tuple[pd.DataFrame, str]], # of `Findings`
+) -> list[Block]:
+    "The table of operating points, narrow enough for a page: what is equal in all rows is left out, notes are below."
+    if "operating_points" not in tables:
+        return [("text", "There are no operating points, because the detector has no calibration. "
+                         "A split `calibration` with real and synthetic images gives one.")]
+    table, caption = tables["operating_points"]
+    wanted = [c for c in OPERATING_COLUMNS if c.startswith(("rate", "threshold", "empirical", "tpr"))]
+    headings = {"rate": "FPR, at most", "TPR": "TPR at this FPR", "threshold": "Threshold"}
+    reading = reading_frame(text_frame(table[wanted])).rename(columns=headings)
+    notes = [f"At {rate}: {note}." for rate, note in zip(table["rate"], table["note"], strict=True) if note]
+    return [("text", caption), ("table", reading), *([("list", notes)] if notes else [])]
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0781f60e
 def evaluate(
@@ -229,9 +281,13 @@ def evaluate(
     blocks: list[Block] = [*(("note", note) for note in notes), ("list", found.sentences), ("heading", "By generator")]
     blocks += table_blocks(found.tables, "detection_by_generator")
     blocks += [("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
-    for title, stems in (("By content", ["detection_by_content"]), ("Operating points", ["operating_points"]),
-                         ("Robustness", ["robustness_loss", "robustness_shift"])):
-        if stems[0] in found.tables: blocks += [("heading", title), *table_blocks(found.tables, *stems)]
+    if "detection_by_content" in found.tables:
+        blocks += [("heading", "By content"), *table_blocks(found.tables, "detection_by_content")]
+    blocks.append(("heading", "Scores and operating points"))
+    blocks += [("figure", (stem, found.figures[stem][1])) for stem in ("roc", "scores")]
+    blocks += _operating_blocks(found.tables)
+    if "robustness_loss" in found.tables:
+        blocks += [("heading", "Robustness"), *table_blocks(found.tables, "robustness_loss", "robustness_shift")]
     if "shifts" in found.figures: blocks.append(("figure", ("shifts", found.figures["shifts"][1])))
     blocks += [("heading", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
                ("text", "Made by `imaginet evaluate`; beside each table lies its provenance.")]

@@ -1,1 +1,1 @@
-"""What the files of a data set give away."""
+"""Shortcuts, duplicates and overlaps of a data set."""

@@ -32,7 +32,7 @@ from .duplicates import duplicate_table, duplicates, overlap_table
 from .files import composition, container_format, property_table
 from .shortcuts import RULES, metadata_classifier
 from .files import read_properties
-from .shortcuts import metadata_baseline
+from .shortcuts import metadata_baseline, separated_groups
 from ..core import file_sha256, git_state, versions, write_csv, write_text
 from ..data.folders import read_labelled_folder, read_labelled_list
 from ..reporting.figures import GREY, label_styles, new_figure, save_figure
@@ -173,7 +173,7 @@ def list_tables(
     main = main_split(manifest)
     for split, rows_of in manifest.groupby("split", sort=False):
         name, groups = ("", source.groups) if split == main else ("_" + re.sub(r"\W+", "_", str(split)), None)
-        what = f"Rules that see no pixel, {split} split"
+        what = f"Metadata-only baselines, {split} split"
         tables[f"metadata_baseline{name}"] = metadata_baseline(rows_of, groups), f"{what}: balanced accuracy and AUC."
         by_content = metadata_baseline(rows_of, _content_groups(rows_of)).query("track == 'detection' and group != 'all'")
         tables[f"metadata_baseline_by_content{name}"] = by_content, f"{what}, within each content type."
@@ -280,12 +280,6 @@ def _value(table: pd.DataFrame, track: str, group: str, rule: str) -> float:
     rows = table.query("track == @track and group == @group and rule == @rule and fit == 'in_sample'")
     return float(rows["balanced_accuracy"].iloc[0]) if len(rows) else np.nan
 
-def _given_away(table: pd.DataFrame, over: float = 0.9995) -> list[str]:
-    "Groups that a metadata-only baseline classifies without error, each with its simplest baseline."
-    rows = table[(table["track"] == "detection") & (table["fit"] == "in_sample") & (table["balanced_accuracy"] > over)]
-    rows = rows.drop_duplicates("group")
-    return [f"{row['group']} (from the {row['rule'].replace('+', ' and the ')})" for row in rows.to_dict("records")]
-
 def _number(value: float) -> str: return f"{value + 1e-9:.3f}" # 0.7875 is 0.788
 
 # %% ../../nbs/06_audit/03_report.ipynb #f49f247f
@@ -298,22 +292,22 @@ def list_findings(
     real = manifest["origin"].eq("real")
     formats = container_format(manifest["path"])
     found = [f"{len(manifest):,} images, {real.sum():,} real and {(~real).sum():,} synthetic. "
-             f"Reals: {_percent(formats[real]) or 'none'}. Synthetic: {_percent(formats[~real]) or 'none'}."]
+             f"Real: {_percent(formats[real]) or 'none'}. Synthetic: {_percent(formats[~real]) or 'none'}."]
     one_sided = [f for f in formats.unique() if real[formats == f].nunique() == 1]
     if one_sided and real.nunique() == 2:
         parts = [f"{f} ({'real' if real[formats == f].all() else 'synthetic'} only, {(formats == f).sum():,} images)" for f in one_sided]
         found.append(f"Formats that occur in one class only: {_list_of(parts)}.")
     form, content, both = (_value(table, "detection", "all", rule) for rule in RULES)
     if np.isfinite(form):
-        found.append(f"Without a pixel, real and synthetic are told apart with a balanced accuracy of {_number(form)} by the file format, "
-                     f"{_number(content)} by the content type, {_number(both)} by both. A guess has 0.500.")
-    if given := _given_away(table): found.append(f"Groups that are given away completely: {_list_of(given)}.")
-    if given := _given_away(by_content): found.append(f"Within one content type: {_list_of(given)}.")
+        found.append(f"Metadata alone separate real from synthetic images with a balanced accuracy of {_number(form)} by the file format, "
+                     f"{_number(content)} by the content type, {_number(both)} by both. Chance is 0.500.")
+    if groups := separated_groups(table): found.append(f"Groups that metadata separate completely, and by what: {_list_of(groups)}.")
+    if groups := separated_groups(by_content): found.append(f"Within one content type: {_list_of(groups)}.")
     form, _, both = (_value(table, "identification", "all", rule) for rule in RULES)
     if np.isfinite(form):
         k = table.query("track == 'identification' and group != 'all'")["group"].nunique()
         found.append(f"The family of a synthetic image: mean recall {_number(form)} from the format, "
-                     f"{_number(both)} from format and content; a guess has {_number(1/k)}.")
+                     f"{_number(both)} from format and content; chance is {_number(1/k)}.")
     return [*found, *_overlap_findings(tables), *source.remarks]
 
 # %% ../../nbs/06_audit/03_report.ipynb #24e16735
@@ -355,7 +349,7 @@ def image_findings(
         found.append(f"{row['images']:,} images {where} form {row['groups']:,} group{'s'*(row['groups'] > 1)} with {what}{mixed}.")
     null = tables["metadata_classifier"][0].query("track == 'detection' and group == 'all' and rule == 'properties'")
     if len(null) and np.isfinite(null["balanced_accuracy"].iloc[0]):
-        found.append(f"A classifier that sees nothing but these properties tells real from synthetic with a balanced accuracy of "
+        found.append(f"A classifier on these properties alone separates real from synthetic images with a balanced accuracy of "
                      f"{_number(null['balanced_accuracy'].iloc[0])} (AUC {_number(null['auc'].iloc[0])}).")
     return found
 
@@ -390,20 +384,20 @@ def metadata_overview(
     return pd.DataFrame(list(rows.values())).fillna("–").assign(**known)
 
 # %% ../../nbs/06_audit/03_report.ipynb #fa13a8f0
-ABOUT = ("A detector can be right for reasons that have nothing to do with synthesis. This page says how far two such reasons get: the "
-         "container format of a file, read off its suffix, and the type of its content, read off the list. No pixel is looked at for that.")
+ABOUT = ("A detector can be right for reasons that have nothing to do with synthesis. This page measures two such shortcuts: the container "
+         "format of a file, taken from its suffix, and its content type, taken from the list. Neither needs the image itself.")
 METHOD = (
-    "Each rule sees one cell (a format, a content type, or a pair of them) and names the class that has the larger share of its images "
+    "Each rule uses one cell (a format, a content type, or a pair of them) and predicts the class with the larger share of its images "
     "there; equal shares go to the first class. No rule on these cells has a higher balanced accuracy, no score on them a higher AUC.")
 PUBLISHED = (
     "“Paper's model” is the published result on the perturbed test set (Tables 3 and 7 of the paper): other files than those whose "
-    "suffixes the rules see. In the identification track a family's row is its recall; where formats tie, as PNG does between GAN and "
-    "DALL-E 3, the first family takes all.")
+    "suffixes the baselines use. In the identification track a family's row is its recall; where formats tie, as PNG does between GAN and "
+    "DALL-E 3, all images go to the first family.")
 NO_IMAGES = (
-    "Not looked at: the images are not there. Where they are, `imaginet audit LIST --root FOLDER` adds sizes, coding, metadata, "
-    "duplicates, and a classifier that sees only these.")
+    "Not measured, because the images are not available. With them, `imaginet audit LIST --root FOLDER` adds sizes, coding, metadata, "
+    "duplicates, and a classifier that uses only these properties.")
 CAPTIONS = {
-    "composition": "Container formats and content types of the reals and of each family.",
+    "composition": "Container formats and content types of the real images and of each family.",
     "metadata_baseline": "Metadata-only baselines, by track and group.",
     "properties": "Size and JPEG quality of real and synthetic files."}
 READING = (
@@ -411,7 +405,7 @@ READING = (
     "has shown nothing that the suffix does not show.",
     "The suffix is not the coding history. A perturbed test set in one lossless format hides the suffix; traces of earlier lossy coding "
     "stay in the pixels.",
-    "Format costs nothing to see. Content is an annotation that a model would have to infer from pixels.",
+    "The format can be read without the image. The content type is an annotation that a model would have to infer from pixels.",
     "A remedy is to put both classes through the same codec and size and to report the drop; the tables of detectors do so in their rows "
     "“format-matched”.")
 
@@ -424,7 +418,7 @@ def _list_blocks(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
     stable = "the values are the same to three digits" if gap < 5e-4 else f"no balanced accuracy differs by more than {_number(gap)}"
     blocks: list[Block] = [("heading", "In short"), ("list", list_findings(source, tables)), ("heading", "Formats and contents"),
         ("figure", ("composition", CAPTIONS["composition"])),
-        ("heading", "What can be known without a pixel"), ("text", METHOD),
+        ("heading", "Metadata-only baselines"), ("text", METHOD),
         ("text", f"Balanced accuracy / AUC, {main_split(source.manifest)} split, fitted and scored on the same images. "
               f"Cross-validated, {stable}."),
         ("table", metadata_overview(table, reference=reference)), ("figure", ("metadata_baseline", CAPTIONS["metadata_baseline"]))]
@@ -461,11 +455,6 @@ def _write_pages(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
     for form, name in (("html", "index.html"), ("md", "README.md")):
         write_text(render_page(f"Audit of {source.title}", blocks, form, "imaginet audit"), out/name)
 
-# %% ../../nbs/06_audit/03_report.ipynb #e49cdd90
-def _save_rows(frame: pd.DataFrame, path: Path) -> None:
-    "A long table of images: CSV only."
-    write_csv(frame, path)
-
 # %% ../../nbs/06_audit/03_report.ipynb #07bc8bcb
 def audit(
     path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images
@@ -487,8 +476,8 @@ def audit(
         found = duplicates(images, max_distance)
         tables |= image_tables(source, images, found)
         figures["properties"] = plot_properties(images)
-        _save_rows(images, out/"properties.csv")
-        _save_rows(found, out/"duplicates.csv")
+        write_csv(images, out/"properties.csv")
+        write_csv(found, out/"duplicates.csv")
     record = audit_record(source, 0 if images is None else len(images))
     for stem, (frame, caption) in tables.items(): save_table(frame, out/stem, caption, record)
     for stem, figure in figures.items(): save_figure(figure, out/"figures"/stem, CAPTIONS[stem], record)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'FOLDS', 'Fit', 'BASELINE_COLUMNS', 'Groups', 'PROPERTY_SETS', 'metadata_scores', 'audit_groups',
-           'metadata_baseline', 'metadata_classifier']
+           'metadata_baseline', 'separated_groups', 'metadata_classifier']
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #97f7c011
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,6 +143,14 @@ def metadata_baseline(
     rows = [row for fit in ("in_sample", "cross_validated") for rule in RULES
             for row in _rows(manifest, parts, rule, fit, partial(metadata_scores, rule=rule, fit=fit, seed=seed))]
     return pd.DataFrame(rows, columns=list(BASELINE_COLUMNS)).sort_values("track", kind="stable", ignore_index=True)
+
+# %% ../../nbs/06_audit/01_shortcuts.ipynb #7e200022
+def separated_groups(
+    table: pd.DataFrame, # `BASELINE_COLUMNS`
+) -> list[str]: # such as "GAN (format)", each with the first of its rules
+    "Groups whose real and synthetic images a metadata-only baseline separates without error, fitted in-sample."
+    rows = table.query("track == 'detection' and fit == 'in_sample' and balanced_accuracy > 0.9995").drop_duplicates("group")
+    return [f"{group} ({rule})" for group, rule in zip(rows["group"], rows["rule"], strict=True)]
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #19f7c183
 PROPERTY_SETS = {"size": ("width", "height", "aspect"), "coding": ("format", "jpeg_quality", "jpeg_standard", "chroma", "lossless"),

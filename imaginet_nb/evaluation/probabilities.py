@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBABILITY_COLUMNS', 'BAD_THRESHOLD', 'RELIABILITY_COLUMNS', 'OPERATING_COLUMNS', 'probability_table',
-           'reliability_bins', 'plot_reliability', 'operating_table']
+           'reliability_bins', 'plot_reliability', 'operating_table', 'decision_thresholds', 'plot_roc', 'plot_scores']
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #e17a5bfa
 from typing import Any
@@ -13,15 +13,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.special import expit
+from scipy.special import expit, logit
+from sklearn.metrics import roc_curve
 
 from .bootstrap import by_detector, estimates, has_score, interval_cells, join_notes, of_detector
 from .bootstrap import proportion_cells, unscored_note
 from .calibration import FALSE_POSITIVE_RATES, METHODS, Calibration, Fits, Method
 from .metrics import average_statistic, balanced_accuracy_statistic, brier_values, ece_floor, ece_statistic
 from .metrics import eer_statistic, eer_threshold, equal_mass_bins, nll_values, tpr_at_fpr_statistic
-from ..reporting.figures import label_styles
-from ..reporting.figures import GREY
+from ..reporting.figures import GREY, STYLES, label_styles, new_figure
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #9770f5fa
 PROBABILITY_COLUMNS = ("detector", "setting", "method", "acc", "acc_low", "acc_high", "eer", "eer_low", "eer_high",
@@ -191,3 +191,60 @@ def operating_table(
         rows += [dict(detector=name, setting=setting) | _operating_row(rate, expit(z), synthetic, v, fit)
                  for rate, v in zip(FALSE_POSITIVE_RATES, values, strict=True)]
     return pd.DataFrame(rows, columns=list(OPERATING_COLUMNS))
+
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a2
+def decision_thresholds(
+    fit: Calibration,
+) -> dict[str, float]: # label -> calibrated probability above which an image is flagged
+    "Probability 0.5, and the threshold of every false-positive rate that has one."
+    known = {rate: threshold for rate, threshold in fit.thresholds.items() if threshold is not None}
+    return {"probability 0.5": 0.5} | {f"FPR ≤ {100*float(rate):g} %": threshold for rate, threshold in known.items()}
+
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
+def plot_roc(
+    predictions: pd.DataFrame, # of one detector
+    fits: Fits, # on other images
+    title: str = "",
+) -> Figure:
+    "ROC curve of a detector, with its decision thresholds."
+    (name, frame), = by_detector(predictions)
+    fit, (usable, synthetic, _) = of_detector(fits, name, "calibration predictions")["platt"], _usable(frame)
+    z = fit.log_odds(usable["logit"])
+    figure, (axes,) = new_figure(height=4.6)
+    figure.set_size_inches(4.6, 4.6) # readable on a telephone
+    axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="chance")
+    axes.plot(*roc_curve(synthetic, z)[:2], color="#404040", lw=1.6)
+    thresholds = decision_thresholds(fit)
+    for label, (colour, marker) in label_styles(thresholds).items():
+        flagged = expit(z) > thresholds[label]
+        fpr, tpr = flagged[~synthetic].mean(), flagged[synthetic].mean()
+        axes.plot(fpr, tpr, marker, color=colour, ms=7, label=f"{label}: {fpr:.3f}, {tpr:.3f}")
+    axes.set(xlabel="false-positive rate (FPR)", ylabel="true-positive rate (TPR)", aspect="equal")
+    axes.legend(loc="lower right", fontsize=8, title="threshold: FPR, TPR", title_fontsize=8)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a4
+def plot_scores(
+    predictions: pd.DataFrame, # of one detector
+    fits: Fits, # on other images
+    title: str = "",
+) -> Figure:
+    "Histogram of the log-odds of each class, with the decision thresholds."
+    (name, frame), = by_detector(predictions)
+    fit, (usable, _, _) = of_detector(fits, name, "calibration predictions")["platt"], _usable(frame)
+    z = fit.log_odds(usable["logit"])
+    edges = np.histogram_bin_edges(z, bins=int(np.clip(np.sqrt(len(z)), 5, 30))).tolist()
+    figure, (axes,) = new_figure(height=4)
+    figure.set_size_inches(4.6, 4)
+    for origin, (colour, _) in STYLES["origin"].items():
+        mine = z[usable["origin"].eq(origin)]
+        shares = np.full(len(mine), 1/max(len(mine), 1))
+        axes.hist(mine, edges, weights=shares, color=colour, alpha=0.5, label=f"{origin}, {len(mine):,} images")
+    for (label, threshold), line in zip(decision_thresholds(fit).items(), ("-", "--", "-.", ":"), strict=False):
+        if threshold < 1: axes.axvline(float(logit(threshold)), color="#404040", lw=1.2, ls=line, label=label)
+    scale = "log-odds of synthetic" if fit.n else "logit (the detector has no calibration)"
+    axes.set(xlabel=scale, ylabel="share of the class")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes.set_title(title, fontsize=10)
+    return figure

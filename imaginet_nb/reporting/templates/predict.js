@@ -55,10 +55,10 @@ function figure(row, image) {
   const figure = make("figure"), frame = make("div", undefined, {class: "frame"}), caption = make("figcaption");
   frame.append(make("img", undefined, {src: image.src, alt: row.path}));
   figure.append(frame, caption);
-  if (row.fault) caption.textContent = row.fault;
+  if (row.problem) caption.textContent = row.problem;
   if (!row.map) return figure;
-  const over = make("img", undefined, {class: "over", src: row.map, alt: "map of the evidence"});
-  const label = make("label", "Where the evidence lies");
+  const over = make("img", undefined, {class: "over", src: row.map, alt: "class-activation map"});
+  const label = make("label", "Class-activation map");
   const box = make("input", undefined, {type: "checkbox", id: "map", checked: ""});
   box.addEventListener("change", () => over.hidden = !box.checked);
   label.prepend(box);
@@ -77,7 +77,7 @@ function show(number) {
   const word = make("p", "Verdict: ");
   word.append(make("b", row.verdict, {class: row.verdict}));
   right.append(word, scores(row), facts(row));
-  detail.replaceChildren(nav, title, image ? figure(row, image) : make("p", row.fault ?? "There is no picture to show."), right);
+  detail.replaceChildren(nav, title, image ? figure(row, image) : make("p", row.problem ?? "There is no picture to show."), right);
   title.focus();
   scrollTo(0, 0);
 }
