@@ -81,7 +81,8 @@ RUN = f"imaginet notebook {{rule}} --profile $(case {{wildcards.profile}} in {FI
 TRAIN = f"{RUN} --processes {config.get('processes', 1)}" # of a notebook that several processes can train
 MANIFESTS, CHECKPOINTS, PREDICTIONS = (f"{REPORT}/{folder}" for folder in ("manifests", "checkpoints", "predictions"))
 SURE = every(PREDICTIONS + "/probability_{name}.csv", name=["selfcon", "baseline"]) # what the probabilities are fitted on
-FITTED = ["evaluation.probability_images", "evaluation.batch_size", "evaluation.precision"]
+OPEN_SET = every(PREDICTIONS + "/{name}", name=["known.csv", "known.npy", "held_out.npy"]) # of stage 2, and of the images set aside
+FITTED = ["evaluation.calibration_images", "evaluation.batch_size", "evaluation.precision"]
 
 
 rule all:
@@ -121,8 +122,8 @@ rule p30_pretrain:
 
 
 rule p40_calibrate:
-    input: every(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test"]), CHECKPOINTS + "/pretrain.safetensors"
-    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors", PREDICTIONS + "/probability_selfcon.csv"
+    input: every(MANIFESTS + "/{split}.csv", split=["calibration", "test"]), CHECKPOINTS + "/pretrain.safetensors"
+    output: notebook("p40_calibrate"), CHECKPOINTS + "/selfcon.safetensors", OPEN_SET, PREDICTIONS + "/probability_selfcon.csv"
     priority: 1 # on the longest way
     params: settings=settings("data", "calibrate", *FITTED), code=code_of("p40_calibrate")
     threads: training_threads
@@ -148,8 +149,8 @@ rule p46_ablation:
 
 rule p47_predict:
     input:
-        CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors",
-        every(MANIFESTS + "/{split}.csv", split=["train", "test", "perturbed"]), imported,
+        CHECKPOINTS + "/selfcon.safetensors", CHECKPOINTS + "/baseline.safetensors", SURE,
+        every(MANIFESTS + "/{split}.csv", split=["train", "calibration", "test", "perturbed"]), imported,
     output:
         notebook("p47_predict"), PREDICTIONS + "/not_run.json", tables("calibration_overlap"),
         every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]),
@@ -168,7 +169,7 @@ rule p48_training:
 
 
 rule p50_detection:
-    input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"]), SURE
+    input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
     output:
         notebook("p50_detection"), figures("detection_by_family", "reliability"), tables("probabilities", "reliability", "operating_points"),
         tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "format_matched", "grouping_effect"),
@@ -188,8 +189,8 @@ rule p51_external:
 
 rule p52_identification:
     input:
-        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE,
-        every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]), CHECKPOINTS + "/selfcon.safetensors",
+        every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE, OPEN_SET,
+        every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]),
     output: notebook("p52_identification"), tables("identification", "open_set"), figures("identification_confusion")
     params: settings=settings("evaluation"), code=code_of("p52_identification")
     shell: RUN
@@ -215,7 +216,7 @@ rule p61_content_ablation:
 
 
 rule p62_robustness:
-    input: every(PREDICTIONS + "/{name}.csv", name=["robustness", "grid", "clean", "calibration"]), SURE
+    input: every(PREDICTIONS + "/{name}.csv", name=["robustness", "grid", "clean", "calibration"])
     output:
         notebook("p62_robustness"), tables("robustness_jpeg", "robustness_resize", "robustness_loss", "robustness_shift"),
         tables("probabilities_perturbed", "operating_points_perturbed"), PREDICTIONS + "/shifts.csv",

@@ -365,8 +365,7 @@ class EvaluationConfig(Section):
     "Prediction, score calibration and intervals."
     batch_size: PositiveInt
     precision: Precision
-    calibration_images: PositiveInt            # images that the score calibration is fitted on (paper: 80)
-    probability_images: PositiveInt            # training images behind probabilities, thresholds and the open set, half real
+    calibration_images: int = Field(ge=8)      # of the list of stage 2, set aside for probabilities and thresholds, half real (paper: 80)
     resamples: PositiveInt                     # bootstrap resamples behind every interval
 
 class EmbeddingConfig(Section):

@@ -372,7 +372,8 @@ def test_a_picture_with_any_name_is_packed_and_trained_on_under_its_text(tmp_pat
                              "content_type": "photos", "split": "train"})
     store = pack(manifest, tmp_path, tmp_path/"store")
     assert np.array_equal(store[r"caf\xe9.png"][:, :], picture)
-    assert len(ManifestDataset(manifest, tmp_path, CenterCrop(64), 0, "train")[0]) > 0
+    image, *_ = ManifestDataset(manifest, tmp_path, CenterCrop(64), 0, "train")[0]
+    assert np.array_equal(image.numpy().transpose(1, 2, 0), picture[3:67, 8:72])
 
 
 @pytest.mark.parametrize("size", [0, 100])

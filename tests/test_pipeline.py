@@ -14,8 +14,10 @@ import pytest
 
 from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.apps.plan import estimate
-from imaginet_nb.core import load_profile, repo_root
+from imaginet_nb.audit.files import read_properties
+from imaginet_nb.core import fingerprint, load_profile, repo_root
 from imaginet_nb.data.images import decode, save
+from imaginet_nb.data.manifest import read_manifest_csv
 from imaginet_nb.models.checkpoints import read_header
 
 ROOT = repo_root()
@@ -86,6 +88,10 @@ def test_detection_tables_have_the_promised_columns_and_rows(report):
         nulls = table[table["detector"].str.startswith("Metadata")]
         assert set(nulls["detector"]) == {f"Metadata: {rule}" for rule in ("format", "content", "format+content")}
         assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched").any()
+        means = table.set_index(["detector", "group"])[["acc", "auc"]]
+        difference = means.loc["difference: SelfCon (ours) − Cross-entropy (baseline)"]
+        expected = means.loc["SelfCon (ours)"] - means.loc["Cross-entropy (baseline)"]
+        pd.testing.assert_frame_equal(difference, expected.loc[difference.index], atol=2e-4, rtol=0)
         peers = table[table["note"].str.startswith("not run", na=False)]
         assert {"Grag2021", "Corvi2022", "Corvi2022*", "Wu2023", "Linear probe (DINOv2 ViT-S)"} == set(peers["detector"])
         assert peers["acc"].isna().all()
@@ -102,14 +108,46 @@ def test_overlap_is_reported_and_only_calibration_lies_in_training(report):
     assert {pair for pair, n in shared.items() if n} == {("train", "calibration")}
 
 
+def test_no_fit_shares_an_image_with_its_evaluation(report):
+    """By content, from the outputs alone. Catches a stage 2 that is trained on the images of the score calibration, detectors that are
+    calibrated on different images, and thresholds of the open set from images that are stored."""
+    train, listed, test = (read_manifest_csv(report/"manifests"/f"{split}.csv") for split in ("train", "calibration", "test"))
+    evaluated = ("perturbed", "clean", "matched", "robustness", "grid", "features", "open_set", "ablation", "family_ablation")
+    fitted = ("calibration", "known", "probability_selfcon", "probability_baseline")
+    predicted = {name: pd.read_csv(report/"predictions"/f"{name}.csv") for name in (*evaluated, *fitted)}
+    root, paths = ROOT/"data"/"smoke", pd.concat([train["path"], test["path"]])
+    content = read_properties(paths.to_frame(), root).set_index("path")["pixel_hash"]
+    assert content.notna().all()
+    def images(frame): return set(content[frame["source"] if "source" in frame else frame["path"]])
+
+    scores = set(predicted["calibration"]["path"])
+    stage2 = listed[~listed["path"].isin(scores)].reset_index(drop=True)
+    assert scores <= set(listed["path"]) and len(scores) == load_profile("smoke").evaluation.calibration_images
+    assert predicted["calibration"].groupby("detector")["path"].agg(set).map(scores.__eq__).all()
+    for name in ("selfcon", "baseline"): assert set(predicted[f"probability_{name}"]["path"]) == scores
+    headers = {name: read_header(report/"checkpoints"/f"{name}.safetensors") for name in ("pretrain", "selfcon", "baseline")}
+    trained_on = {name: header["data_hash"] for name, header in headers.items()}
+    assert trained_on == {"pretrain": fingerprint(train), "selfcon": fingerprint(stage2), "baseline": fingerprint(train, stage2)}
+
+    fits = {"stage 1": train, "stage 2": stage2, "score calibration": predicted["calibration"], "open set": predicted["known"]}
+    for name in evaluated:
+        assert images(predicted[name]) <= images(test), name
+        for fit, frame in fits.items(): assert not images(predicted[name]) & images(frame), (fit, name)
+    assert not images(stage2) & images(predicted["calibration"])
+    assert images(predicted["known"]) <= images(stage2) # thresholds come from the images set aside, which are therefore new
+    overlap = pd.read_csv(report/"tables"/"calibration_overlap.csv")
+    apart = overlap[overlap["a"].eq("score calibration") | overlap["b"].eq("test")]
+    assert len(apart) == 5 and not apart["shared"].any() and overlap["by"].eq("content").all()
+
+
 def test_identification_has_both_settings(report):
     assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean"}
 
 
 def test_the_estimate_counts_the_images_that_were_predicted(report):
-    "Catches a part of p47 that the hours of `DRYRUN=1` leave out."
+    "Catches a part of p47 that the hours of `DRYRUN=1` leave out. The score calibration is predicted in p40 and p45."
     table = estimate(load_profile("smoke"), dict.fromkeys(("pretrain", "infer", "ablation"), 1.0)).set_index("notebook")
-    names = ("perturbed", "clean", "matched", "calibration", "robustness", "grid", "features", "open_set")
+    names = ("perturbed", "clean", "matched", "robustness", "grid", "features", "open_set")
     assert table.loc["p47_predict", "images"] == sum(len(pd.read_csv(report/"predictions"/f"{name}.csv")) for name in names)
 
 

@@ -197,7 +197,8 @@ def test_what_was_fitted_travels_with_the_checkpoint_and_is_protected_by_its_che
     network, draw = ImagiNetClassifier(create_backbone("resnet18", width=0.125)), np.random.default_rng(0)
     logit, synthetic = draw.normal(size=240), np.arange(240) % 2 == 1
     probability = fit_calibration(logit + synthetic, synthetic, data="f"*64)
-    nearest, path = fit_nearest_known(draw.normal(size=(120, 8)).astype(np.float32)), tmp_path/"a.safetensors"
+    features = draw.normal(size=(240, 8)).astype(np.float32)
+    nearest, path = fit_nearest_known(features[:120], features[120:]), tmp_path/"a.safetensors"
     header = save_checkpoint(network, path, probability=probability.header(), open_set=open_set_header(nearest, ["ProGAN"]),
                              extra={KNOWN: torch.from_numpy(nearest.known)})
     assert header["probability"]["thresholds"].keys() == {"0.05", "0.01", "0.001"} and header["probability"]["thresholds"]["0.001"] is None
@@ -233,8 +234,9 @@ def test_open_set_distances_and_auroc_equal_a_plain_computation():
         code = np.repeat(np.arange(4), n)
         rows = pd.DataFrame(dict(generator=np.array(generators)[code])).assign(generator_family=lambda f: f["generator"].map(families))
         return (centres[code] + draw.normal(size=(4*n, 6))).astype(np.float32)*[1, 10, 1, 1, 0.1, 1], rows
-    (known, train), (features, test) = sample(30), sample(20)
-    table = leave_one_generator_out(known, train, features, test, "made up", 20, 0).query("score == 'nearest'").set_index("group")
+    (known, train), (held_out, held), (features, test) = sample(30), sample(25), sample(20)
+    table = leave_one_generator_out(known, train, held_out, held, features, test, "made up", 20, 0)
+    table = table.query("score == 'nearest'").set_index("group")
     for generator in generators:
         stay = known[train["generator"] != generator].astype(np.float32).astype(float)
         a, b = ((x - stay.mean(0))/stay.std(0) for x in (stay, features.astype(float)))
@@ -242,8 +244,9 @@ def test_open_set_distances_and_auroc_equal_a_plain_computation():
         unknown = test["generator"] == generator
         row = table.loc[generator]
         assert row["auroc"] == pytest.approx(sk.roc_auc_score(unknown, near), abs=1e-9)
-        own = np.sort(np.linalg.norm(a[:, None] - a[None], axis=2), axis=1)[:, 1:6].mean(1)
-        threshold = np.sort(own)[int(np.ceil(91*0.95)) - 1]
+        c = (held_out[held["generator"] != generator].astype(float) - stay.mean(0))/stay.std(0)
+        own = np.sort(np.linalg.norm(c[:, None] - a[None], axis=2), axis=1)[:, :5].mean(1)
+        threshold = np.sort(own)[int(np.ceil(76*0.95)) - 1]
         rates = (near[~unknown] > threshold).mean(), (near[unknown] > threshold).mean()
         assert (row["false_alarm"], row["caught"]) == pytest.approx(rates)
         assert (row["n_known"], row["n_unknown"]) == (60, 20)

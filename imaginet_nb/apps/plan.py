@@ -76,16 +76,16 @@ def estimate(
 ) -> pd.DataFrame: # notebook, work, images (of all epochs together), seconds_per_image, hours
     "Cost of each notebook that runs a network."
     n, cfg = image_counts(profile), profile
-    pretrain, calibrate = n["train"]*cfg.pretrain.epochs, n["calibration"]*cfg.calibrate.epochs
-    heads = calibrate + cfg.evaluation.probability_images
+    pretrain, scored = n["train"]*cfg.pretrain.epochs, cfg.evaluation.calibration_images # set aside from the list of stage 2
+    heads = (n["calibration"] - scored)*cfg.calibrate.epochs + scored
     curves = 24*min(cfg.robustness.images, n["test"]) + 2*len(list(grid_points()))*min(cfg.robustness.grid_images, n["test"])
     features = cfg.embedding.images + n["test"]//2 # half of the test images are synthetic
     small = 10*cfg.generalisation.train_images*cfg.generalisation.epochs
-    stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads),
+    stages = [("p30_pretrain", "pretrain", pretrain), ("p40_calibrate", "infer", heads + scored//2), # and the known images of the open set
               ("p45_baseline", "pretrain", pretrain), ("p45_baseline", "infer", heads),
               ("p46_ablation", "ablation", 4*cfg.ablation.train_images*cfg.ablation.epochs),
               ("p46_ablation", "pretrain", small), # by smaller networks: at most
-              ("p47_predict", "infer", 2*(3*n["test"] + cfg.evaluation.calibration_images) + curves + features)]
+              ("p47_predict", "infer", 2*3*n["test"] + curves + features)]
     table = pd.DataFrame(stages, columns=["notebook", "work", "images"])
     table["seconds_per_image"] = table["work"].map(seconds)
     return table.assign(hours=table["images"]*table["seconds_per_image"]/3600)

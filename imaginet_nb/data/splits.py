@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILY_FOLDERS', 'CORVI_GENERATORS', 'PRACTICAL_FOLDERS', 'REAL_SOURCES', 'read_annotations', 'write_annotations',
            'read_corvi', 'read_practical', 'split_manifest', 'balanced_calibration', 'draw_real_images',
-           'draw_balanced', 'draw_per_content', 'family_groups', 'draw_without_family', 'draw_per_group',
+           'draw_balanced', 'draw_per_content', 'set_aside', 'family_groups', 'draw_without_family', 'draw_per_group',
            'perturbed_layout', 'overlap', 'count_table']
 
 # %% ../../nbs/01_data/02_splits.ipynb #6d4a3af6
@@ -255,6 +255,25 @@ def draw_per_content(
     pools = [manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(label)].sort_values("path")
              for content in content_types for label in ("real", family)]
     return pd.concat([pool.sample(min(each, len(pool)), random_state=seed) for pool in pools], ignore_index=True)
+
+# %% ../../nbs/01_data/02_splits.ipynb #6d0e8299
+def set_aside(
+    calibration: pd.DataFrame, # balanced list of stage 2
+    n: int, # images to set aside, half of them real
+    seed: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]: # images that stage 2 trains on; images that the scores are calibrated on
+    "Divide the list of stage 2. Raises `AnnotationError` if a family has too few images for both parts."
+    each, counts = n//2//len(FAMILIES), calibration["generator_family"].value_counts()
+    have = {family: int(counts.get(family, 0)) for family in FAMILIES}
+    most = min(*have.values(), int(counts.get("real", 0))//len(FAMILIES)) - 1
+    if not 0 < each <= most:
+        listed = ", ".join(f"{family} {number}" for family, number in have.items())
+        raise AnnotationError(f"set_aside: {each} images of each family and {each*len(FAMILIES)} real ones wanted for "
+                              f"the score calibration; the list of stage 2 has {listed}, real {counts.get('real', 0)}. "
+                              f"Set evaluation.calibration_images to {2*len(FAMILIES)} to {2*len(FAMILIES)*most} in the profile, "
+                              "or enlarge the list")
+    chosen = draw_balanced(calibration, n, seed)
+    return calibration[~calibration["path"].isin(chosen["path"])].reset_index(drop=True), chosen
 
 # %% ../../nbs/01_data/02_splits.ipynb #416bd3c3
 def _apportion(

@@ -6,8 +6,8 @@
 __all__ = ['Grouping', 'GROUPINGS', 'DETECTION_COLUMNS', 'MEAN', 'SWAPPED', 'ABLATION_MODELS', 'ABLATION_COLUMNS', 'Group',
            'group_labels', 'group_by_family', 'group_by_content', 'group_by_generator', 'grouping_of', 'reverses_order',
            'group_statistics', 'detection_statistics', 'detection_values', 'detection_row', 'detection_rows',
-           'detection_frame', 'missing_rows', 'detection_table', 'metadata_name', 'source_images', 'metadata_rows',
-           'content_ablation_table']
+           'detection_frame', 'missing_rows', 'detection_table', 'difference_name', 'paired_frames', 'difference_rows',
+           'difference_sentences', 'metadata_name', 'source_images', 'metadata_rows', 'content_ablation_table']
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #993c8dc5
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,9 @@ from scipy.special import expit
 from ..audit.shortcuts import RULES, metadata_scores
 from ..data.labels import CONTENT_TYPES, FAMILIES, GENERATORS
 from ..data.splits import draw_real_images, family_groups
+from ..detectors.protocol import DETECTORS
 from .bootstrap import by_detector, estimates, first_value, has_score, interval_cells, join_notes, mean_over_groups
-from .bootstrap import restrict, unscored_note
+from .bootstrap import of_detector, restrict, unscored_note
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #bd4ab99c
@@ -207,6 +208,58 @@ def detection_table(
     labels, ran = list(dict.fromkeys(row["group"] for row in rows)), set(predictions["detector"])
     absent = missing_rows(labels, {name: note for name, note in missing.items() if name not in ran})
     return detection_frame(rows + absent)
+
+# %% ../../nbs/07_evaluation/03_detection.ipynb #0bf5e4dc
+def difference_name(
+    pair: Sequence[str] = DETECTORS, # two detectors
+) -> str:
+    "Name of the rows with the first detector minus the second, in a table of detectors."
+    return f"difference: {pair[0]} − {pair[1]}"
+
+def paired_frames(
+    predictions: pd.DataFrame, # of at least both
+    pair: Sequence[str] = DETECTORS, # two detectors
+) -> tuple[pd.DataFrame, pd.DataFrame]: # rows of the first and of the second, for the same images in the same order
+    "Predictions of two detectors, image by image. Raises `ValueError` if one is missing or has other images."
+    frames = dict(by_detector(predictions))
+    first, second = (of_detector(frames, name, "predictions") for name in pair)
+    odd = sorted(set(first["path"]) ^ set(second["path"]))
+    if odd: raise ValueError(f"{odd[0]}: not predicted by both {pair[0]} and {pair[1]} ({len(odd)} such images); predict these images anew")
+    second = second.set_index("path").loc[first["path"]].reset_index()
+    error = first["error"].where(first["error"].notna(), second["error"])
+    return first.assign(error=error), second.assign(error=error)
+
+# %% ../../nbs/07_evaluation/03_detection.ipynb #b4d2a51e
+def difference_rows(
+    predictions: pd.DataFrame, # with calibrated `probability`
+    by: str | Grouping, # that of the table
+    resamples: int, # behind every interval
+    seed: int, # that of the table, so that groups and resamples agree
+    pair: Sequence[str] = DETECTORS, # two detectors
+) -> pd.DataFrame: # `DETECTION_COLUMNS`, to be appended to the table
+    "ACC and AUC of the first detector minus those of the second, with paired bootstrap intervals."
+    first, second = paired_frames(predictions, pair)
+    groups, strata = grouping_of(by)(first, seed)
+    values = [detection_values(frame, groups, strata, resamples, seed) for frame in (first, second)]
+    return detection_frame([dict(detector=difference_name(pair)) | row for row in detection_rows(first, groups, values[0] - values[1])])
+
+# %% ../../nbs/07_evaluation/03_detection.ipynb #68927573
+def difference_sentences(
+    rows: pd.DataFrame, # of `difference_rows`
+    pair: Sequence[str] = DETECTORS, # two detectors
+) -> list[str]: # for ACC and AUC
+    "Whether the first detector is better or worse than the second in the mean over all groups, or whether that cannot be told."
+    mean, sentences = rows[rows["group"].eq(MEAN)].iloc[0], []
+    for metric in ("acc", "auc"):
+        value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float)
+        told = f"the difference is {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+        compared = f"which of {pair[0]} and {pair[1]} is better cannot be told"
+        if low > 0:
+            compared = f"{pair[0]} is better than {pair[1]}"
+        if high < 0:
+            compared = f"{pair[0]} is worse than {pair[1]}"
+        sentences.append(f"{metric.upper()}: {compared}; {told}.")
+    return sentences
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #aca5bcd9
 def metadata_name(

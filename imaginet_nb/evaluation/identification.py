@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['IDENTIFICATION_COLUMNS', 'identification_statistics', 'identification_values', 'identification_table',
-           'metadata_identification_rows']
+           'identification_difference_rows', 'metadata_identification_rows']
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #74e95fd8
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from ..audit.shortcuts import RULES, metadata_scores
 from ..data.labels import FAMILIES
 from ..detectors.predictions import FAMILY_COLUMNS
+from ..detectors.protocol import DETECTORS
 from .bootstrap import by_detector, estimates, first_value, interval_cells, join_notes, mean_over_groups, unscored_note
-from .detection import MEAN, metadata_name, source_images
+from .detection import MEAN, difference_name, metadata_name, paired_frames, source_images
 from .metrics import Statistic, macro_auc_statistic, recall_statistic
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #d30d854c
@@ -53,6 +57,18 @@ def identification_values(
 IDENTIFICATION_COLUMNS = ("detector", "setting", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high",
                           "n", "note")
 
+def _rows(
+    values: np.ndarray, # `(5, 1 + R)` recalls and macro AUC
+    counts: list[int], # images of each family
+    note: str,
+    **labels: str, # detector, setting
+) -> list[dict[str, Any]]: # `IDENTIFICATION_COLUMNS`
+    "Cells of the four families and of their mean."
+    empty, (mean, gaps) = np.full(values.shape[1], np.nan), mean_over_groups(values[:-1])
+    rows = [labels | dict(group=family, n=n, note=note or ("" if n else "no images")) | interval_cells(acc=value, auc=empty)
+            for family, value, n in zip(FAMILIES, values, counts)]
+    return [*rows, labels | dict(group=MEAN, n=sum(counts), note=note or gaps) | interval_cells(acc=mean, auc=values[-1])]
+
 def identification_table(
     predictions: pd.DataFrame,
     setting: str, # what was done to the images, such as perturbed or clean
@@ -60,15 +76,21 @@ def identification_table(
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `IDENTIFICATION_COLUMNS`; the four families and their mean
     "Recall of each family and macro AUC (Table 7 of the paper)."
-    rows, empty = [], np.full(1 + resamples, np.nan)
-    for name, frame in by_detector(predictions):
-        values, counts, note = identification_values(frame, resamples, seed)
-        mean, gaps = mean_over_groups(values[:-1])
-        for family, value, n in zip(FAMILIES, values, counts):
-            row = dict(detector=name, setting=setting, group=family, n=n, note=note or ("" if n else "no images"))
-            rows.append(row | interval_cells(acc=value, auc=empty))
-        row = dict(detector=name, setting=setting, group=MEAN, n=sum(counts), note=note or gaps)
-        rows.append(row | interval_cells(acc=mean, auc=values[-1]))
+    rows = [row for name, frame in by_detector(predictions)
+            for row in _rows(*identification_values(frame, resamples, seed), detector=name, setting=setting)]
+    return pd.DataFrame(rows, columns=list(IDENTIFICATION_COLUMNS))
+
+# %% ../../nbs/07_evaluation/04_identification.ipynb #fd293454
+def identification_difference_rows(
+    predictions: pd.DataFrame, # of at least both detectors
+    setting: str, # as in the table
+    resamples: int, # behind every interval
+    seed: int, # that of the table, so that the resamples agree
+    pair: Sequence[str] = DETECTORS, # two detectors
+) -> pd.DataFrame: # `IDENTIFICATION_COLUMNS`, to be appended to the table
+    "Recall and macro AUC of the first detector minus those of the second, with paired bootstrap intervals."
+    (first, counts, note), (second, _, other) = (identification_values(f, resamples, seed) for f in paired_frames(predictions, pair))
+    rows = _rows(first - second, counts, note or other, detector=difference_name(pair), setting=setting)
     return pd.DataFrame(rows, columns=list(IDENTIFICATION_COLUMNS))
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #f49da3a9

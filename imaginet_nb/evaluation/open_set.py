@@ -66,20 +66,19 @@ class NearestKnown:
         threshold = self.thresholds.get(f"{false_alarms:g}")
         if threshold is None:
             have = ", ".join(rate for rate, t in self.thresholds.items() if t is not None) or "none"
-            raise ValueError(f"no threshold for {false_alarms:g} false alarms from {len(self.known)} known images; "
+            raise ValueError(f"no threshold for {false_alarms:g} false alarms: too few held-out images; "
                              f"there is one for {have}")
         return self.distance(features) > threshold
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #5cafcb1a
 def fit_nearest_known(
-    features: np.ndarray, # `(N, D)` of known synthetic images
+    features: np.ndarray, # `(N, D)` of known synthetic images, which are stored
+    held_out: np.ndarray, # `(H, D)` of other images of the same generators, for the thresholds
 ) -> NearestKnown:
     "Store the features and compute the thresholds. Raises `ValueError` for too few images, as `check_features` does."
-    known = check_features(features, minimum=NEIGHBOURS + 2)
-    standard = _standard(known.astype(float))[0]
-    index = NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(standard)
-    distances = index.kneighbors(standard)[0][:, 1:].mean(1) # without itself
-    return NearestKnown(known, {f"{rate:g}": threshold_at(distances, rate) for rate in FALSE_ALARMS})
+    stored = NearestKnown(check_features(features, minimum=NEIGHBOURS + 1), {})
+    distances = stored.distance(held_out)
+    return NearestKnown(stored.known, {f"{rate:g}": threshold_at(distances, rate) for rate in FALSE_ALARMS})
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #aaca9435
 KNOWN = "known_features" # name of the tensor
@@ -121,7 +120,7 @@ def predict_and_embed(
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #4d29d64b
 OPEN_SET_COLUMNS = ("setting", "score", "group", "auroc", "auroc_low", "auroc_high",
-                    "false_alarm", "false_alarm_low", "false_alarm_high", "caught", "caught_low", "caught_high",
+                    "nominal", "false_alarm", "false_alarm_low", "false_alarm_high", "caught", "caught_low", "caught_high",
                     "acc", "acc_low", "acc_high", "family_known", "n_known", "n_unknown", "note")
 
 def energy(
@@ -142,16 +141,18 @@ def _class_logits(
 def _left_out_scores(
     known: np.ndarray, # `(N, D)` of the remaining training images
     families: np.ndarray, # `(N,)` of them
+    held_out: np.ndarray, # `(H, D)` of further images of the same generators, for the thresholds
     features: np.ndarray, # `(M, D)` of the test images
 ) -> tuple[dict[str, tuple[np.ndarray, float | None]], np.ndarray]: # score -> values, threshold; predicted families
     "Both scores of each test image, and its most likely family."
-    nearest, (standard, new) = fit_nearest_known(known), _standard(known.astype(float), features.astype(float))
     if len(np.unique(families)) < 2:
         raise ValueError("one family is left; leaving a generator out takes at least two others' families")
+    nearest = fit_nearest_known(known, held_out)
+    standard, held, new = _standard(known.astype(float), held_out.astype(float), features.astype(float))
     model = LogisticRegression(C=0.1, max_iter=500).fit(standard, families)
-    own = energy(_class_logits(model, standard))
-    scores = {"nearest": (nearest.distance(features), nearest.thresholds["0.05"]),
-              "energy": (energy(_class_logits(model, new)), threshold_at(own, 0.05))}
+    nominal = FALSE_ALARMS[0]
+    scores = {"nearest": (nearest.distance(features), nearest.thresholds[f"{nominal:g}"]),
+              "energy": (energy(_class_logits(model, new)), threshold_at(energy(_class_logits(model, held)), nominal))}
     return scores, model.predict(new)
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #e5e7da28
@@ -169,15 +170,17 @@ def _left_out_row(
     values = estimates(test["generator"], [auc_statistic(unknown, score), mean_statistic(recalls)], **options)
     flagged = score > (np.nan if threshold is None else threshold)
     rates = proportion_cells("false_alarm", flagged[~unknown]) | proportion_cells("caught", flagged[unknown])
-    note = "" if threshold is not None else "no threshold: too few known images for 5 % false alarms"
+    note = "" if threshold is not None else "no threshold: too few held-out images for 5 % false alarms"
     if threshold is None: rates = dict.fromkeys(rates, float("nan"))
-    counts = dict(n_known=int((~unknown).sum()), n_unknown=int(unknown.sum()), note=note)
+    counts = dict(nominal=FALSE_ALARMS[0], n_known=int((~unknown).sum()), n_unknown=int(unknown.sum()), note=note)
     return interval_cells(auroc=values[0], acc=values[1]) | rates | counts, values
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #230bb9c3
 def leave_one_generator_out(
     known: np.ndarray, # `(N, D)` features of training images
     train: pd.DataFrame, # their manifest; synthetic images only
+    held_out: np.ndarray, # `(H, D)` features of further training images, for the thresholds
+    held: pd.DataFrame, # their manifest; synthetic images only
     features: np.ndarray, # `(M, D)` features of test images
     test: pd.DataFrame, # their manifest; synthetic images only
     setting: str, # what was done to the test images
@@ -185,13 +188,14 @@ def leave_one_generator_out(
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `OPEN_SET_COLUMNS`; every generator and their mean, for both scores
     "AUROC and shares called unknown for every generator, left out in turn. Raises `ValueError` for unequal lengths."
-    if not (len(known) == len(train) and len(features) == len(test)):
+    if not (len(known) == len(train) and len(held_out) == len(held) and len(features) == len(test)):
         raise ValueError("features and manifests must have equally many rows")
     rows, stacks = [], dict[str, list[np.ndarray]]()
     for generator in [g for g in train["generator"].drop_duplicates().sort_values() if test["generator"].eq(g).any()]:
         stay, unknown = train["generator"].ne(generator).to_numpy(), test["generator"].eq(generator).to_numpy()
         with threadpool_limits(1): # the matrices are small; more threads would be slower
-            scores, predicted = _left_out_scores(known[stay], train["generator_family"].to_numpy()[stay], features)
+            others = held["generator"].ne(generator).to_numpy()
+            scores, predicted = _left_out_scores(known[stay], train["generator_family"].to_numpy()[stay], held_out[others], features)
         family = test.loc[unknown, "generator_family"].iloc[0]
         related = "yes" if train.loc[stay, "generator_family"].eq(family).any() else "no"
         for name, (score, threshold) in scores.items():

@@ -89,6 +89,25 @@ class ProbabilityHeader(Section):
     data: str = ""
     misses: dict[str, Share | None] = {}
 
+    @field_validator("slope")
+    @classmethod
+    def _keeps_the_order(cls, slope: float, info: ValidationInfo) -> float:
+        if slope <= 0: raise ValueError("must be positive: a larger logit means synthetic")
+        if info.data.get("method") == "none" and slope != 1: raise ValueError("must be 1 for the method none")
+        return slope
+
+    @field_validator("intercept")
+    @classmethod
+    def _is_that_of_the_method(cls, intercept: float, info: ValidationInfo) -> float:
+        if info.data.get("method") in ("none", "temperature") and intercept != 0: raise ValueError("must be 0 for this method")
+        return intercept
+
+    @field_validator("n_real")
+    @classmethod
+    def _is_a_part(cls, n_real: int, info: ValidationInfo) -> int:
+        if n_real > info.data.get("n", n_real): raise ValueError(f"more than the {info.data['n']} images of the fit")
+        return n_real
+
 class OpenSetHeader(Section):
     "Entry `open_set`: what `open_set.open_set_header` writes."
     score: Literal["nearest"]

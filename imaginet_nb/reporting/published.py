@@ -72,7 +72,7 @@ PAPER_ITEMS += (
     PaperItem("Format-matched", "Detection when all images have passed the same codec (not in the paper)", _BY, ("format_matched",)),
     PaperItem("Grouping", "How real images are assigned to a family", "p20_testset", ("grouping_difference",)),
     PaperItem("Grouping effect", "Effect of matching real images by content", _BY, ("grouping_effect",)),
-    PaperItem("Overlaps", "Calibration images and anchors against the test set", "p47_predict", ("calibration_overlap",)),
+    PaperItem("Overlaps", "Images of the fits against each other and the test set", "p47_predict", ("calibration_overlap",)),
     PaperItem("External calibration", "Score calibration on external benchmarks", "p51_external", ("external_calibration",)),
     PaperItem("Ledger", "Published and reproduced, side by side", "p90_summary", ("published_vs_reproduced",)))
 

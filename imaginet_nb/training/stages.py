@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..data.manifest import read_manifest_csv
-from ..data.splits import draw_balanced
+from ..data.splits import draw_balanced, set_aside
 from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint, training_outcome
 from ..core import Profile, Run, autocast, fingerprint, load_profile, pick_device, repo_root, seed_everything
 from ..data.datasets import EpochSampler, ManifestDataset, make_loader
@@ -381,7 +381,7 @@ def _pretrain_stage(run: Run, device: torch.device) -> None:
 
 def _calibrate_stage(run: Run, device: torch.device) -> None:
     "manifests/calibration.csv and checkpoints/pretrain.safetensors to checkpoints/selfcon.safetensors."
-    manifest = read_manifest_csv(run.manifests/"calibration.csv")
+    manifest, _ = set_aside(read_manifest_csv(run.manifests/"calibration.csv"), run.profile.evaluation.calibration_images, run.profile.seed)
     selfcon, header = load_checkpoint(run.checkpoints/"pretrain.safetensors")
     model = ImagiNetClassifier(selfcon.backbone, name="SelfCon (ours)", input_size=run.profile.data.image_size)
     resume = run.checkpoints/"selfcon.resume.pt"
@@ -391,7 +391,8 @@ def _calibrate_stage(run: Run, device: torch.device) -> None:
 
 def _baseline_stage(run: Run, device: torch.device) -> None:
     "manifests/{train,calibration}.csv to checkpoints/baseline.safetensors."
-    train, balanced = (read_manifest_csv(run.manifests/f"{split}.csv") for split in ("train", "calibration"))
+    train, listed = (read_manifest_csv(run.manifests/f"{split}.csv") for split in ("train", "calibration"))
+    balanced, _ = set_aside(listed, run.profile.evaluation.calibration_images, run.profile.seed)
     backbone = _new_backbone(run)
     resume = [run.checkpoints/f"baseline{stage}.resume.pt" for stage in (1, 2)]
     trained, held_out = hold_out(train, run.profile.seed)
