@@ -224,7 +224,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def test_a_worker_that_dies_is_reported_and_nothing_half_made_is_left(tmp_path):
-    process = start("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke")
+    process = start("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 1000) # fewer need no workers
     wait_for(lambda: workers_of(process))[0].kill()
     code, words = finish(process)
     assert code == 1 and "Traceback" not in words and ("worker" in words or "process" in words), words
@@ -232,7 +232,7 @@ def test_a_worker_that_dies_is_reported_and_nothing_half_made_is_left(tmp_path):
 
 
 def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(tmp_path):
-    process = start("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke")
+    process = start("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 1000) # fewer need no workers
     family = [psutil.Process(process.pid), *wait_for(lambda: workers_of(process))]
     os.killpg(process.pid, signal.SIGINT)
     code, words = finish(process, 30)

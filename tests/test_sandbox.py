@@ -55,7 +55,10 @@ def kind(path: str) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return S.make_sandbox(tmp_path_factory.mktemp("sandbox")/"tiny", **TINY)
+    "Made by several processes, as a large data set is."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, "SMALL", 0)
+        return S.make_sandbox(tmp_path_factory.mktemp("sandbox")/"tiny", **TINY)
 
 
 def test_the_full_size_has_the_papers_counts():
@@ -113,7 +116,10 @@ def test_one_process_makes_the_same_bytes(root, tmp_path, monkeypatch):
     "Catches random numbers, results or file names that depend on how the work is shared."
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    try: again = S.make_sandbox(tmp_path/"again", **TINY)
+    torch.set_num_threads(2)
+    try:
+        again = S.make_sandbox(tmp_path/"again", **TINY)
+        assert torch.get_num_threads() == 2, "the caller's number of threads was changed"
     finally: torch.set_num_threads(threads)
     assert digests(again) == digests(root)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random stream was moved"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'RECIPES', 'UPSAMPLERS', 'STEPS_UP', 'LATENT', 'STRONG', 'WEAK', 'STRONG_IMAGES', 'ROWS', 'MARKER',
-           'LISTS', 'RECIPE', 'dead_leaves', 'landscape', 'photograph', 'brush', 'flat', 'face', 'city', 'camera',
-           'picture', 'StandIn', 'train_stand_in', 'reconstruct', 'age', 'Row', 'plan', 'make_sandbox']
+           'LISTS', 'RECIPE', 'SMALL', 'dead_leaves', 'landscape', 'photograph', 'brush', 'flat', 'face', 'city',
+           'camera', 'picture', 'StandIn', 'train_stand_in', 'reconstruct', 'age', 'Row', 'plan', 'make_sandbox']
 
 # %% ../../nbs/01_data/10_sandbox.ipynb #4038f94f
 import json
@@ -446,6 +446,7 @@ def _make(root: Path, mark: str, images: int, seed: int, sides: tuple[int, int],
     files = plan(images)
     root.parent.mkdir(parents=True, exist_ok=True)
     for left in root.parent.glob(f".{root.name}-????????"): shutil.rmtree(left) # by a run that was killed
+    threads = torch.get_num_threads()
     building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         with torch.random.fork_rng(devices=[]): _fill(building, files, seed, sides, decoder_steps)
@@ -455,7 +456,9 @@ def _make(root: Path, mark: str, images: int, seed: int, sides: tuple[int, int],
         if root.exists(): shutil.rmtree(root)
         building.rename(root)
         root.chmod(0o755)
-    finally: shutil.rmtree(building, ignore_errors=True)
+    finally:
+        torch.set_num_threads(threads) # a small data set is made in this process
+        shutil.rmtree(building, ignore_errors=True)
 
 def _is_complete(root: Path, mark: str) -> bool:
     "Whether the data set exists, with every file. Raises if `root` holds something else."
@@ -466,11 +469,14 @@ def _is_complete(root: Path, mark: str) -> bool:
     return all((root/path).is_file() for path in needed)
 
 # %% ../../nbs/01_data/10_sandbox.ipynb #7045320a
+SMALL = 500 # images and optimiser steps that one process makes sooner than several start
+
 def _fill(root: Path, files: pd.DataFrame, seed: int, sides: tuple[int, int], decoder_steps: int) -> None:
     "Train the stand-ins, make every image, write the lists."
     synthetic = files[files["origin"] == "synthetic"]
     contents = synthetic.groupby("generator")["content_type"].unique().to_dict()
-    with worker_processes() as parallel:
+    small = len(files) + decoder_steps*len(contents) < SMALL
+    with worker_processes(1 if small else None) as parallel:
         training = parallel(delayed(train_stand_in)(g, list(contents[g]), 96, decoder_steps, seed) for g in contents)
         trained = list(progress(training, "training stand-in generators", total=len(contents))) # to its end: `parallel` is used again
         states = dict(zip(contents, trained))
