@@ -21,8 +21,8 @@ setup: .venv/complete ## environment in .venv from requirements.lock, editable i
 	$(BIN)/python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb
 	@touch $@
 
-reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE=demo] [FORCE=1] [DRYRUN=1]
-	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(FORCE),--force) $(if $(DRYRUN),--dry-run)
+reproduce: setup ## every table and figure of the paper: make reproduce [PROFILE=demo] [SEEDS=3] [FORCE=1] [DRYRUN=1]
+	$(BIN)/imaginet reproduce --profile $(PROFILE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FORCE),--force) $(if $(DRYRUN),--dry-run)
 
 bench: setup ## times of every stage beside the plain way, to reports/benchmark/; leave the machine alone meanwhile
 	$(BIN)/python -c 'from imaginet_nb.apps.pipeline import run_notebook, write_html; write_html(run_notebook("p95_benchmark", "benchmark"), "reports/benchmark/index.html")'

@@ -17,11 +17,13 @@ from imaginet_nb.core import read_yaml
 NAMES = str(config.get("profile", "demo")).split(",")   # each a name in profiles/ or a path to a YAML file
 FILES = [Path(name if name.endswith((".yaml", ".yml")) else f"profiles/{name}.yaml") for name in NAMES]
 SETTINGS = {path.stem: read_yaml(path) for path in FILES}
+SEEDS = int(config.get("seeds", 0))                     # further trainings of both methods, with seeds 1, 2, ...
 REPORT = "reports/{profile}"                            # everywhere below, {profile} is the name of one of them
 
 
 wildcard_constraints:
     profile="|".join(SETTINGS),
+    seed=r"\d+",
 
 
 def imports_of(source, package=()):
@@ -168,6 +170,14 @@ rule p48_training:
     shell: RUN
 
 
+rule p49_seed: # once for each of SEEDS
+    input: every(MANIFESTS + "/{split}.csv", split=["train", "calibration", "perturbed"])
+    output: REPORT + "/notebooks/p49_seed_{seed}.ipynb", PREDICTIONS + "/seed_{seed}.csv"
+    params: settings=settings("data", "model", "pretrain", "calibrate", "evaluation"), code=code_of("p49_seed")
+    threads: training_threads
+    shell: RUN + " --seed {wildcards.seed}"
+
+
 rule p50_detection:
     input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
     output:
@@ -232,8 +242,16 @@ rule p63_speed:
     shell: RUN
 
 
+rule p64_seeds:
+    input: every(PREDICTIONS + "/seed_{seed}.csv", seed=range(1, SEEDS + 1))
+    output: notebook("p64_seeds"), tables("seeds"), figures("seeds")
+    params: settings=settings("evaluation"), code=code_of("p64_seeds")
+    shell: f"{RUN} --seeds {SEEDS}"
+
+
 rule p90_summary:
     input:
+        rules.p64_seeds.output if SEEDS else [],
         CHECKPOINTS + "/selfcon.safetensors",
         rules.p10_dataset.output, rules.p48_training.output, rules.p50_detection.output, rules.p51_external.output, rules.p52_identification.output,
         rules.p60_embeddings.output, rules.p61_content_ablation.output, rules.p62_robustness.output, rules.p63_speed.output,

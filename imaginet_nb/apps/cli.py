@@ -65,15 +65,17 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="Make everything again, whether out of date or not.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run and why, with an estimate of the hours.")] = False,
     processes: Annotated[int, typer.Option(help="Processes that train together, one per GPU; 0 = checkpoints come from elsewhere.")] = 1,
+    seeds: Annotated[int, typer.Option(min=0, help="Train both methods with that many further seeds, and compare them; 0 = none.")] = 0,
 ) -> None:
     """Regenerate every table and figure of a profile in reports/<profile>/.
 
     Runs the pipeline notebooks that are out of date: a second call does nothing.
     """
     settings, root = load_profile(profile), repo_root()
+    if seeds == 1: raise typer.BadParameter("a spread needs two seeds at least", param_hint="--seeds")
     if not (root/"Snakefile").is_file(): raise ProfileError(f"no Snakefile in {root}: run this inside a clone of the repository")
-    words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", f"processes={processes}", "--nolock", "--rerun-incomplete",
-             "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules"]
+    words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", f"processes={processes}", f"seeds={seeds}",
+             "--nolock", "--rerun-incomplete", "--retries", "1", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules"]
     if int(version("snakemake").split(".")[0]) >= 9: words += ["host"] # older ones say nothing of the host, and do not know the word
     words += ["--dry-run"] if dry_run else ["progress"]
     if force: words += ["--forceall"]
@@ -109,11 +111,14 @@ def notebook(
     name: Annotated[str, typer.Argument(help="Pipeline notebook, such as p50_detection.")],
     profile: Annotated[str, typer.Option(help="Name in profiles/ or path of a YAML file.")] = "demo",
     processes: Annotated[int | None, typer.Option(help="Processes that train together, one per GPU; for notebooks that train.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of a training; for p49_seed.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of trainings that are compared; for p64_seeds.")] = None,
 ) -> None:
     "Execute one pipeline notebook; its result goes to reports/<profile>/notebooks/."
     from imaginet_nb.apps.pipeline import run_notebook
     start = time.monotonic()
-    path = run_notebook(name, profile, **({} if processes is None else dict(processes=processes)))
+    given = {key: value for key, value in dict(processes=processes, seed=seed, seeds=seeds).items() if value is not None}
+    path = run_notebook(name, profile, "" if seed is None else f"_{seed}", **given)
     typer.echo(f"{path.stem}: done in {time.monotonic() - start:.0f} s")
 
 # %% ../../nbs/08_apps/07_cli.ipynb #8e3cf46e

@@ -135,8 +135,9 @@ def portable(
 def run_notebook(
     name: str, # pipeline notebook without suffix, such as `p50_detection`, or a path to a notebook
     profile: str = "demo", # name or path of a profile
+    suffix: str = "", # of the executed notebook's name, where one is executed with several values of a parameter
     **overrides: Any, # further parameters that the notebook declares
-) -> Path: # executed notebook, `reports/<profile>/notebooks/<name>.ipynb`
+) -> Path: # executed notebook, `reports/<profile>/notebooks/<name><suffix>.ipynb`
     """Execute a pipeline notebook from its first to its last cell.
 
     Raises `PipelineError` if the notebook or a parameter is unknown or a cell fails; then there is no final file."""
@@ -148,13 +149,14 @@ def run_notebook(
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": str(profile), **overrides}
     check_parameters(template, parameters)
-    final, partial = folder/f"{template.stem}.ipynb", folder/f"{template.stem}.partial.ipynb"
+    stem = f"{template.stem}{suffix}"
+    final, partial = folder/f"{stem}.ipynb", folder/f"{stem}.partial.ipynb"
     try:
         with _kernel_environment():
-            out, err = _Labelled(sys.stdout, template.stem), _Labelled(sys.stderr, template.stem)
+            out, err = _Labelled(sys.stdout, stem), _Labelled(sys.stderr, stem)
             papermill.execute_notebook(
                 template, partial, parameters, cwd=str(repo_root()), kernel_name="python3", log_output=False,
-                progress_bar={"desc": template.stem} if sys.stderr.isatty() else False, stdout_file=out, stderr_file=err,
+                progress_bar={"desc": stem} if sys.stderr.isatty() else False, stdout_file=out, stderr_file=err,
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"]) # it warns of local sockets otherwise
     except PapermillExecutionError as error:
         raise PipelineError(f"{template.stem} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n\n{error.source}\n\n"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PINK', 'SKY', 'GREY', 'STYLES', 'LEGENDS', 'SPARE', 'X_LABELS', 'CHANCE', 'TERMS',
            'label_styles', 'new_figure', 'plot_embedding', 'save_figure', 'plot_detection', 'plot_content_ablation',
-           'plot_generalisation', 'plot_robustness', 'plot_training', 'confusion', 'plot_confusion']
+           'plot_generalisation', 'plot_seeds', 'plot_robustness', 'plot_training', 'confusion', 'plot_confusion']
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #5e1ab004
 from collections.abc import Iterable, Mapping, Sequence
@@ -191,6 +191,29 @@ def plot_generalisation(
         axes.set(title=method, xlabel="AUC", yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
         axes.legend(frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
+    return figure
+
+# %% ../../nbs/05_reporting/01_figures.ipynb #5eedbf97
+def plot_seeds(
+    table: pd.DataFrame, # columns detector, seed, group, auc; of rows of the spread only the mean is drawn
+    title: str = "",
+) -> Figure:
+    "AUC of every seed and group, and the difference of the methods."
+    _require(table, ("detector", "seed", "group", "auc"), "plot_seeds")
+    groups = list(dict.fromkeys(table["group"]))
+    figure, panels = new_figure(2, height=1.6 + 0.42*len(groups))
+    differs = table["detector"].str.startswith("difference")
+    for axes, part, label in ((panels[0], table[~differs], "AUC"), (panels[1], table[differs], "difference in AUC")):
+        styles = label_styles(part["detector"], "detector")
+        for i, (name, (colour, marker)) in enumerate(styles.items()):
+            for offset, (is_mean, size, form) in enumerate(((False, 4.5, marker), (True, 14, "|"))):
+                rows = part[part["detector"].eq(name) & (part["seed"].eq("mean") if is_mean else part["seed"].str.isdigit())]
+                y = [groups.index(group) + 0.24*(i - (len(styles) - 1)/2) for group in rows["group"]]
+                axes.plot(rows["auc"], y, form, color=colour, ms=size, label=None if offset else name)
+        axes.set(xlabel=label, yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
+    panels[1].axvline(0, color=GREY, ls="--", lw=1)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #908eaad4

@@ -58,6 +58,8 @@ PAPER_ITEMS: tuple[PaperItem, ...] = (
 
 # %% ../../nbs/05_reporting/02_published.ipynb #ed75d9e9
 PAPER_ITEMS += (
+    PaperItem("Seeds", "Trainings that differ in the seed alone (not in the paper)", "p64_seeds", ("seeds",), ("seeds",),
+              remark="Not part of the default run: `make reproduce SEEDS=3` trains both methods with three further seeds."),
     PaperItem("Probabilities", "Calibration quality of the probabilities (not in the paper)", _BY, ("probabilities", "reliability"),
               ("reliability",)),
     PaperItem("Operating points", "Detection rate at low false-positive rates (not in the paper)", _BY, ("operating_points",)),

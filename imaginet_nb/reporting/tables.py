@@ -179,7 +179,7 @@ def write_provenance(
     return write_text(text, stem.with_name(f"{stem.name}.provenance.json"))
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #12e13561
-INTERVAL_NOTE = "Brackets: 95 % bootstrap interval."
+INTERVAL_NOTE = "Brackets: 95 % bootstrap interval over images; the randomness of training is not in it."
 
 def save_table(
     frame: pd.DataFrame, # at least one row

@@ -307,30 +307,32 @@ def small_stages(
 def train_both_stages(
     method: str, # of `METHODS`
     name: str, # of the detector
-    manifest: pd.DataFrame, # images of both stages
+    manifest: pd.DataFrame, # images of stage 1
+    balanced: pd.DataFrame, # images of stage 2
     root: str | Path, # folder of the images
     profile: Profile,
     device: torch.device,
+    resume: tuple[Path | None, Path | None] = (None, None), # state files of the stages, which survive an interruption
 ) -> ImagiNetClassifier: # on the device
-    """Stage 1 with one of the two losses, then stage 2 on the same images.
+    """Stage 1 with one of the two losses, then stage 2.
 
     Raises ValueError for another method, otherwise what `fit` raises."""
     if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     settings = profile.model
     seed_everything(profile.seed) # so that a network does not depend on those trained before it
-    backbone = create_backbone(settings.name, width=settings.width)
+    backbone = _new_backbone(profile)
     if method == METHODS[0]:
-        pretrain(SelfConNet(backbone, settings.exit_stage, settings.projection_size), manifest, root, profile, device)
-    else: pretrain_cross_entropy(backbone, manifest, root, profile, device)
+        pretrain(SelfConNet(backbone, settings.exit_stage, settings.projection_size), manifest, root, profile, device, resume[0])
+    else: pretrain_cross_entropy(backbone, manifest, root, profile, device, resume[0])
     model = ImagiNetClassifier(backbone, name, input_size=profile.data.image_size)
-    calibrate(model, manifest, root, profile, device)
+    calibrate(model, balanced, root, profile, device, resume[1])
     return model
 
 # %% ../../nbs/03_training/04_stages.ipynb #6c8c4b9b
-def _new_backbone(run: Run) -> Backbone:
+def _new_backbone(profile: Profile) -> Backbone:
     "The backbone of the profile, with ImageNet weights if it says so."
-    backbone = create_backbone(run.profile.model.name, width=run.profile.model.width)
-    if run.profile.model.pretrained:
+    backbone = create_backbone(profile.model.name, width=profile.model.width)
+    if profile.model.pretrained:
         load_imagenet_weights(backbone)
     return backbone
 
@@ -373,7 +375,7 @@ def _write(
 def _pretrain_stage(run: Run, device: torch.device) -> None:
     "manifests/train.csv to checkpoints/pretrain.safetensors."
     settings, manifest = run.profile.model, read_manifest_csv(run.manifests/"train.csv")
-    model = SelfConNet(_new_backbone(run), exit_stage=settings.exit_stage, projection_size=settings.projection_size)
+    model = SelfConNet(_new_backbone(run.profile), exit_stage=settings.exit_stage, projection_size=settings.projection_size)
     trained, held_out = hold_out(manifest, run.profile.seed)
     resume = run.checkpoints/"pretrain.resume.pt"
     history = pretrain(model, trained, run.data, run.profile, device, resume, held_out)
@@ -393,7 +395,7 @@ def _baseline_stage(run: Run, device: torch.device) -> None:
     "manifests/{train,calibration}.csv to checkpoints/baseline.safetensors."
     train, listed = (read_manifest_csv(run.manifests/f"{split}.csv") for split in ("train", "calibration"))
     balanced, _ = set_aside(listed, run.profile.evaluation.calibration_images, run.profile.seed)
-    backbone = _new_backbone(run)
+    backbone = _new_backbone(run.profile)
     resume = [run.checkpoints/f"baseline{stage}.resume.pt" for stage in (1, 2)]
     trained, held_out = hold_out(train, run.profile.seed)
     first = pretrain_cross_entropy(backbone, trained, run.data, run.profile, device, resume[0], held_out)
