@@ -87,7 +87,7 @@ def test_page_stands_alone_and_repeats_itself(published, tmp_path):
     for file in files: assert (published[1]/file).read_bytes() == (tmp_path/file).read_bytes(), file
     text = (tmp_path/"index.html").read_text()
     assert "0.788 / 0.844" in text and "https:" not in text and str(LISTS) not in text and str(tmp_path) not in text
-    assert "Not looked at" in text                                                     # no images, and the page says so
+    assert "Not measured, because the images are not available" in text                      # no images, and the page says so
     for name in ("metadata_baseline.csv", "overlap.csv", "index.html"):
         stored = (repo_root()/"reports"/"audit"/name).read_bytes()
         assert stored == (tmp_path/name).read_bytes(), f"{name} is out of date: imaginet audit LISTS --out reports/audit"
