@@ -238,7 +238,7 @@ rule p62_robustness:
 rule p63_speed:
     output: notebook("p63_speed"), tables("inference_time")
     params: settings=settings("speed"), code=code_of("p63_speed")
-    threads: lambda wildcards: workflow.cores if SETTINGS[wildcards.profile]["exclusive"] else 1 # other work would spoil the times
+    threads: workflow.cores # other work would spoil the times
     shell: RUN
 
 
