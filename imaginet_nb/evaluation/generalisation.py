@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from ..data.labels import FAMILIES
 from .bootstrap import by_detector, interval_cells
-from .detection import MEAN, Group, detection_values, group_by_family
+from .detection import MEAN, Group, detection_values, difference_name, group_by_family
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a8557c46
 def network_name(
@@ -26,7 +26,7 @@ def network_name(
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #8bc01421
 WITH, WITHOUT = "with the family", "without the family"
-COST = "difference: without - with"
+COST = "difference: without − with"
 GENERALISATION_COLUMNS = ("detector", "training", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high",
                           "n_real", "n_synthetic")
 
@@ -66,7 +66,7 @@ def generalisation_table(
     "Detection of families that were in training or not. Raises ValueError for missing networks, errors and unequal images."
     values, images = _values(predictions, methods, resamples, seed)
     first, second = methods
-    values[f"difference: {first} - {second}", WITHOUT] = values[first, WITHOUT] - values[second, WITHOUT]
+    values[difference_name((first, second)), WITHOUT] = values[first, WITHOUT] - values[second, WITHOUT]
     groups = [*group_by_family(images, seed)[0], Group(MEAN, np.arange(len(images)))]
     real, rows = images["origin"].eq("real").to_numpy(), []
     for (detector, training), of_groups in values.items():
@@ -92,6 +92,6 @@ def generalisation_text(
     lines = [f"{row['detector']}, AUC without the family minus AUC with it: {_verdict(row, 'a loss', 'a gain')}."
              for _, row in costs.iterrows()]
     between = mean[mean["detector"].str.startswith("difference:")].iloc[0]
-    first, _, second = between["detector"].removeprefix("difference: ").partition(" - ")
+    first, _, second = between["detector"].removeprefix("difference: ").partition(" − ")
     verdict = _verdict(between, f"{second} is better", f"{first} is better")
     return "\n".join([*lines, f"On families left out of training, {first} against {second}: {verdict}."])

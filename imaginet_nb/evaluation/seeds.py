@@ -14,7 +14,7 @@ from scipy.special import expit
 from scipy.stats import ttest_1samp
 
 from .bootstrap import by_detector, of_detector
-from .detection import MEAN, detection_values, group_by_family
+from .detection import MEAN, detection_values, difference_name, group_by_family
 
 # %% ../../nbs/07_evaluation/11_seeds.ipynb #170a8093
 SEED_COLUMNS = ("detector", "seed", "group", "acc", "auc")
@@ -51,7 +51,7 @@ def seed_table(
             values[method].append(found)
     first, second = methods
     stacked = {method: np.stack(found) for method, found in values.items()}
-    stacked[f"difference: {first} - {second}"] = stacked[first] - stacked[second]
+    stacked[difference_name((first, second))] = stacked[first] - stacked[second]
     rows = []
     for detector, found in stacked.items():
         numbered = dict(zip(map(str, predictions), found, strict=True))
@@ -66,7 +66,7 @@ def seed_text(
 ) -> str: # one sentence
     "Mean difference in AUC over the seeds with its 95 % t interval, and whether its sign can be told."
     rows = table[table["group"].eq(MEAN) & table["detector"].str.startswith("difference:") & ~table["seed"].isin(SPREAD)]
-    first, _, second = rows["detector"].iloc[0].removeprefix("difference: ").partition(" - ")
+    first, _, second = rows["detector"].iloc[0].removeprefix("difference: ").partition(" − ")
     values = rows["auc"].to_numpy(float)
     low = high = values.mean()
     if np.ptp(values) > 0:
