@@ -214,8 +214,9 @@ def gather(folder: Path) -> None:
     for path in itertools.chain(*groups): copy_notebook(path, folder/path.relative_to(ROOT))
     for path in library(): write(folder/"api"/f"{module_of(path)}.md", api_page(path))
     write(folder/"api"/"commands.md", command_page())
-    # a folder has no page of its own; its first notebook stands for it
-    readme = re.sub(r"\]\((nbs/\w+)\)", lambda match: f"]({first_notebook(match[1])})", (ROOT/"README.md").read_text(encoding="utf-8"))
+    # a folder has no page of its own; its first notebook stands for it, and the pages of the pipeline show the executed copies
+    readme = (ROOT/"README.md").read_text(encoding="utf-8").replace("](reports/demo/notebooks)", "](nbs/pipelines)")
+    readme = re.sub(r"\]\((nbs/\w+)\)", lambda match: f"]({first_notebook(match[1])})", readme)
     names = [[p.relative_to(ROOT).as_posix() for p in group] for group in groups]
     parts = {"Use": [*names[0], "api/commands"], "Library": names[1], "Pipeline": names[2], "Documents": documents,
              "API": [*(f"api/{module_of(path)}" for path in library()), "genindex"]}
