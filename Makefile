@@ -2,6 +2,7 @@
 PYTHON  ?= python3
 PROFILE ?= demo
 BIN     := .venv/bin
+LONGEST := tests/test_look_alike.py tests/test_pipeline.py tests/test_gpu_run.py tests/test_site.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
@@ -31,8 +32,8 @@ test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, noteboo
 	$(BIN)/ruff check .
 	# mypy has one process: it runs beside the notebooks
 	$(BIN)/mypy & types=$$!; TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; notebooks=$$?; wait $$types && exit $$notebooks
-	# the longest files first, in this order; a worker that crashes ends the run, since what it had left would wait for ever
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_look_alike.py tests/test_pipeline.py tests -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
+	# each file by name, since pytest would sort those of a folder: the longest first. A worker that crashes ends the run, since what it had left would wait for ever
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py)) -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
 
 # the same content before and after: what is committed is what the notebooks say
 check-notebooks: setup
