@@ -217,14 +217,14 @@ def profile(images, tmp_path):
 
 
 def test_accelerate_launch_trains_what_the_notebook_trains(profile):
-    "From the command line with two processes, and in this process as p30 does: one line an epoch, the same losses, the same weights."
+    "From the command line with two processes, and in this process as p30 does: one line an epoch and one of the outcome, the same losses, the same weights."
     path, report = profile
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
              "--dynamo_backend", "no", "--main_process_port", "0", "-m", "imaginet_nb.training.stages",
              "--profile", path, "--stage", "pretrain"]
     result = subprocess.run([str(w) for w in words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [line[:9] for line in result.stdout.splitlines()] == ["epoch 1/2", "epoch 2/2"] and "epoch" not in result.stderr
+    assert [line[:9] for line in result.stdout.splitlines()] == ["epoch 1/2", "epoch 2/2", "pretrain:"] and "epoch" not in result.stderr
     assert [p.name for p in (report/"checkpoints").iterdir()] == ["pretrain.safetensors"]
     model, header = load_checkpoint(report/"checkpoints"/"pretrain.safetensors")
     training.launch("pretrain", str(path))
