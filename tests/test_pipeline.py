@@ -234,15 +234,15 @@ def test_probabilities_shifts_and_the_open_set_are_about_both_detectors_and_all_
 
 
 def test_a_test_image_under_another_name_ends_the_calibration(report, tmp_path):
-    "The training list holds copies of test images, saved as another file type: stage 2 must stop and write no checkpoint."
+    "The list of stage 2 holds copies of test images, saved as another file type: the notebook must stop before any training."
     profile = edited(tmp_path, "name: smoke", "name: smoke-leak", "smoke-leak")
     leak, images = ROOT/"reports"/"smoke-leak", ROOT/"data"/"smoke"
     for folder in ("manifests", "checkpoints"): shutil.copytree(report/folder, leak/folder, dirs_exist_ok=True)
     (leak/"checkpoints"/"selfcon.safetensors").unlink()
-    train, test = (pd.read_csv(leak/"manifests"/f"{split}.csv", keep_default_na=False) for split in ("train", "test"))
+    listed, test = (pd.read_csv(leak/"manifests"/f"{split}.csv", keep_default_na=False) for split in ("calibration", "test"))
     copies = test.assign(path=[f"leaked/{i}.png" for i in range(len(test))], split="train")
     for source, copy in zip(test["path"], copies["path"], strict=True): save(decode(images/source), images/copy)
-    pd.concat([train, copies]).to_csv(leak/"manifests"/"train.csv", index=False)
+    pd.concat([listed, copies]).to_csv(leak/"manifests"/"calibration.csv", index=False)
     try:
         result = imaginet("notebook", "p40_calibrate", "--profile", profile)
         assert result.returncode != 0 and "has the pixels of the test image" in result.stdout + result.stderr
