@@ -217,7 +217,7 @@ def profile(images, tmp_path):
 
 
 def test_accelerate_launch_trains_what_the_notebook_trains(profile):
-    "From the command line with two processes, and in this process as p30 does: a line an epoch and one of the outcome, equal losses and weights."
+    "From the command line with two processes and, as p30 does, in this one: one line an epoch and the outcome, same losses, weights."
     path, report = profile
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
              "--dynamo_backend", "no", "--main_process_port", "0", "-m", "imaginet_nb.training.stages",
