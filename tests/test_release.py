@@ -1,4 +1,4 @@
-"""What a published repository is known by: citation, archive, cards, CI, containers, launch links. Each is validated by its own schema or library."""
+"""What a published repository is known by: citation, archive, cards, CI, containers, launch links; each by its own schema or library."""
 import datetime
 import json
 import os
