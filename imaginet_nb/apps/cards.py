@@ -190,10 +190,10 @@ def _model_front_matter(name: str, profile: Profile, tables: Path) -> ModelCardD
     mean = _rows(tables/"detection_by_family.csv", detector=name, group="Mean").to_dict("records")
     results = [EvalResult(task_type="image-classification", metric_type=kind, metric_name=what, metric_value=float(row[metric]), **data)
                for row in mean for metric, kind, what in _METRICS if row.get(metric)]
-    found = {"datasets": [HUB_DATASET]} if imaginet else {} # the sandbox is made by code and lies on no hub
+    hub = [HUB_DATASET] if imaginet else None # the sandbox is made by code and lies on no hub
     return ModelCardData(license="apache-2.0", library_name="imaginet_nb", pipeline_tag="image-classification", tags=_TAGS,
                          metrics=[kind for _, kind, _ in _METRICS], eval_results=results or None,
-                         model_name=f"{name}, profile {profile.name}", **found)
+                         model_name=f"{name}, profile {profile.name}", datasets=hub)
 
 # %% ../../nbs/08_apps/03_cards.ipynb #fef8f0ba
 def model_card(
