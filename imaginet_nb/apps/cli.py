@@ -477,17 +477,17 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
 
 def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> int: # number of files that could be scored
     "Write the table and print the counts; when interrupted, print how to continue."
-    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file
+    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
     if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
     try: counts = score_to_file(files, scorer, out, resume)
     except KeyboardInterrupt:
         _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
         raise typer.Exit(130) from None
-    scored = sum(counts[word] for word in scorer.verdicts)
-    words = ", ".join(f"{counts[word]} {word}" for word in scorer.verdicts)
+    words = verdict_words(scorer.detector, scorer.settings)
+    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
     notes = [f"{counts['kept']} rows kept"] if resume else []
-    if scorer.stand_ins: notes.append(STAND_IN_NOTE)
-    typer.echo("; ".join([f"{out}: {scored} scored ({words})", f"{counts['error']} with an error", *notes]))
+    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
+    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
     return scored
 
 # %% ../../nbs/08_apps/07_cli.ipynb #52779b86

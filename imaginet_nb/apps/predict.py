@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ANY_SIZE', 'Box', 'VIEWS', 'SCORE_COLUMNS', 'DEMO_ONLY', 'STAND_IN_NOTE', 'FORMATS_OUT', 'find_files', 'crop_boxes',
            'Prepared', 'prepare', 'verdict_thresholds', 'verdict', 'Settings', 'environment', 'trained_on_stand_ins',
-           'Scorer', 'score_picture', 'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores',
-           'read_scores', 'part_of', 'without_results', 'score_to_file']
+           'verdict_words', 'Scorer', 'score_picture', 'score_files', 'check_out', 'check_writable', 'score_frame',
+           'write_scores', 'read_scores', 'part_of', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import contextlib
@@ -216,6 +216,14 @@ def trained_on_stand_ins(
     if "data_source" in header: return bool(header["data_source"] != "imaginet")
     return header.get("profile") in _STAND_IN_PROFILES
 
+def verdict_words(
+    detector: Any, # `Detector`
+    settings: Settings,
+) -> tuple[str, ...]: # what the verdict of a row may be
+    "Synthetic, unsure, real; `demo only` for a detector that was trained on stand-ins, unless the settings accept it."
+    refused = trained_on_stand_ins(detector) and not settings.demo
+    return (DEMO_ONLY,) if refused else ("synthetic", "unsure", "real")
+
 # %% ../../nbs/08_apps/00_predict.ipynb #be99777f
 @dataclass(frozen=True)
 class Scorer:
@@ -231,14 +239,6 @@ class Scorer:
 
     @cached_property
     def limits(self) -> tuple[float, float]: return verdict_thresholds(self.detector, self.settings.error_rate)
-
-    @cached_property
-    def stand_ins(self) -> bool: return trained_on_stand_ins(self.detector)
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        "The words that a row may have as its verdict."
-        return (DEMO_ONLY,) if self.stand_ins and not self.settings.demo else ("synthetic", "unsure", "real")
 
     @cached_property
     def nearest(self) -> NearestKnown | None:
@@ -300,7 +300,7 @@ def score_picture(
     if not np.isfinite(logits).all() or np.isinf(answers).any(): return {"error": f"{scorer.detector.name} gave a score that is not finite"}
     p = dict(zip(views, map(float, calibrated_probability(scorer.detector, logits)), strict=True))
     word, reason = verdict(p, *scorer.limits)
-    if word not in scorer.verdicts: word, reason = DEMO_ONLY, None
+    if word not in verdict_words(scorer.detector, scorer.settings): word, reason = DEMO_ONLY, None
     own = answers[0, :, 0]
     row = {"logit": float(logits[0]), "probability": p["original"], "verdict": word, "reason": reason, "crops": len(own),
            "crop_spread": float(own.std(ddof=1)) if len(own) > 1 else None}
@@ -346,7 +346,7 @@ def _load(scorer: Scorer, path: Path) -> tuple[Prepared | None, dict[str, Any]]:
     try:
         if os.path.isdir(path): raise ImageError(f"{path}: a link to a folder, or one that cannot be opened; name it to score it")
         before, picture = _state(path), decode(path)
-        row |= _facts(path, picture, scorer.detector.input_size, scorer.stand_ins) | {"sha256": file_sha256(path)}
+        row |= _facts(path, picture, scorer.detector.input_size, trained_on_stand_ins(scorer.detector)) | {"sha256": file_sha256(path)}
         if before != _state(path): raise ImageError(f"{path}: changed while it was read; score it again")
         return scorer.prepare(picture), row
     except Exception as error: # a malicious file can raise nearly anything; the other files are scored all the same
@@ -574,7 +574,7 @@ def score_to_file(
     resume: bool = False, # keep rows of an earlier run
 ) -> dict[str, int]: # verdict, `error` or `kept` -> number of files
     "Score files and write the table."
-    out, counts = check_out(out), dict.fromkeys((*scorer.verdicts, "error", "kept"), 0)
+    out, counts = check_out(out), dict.fromkeys((*verdict_words(scorer.detector, scorer.settings), "error", "kept"), 0)
     check_writable(out)
     check_writable(part_of(out))
     wanted, done = {path_text(path): path for path in paths}, set[str]()
