@@ -475,6 +475,7 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
     for result in results: check_writable(result) # before hours of work
     return files
 
+# %% ../../nbs/08_apps/07_cli.ipynb #a7d30004
 def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> int: # number of files that could be scored
     "Write the table and print the counts; when interrupted, print how to continue."
     from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
