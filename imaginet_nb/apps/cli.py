@@ -413,8 +413,7 @@ def _detector(checkpoint: Path | None, detector: str | None, device: str, trust:
 # %% ../../nbs/08_apps/07_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders (walked through), patterns in quotes, or - for a list on standard "
-                                                    "input, one path per line.")],
+    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, or - for paths on standard input.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
                                                       "or a linear probe (.safetensors).")] = None,
@@ -427,8 +426,7 @@ def predict(
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
-    demo: Annotated[bool, typer.Option("--demo", help="Accept the verdicts of a detector that was trained on the embedded stand-ins; "
-                                                      "without this they are `demo only`.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
