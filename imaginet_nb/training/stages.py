@@ -368,7 +368,7 @@ def _write(
     reason = "; ".join(text for text in reasons if text)
     facts: dict[str, Any] = {key: _records(history) for key, history in histories.items()}
     header = save_checkpoint(model, run.checkpoints/f"{name}.safetensors", profile=run.profile.name, data_hash=data,
-                             learned=not reason, not_learned=reason, **facts)
+                             data_source=run.profile.data.source, learned=not reason, not_learned=reason, **facts)
     for state in states: state.unlink(missing_ok=True)
     print(f"{name}: {training_outcome(header)}", flush=True)
 
