@@ -294,7 +294,8 @@ def gather(folder: Path) -> None:
                          "Where each item is <reports/README.md>"],
              "Tutorials": others,
              "Library": ["0 Core <nbs/00_core.ipynb>", *(f"nbs/{name}/index.md" for name in about)],
-             "Reference": ["api/index.md", "api/commands.md", "data/README.md", "CHANGELOG.md", "SECURITY.md", "genindex"]}
+             "Reference": ["api/index.md", "api/commands.md", "data/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
+                           "genindex"]}
     # a folder of notebooks has a page of its own here, and the pages of the pipeline show the executed copies
     readme = (ROOT/"README.md").read_text(encoding="utf-8").replace("](reports/demo/notebooks)", "](nbs/pipelines)")
     readme = re.sub(r"\]\((nbs/\w+)\)", r"](\1/index.md)", readme)
