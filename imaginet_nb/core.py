@@ -419,8 +419,8 @@ class Profile(Section):
     device: str                                # auto, cpu, cuda, cuda:1, ...
     num_workers: int | None                    # loader processes; None = chosen from the machine
     exclusive: bool                            # a notebook that trains has the machine to itself
-    deterministic: bool = False                # torch's deterministic kernels on a GPU, which are slower; a CPU's usual ones are deterministic
-    compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, where a run is long enough to earn back the time that it takes
+    deterministic: bool = False                # on a GPU, deterministic kernels, which are slower
+    compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, in runs long enough to earn it back
     data: DataConfig
     sandbox: SandboxConfig | None
     model: ModelConfig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AnyDetector', 'EARNED_BACK', 'fold_batchnorm', 'OnnxBackbone', 'fast', 'compilation_pays', 'compile_network',
-           'compile_detector']
+           'compile_where_it_pays', 'compile_detector']
 
 # %% ../../nbs/02_models/04_fast.ipynb #5805a229
 import copy
@@ -102,7 +102,8 @@ def compile_network(
     buffers, start = [(buffer, buffer.clone()) for buffer in whole.buffers()], time.perf_counter()
     torch.compiler.set_stance("default")
     network.compile(dynamic=False)
-    try: example()
+    try:
+        with torch.random.fork_rng(): example()
     except Exception as error:
         network._compiled_call_impl = None # what `compile` has set
         print(f"compile: failed, eager instead: {type(error).__name__}, {str(error).strip().splitlines()[0][:150]}", flush=True)
@@ -115,14 +116,25 @@ def compile_network(
     return True
 
 # %% ../../nbs/02_models/04_fast.ipynb #5c0a1e07
+def compile_where_it_pays(
+    choice: Literal["auto", "never"], # of the profile
+    network: nn.Module, # on its device; compiled in place
+    backbone: Backbone, # inside it
+    pixels: int, # of all images that will go through it
+    example: Callable[[], object], # as for `compile_network`
+    whole: nn.Module | None = None, # as for `compile_network`
+) -> None:
+    "Compile a network that will be used long enough. One line says what was decided."
+    if choice == "never": return
+    if compilation_pays(backbone, pixels, next(network.parameters()).device): compile_network(network, example, whole)
+    else: print(f"compile: {pixels/1e9:.1f} thousand million pixels on this device would not earn it back, eager", flush=True)
+
 def compile_detector(
-    detector: PixelDetector, # on its device, its precision set; changed in place
+    choice: Literal["auto", "never"], # of the profile
+    detector: PixelDetector, # on its device, its precision set; compiled in place
     images: int, # that it will score
     batch: Tensor, # `(B, 3, H, W)` uint8: shape of a batch
-    choice: Literal["auto", "never"], # of the profile
 ) -> None:
-    "Compile the backbone of a detector for one shape of batches where that pays. One line says what was decided."
-    device, pixels = detector.normalize.mean.device, images*batch[0, 0].numel()
-    if choice == "never": return
-    if compilation_pays(detector.backbone, pixels, device): compile_network(detector.backbone, lambda: detector.score(batch))
-    else: print(f"compile: {images:,} images would not earn it back, eager")
+    "Compile the backbone of a detector for one shape of batches, if it will score many."
+    pixels = images*batch[0, 0].numel()
+    compile_where_it_pays(choice, detector.backbone, detector.backbone, pixels, lambda: detector.score(batch))
