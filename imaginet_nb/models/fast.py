@@ -133,8 +133,9 @@ def compile_detector(
     choice: Literal["auto", "never"], # of the profile
     detector: PixelDetector, # on its device, its precision set; compiled in place
     images: int, # that it will score
-    batch: Tensor, # `(B, 3, H, W)` uint8: shape of a batch
+    batch_size: int, # of them at once
+    size: int, # their side, pixels
 ) -> None:
     "Compile the backbone of a detector for one shape of batches, if it will score many."
-    pixels = images*batch[0, 0].numel()
-    compile_where_it_pays(choice, detector.backbone, detector.backbone, pixels, lambda: detector.score(batch))
+    batch = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8)
+    compile_where_it_pays(choice, detector.backbone, detector.backbone, images*size**2, lambda: detector.score(batch))
