@@ -42,7 +42,7 @@ def report(tmp_path_factory) -> tuple[Path, pd.DataFrame]:
     calibration = fit_calibration(logit.median() + logit.std()*scaled, synthetic)
     save_checkpoint(model, folder/"net.safetensors", profile="demo", probability=calibration.header())
     done = imaginet("predict", pictures, "--checkpoint", folder/"net.safetensors", "--out", folder/"preds.csv",
-                    "--html", folder/"report.html")
+                    "--html", folder/"report.html", "--demo")
     assert done.returncode == 0, done.stderr
     return folder/"report.html", pd.read_csv(folder/"preds.csv")
 
