@@ -76,6 +76,7 @@ def device_name(
     lines = known.read_text().splitlines() if known.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
+# %% ../../nbs/08_apps/06_benchmark.ipynb #5c0a1e30
 def compare(
     seconds: pd.DataFrame, # of `interleaved`
     group: str, # such as inference_cpu
@@ -143,6 +144,7 @@ def copy_peak(
     b = torch.empty_like(a)
     return 2*a.nbytes/interleaved({"copy": lambda: b.copy_(a)}, repeats, device=device)["copy"].min()
 
+# %% ../../nbs/08_apps/06_benchmark.ipynb #5c0a1e31
 def operations(
     call: Callable[[], object], # forward, or forward and backward
 ) -> int: # a multiplication and an addition are two
