@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PINK', 'PURPLE', 'GREY', 'DARK', 'STYLES', 'LEGENDS', 'SPARE', 'STYLE', 'METRICS',
            'X_LABELS', 'CHANCE', 'ACCURACY', 'TERMS', 'BOUNDS', 'label_styles', 'new_figure', 'finish',
-           'plot_embedding', 'save_figure', 'error_arms', 'group_labels', 'mark_groups', 'plot_detection',
+           'plot_embedding', 'save_figure', 'error_arms', 'counted_groups', 'mark_groups', 'plot_detection',
            'plot_content_ablation', 'plot_generalisation', 'plot_seeds', 'plot_robustness', 'plot_training', 'heat_map',
-           'confusion_panel', 'confusion', 'plot_confusion']
+           'confusion_panel', 'confusion', 'plot_confusion', 'plot_images']
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #5e1ab004
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from ..core import atomic_path
 from ..data.labels import CONTENT_TYPES
@@ -58,7 +59,7 @@ def label_styles(
     return known | dict(zip(others, free, strict=False))
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #627f6ef6
-STYLE: dict[str, Any] = {
+STYLE: Any = { # of `matplotlib.rcParams`
     "axes.grid": True, "grid.color": "#E5E5E5", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": GREY,
     "axes.linewidth": 0.8, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.color": DARK,
     "ytick.color": DARK, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "figure.titlesize": 10,
@@ -120,9 +121,9 @@ def plot_embedding(
                     palette={k: c for k, (c, _) in styles.items()}, markers={k: m for k, (_, m) in styles.items()}, ax=axes)
     axes.set(xlabel="", ylabel="", xticks=[], yticks=[], box_aspect=0.72)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.get_legend().remove()
+    if (inside := axes.get_legend()) is not None: inside.remove()
     handles, counts = axes.get_legend_handles_labels()[0], points[hue].value_counts()
-    for handle in handles: handle.set_label(f"{handle.get_label()} ({counts[handle.get_label()]:,})")
+    for handle in handles: handle.set_label(f"{handle.get_label()} ({counts[str(handle.get_label())]:,})")
     return finish(figure, title, handles, f"{LEGENDS.get(hue, hue)} (images)", columns=5)
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #fd51d27e
@@ -163,7 +164,7 @@ def error_arms(
     arms = np.stack([rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]])
     return np.clip(np.nan_to_num(arms.astype(float)), 0, None)
 
-def group_labels(
+def counted_groups(
     table: pd.DataFrame, # column group, and n or n_real and n_synthetic
 ) -> dict[str, str]: # group -> name with the number of images, in the order of the table
     "Names of groups for an axis."
@@ -175,7 +176,7 @@ def group_labels(
 
 def mark_groups(
     axes: Axes,
-    labels: Mapping[str, str], # of `group_labels`
+    labels: Mapping[str, str], # of `counted_groups`
     **options: Any, # of `Axes.set`
 ) -> None:
     "Groups from top to bottom."
@@ -191,7 +192,7 @@ def plot_detection(
     name = _name_column(table)
     _require(table, (name, "group", "acc", "auc"), "plot_detection")
     idle = _idle(table, "acc")
-    labels, table = group_labels(table), table[~table[name].isin(idle)]
+    labels, table = counted_groups(table), table[~table[name].isin(idle)]
     groups, styles = list(labels), label_styles(table[name], name)
     step = 0.8/max(len(styles), 3)
     figure, panels = new_figure(2, height=1.6 + (0.15 + 0.11*max(len(styles), 3))*len(groups), sharex=True)
@@ -215,7 +216,7 @@ def plot_content_ablation(
     "Grouped bars with intervals, balanced accuracy and AUC side by side."
     name = _name_column(table)
     _require(table, (name, "group", "acc", "auc"), "plot_content_ablation")
-    labels, groups = group_labels(table), sorted(dict.fromkeys(table["group"]), key=[*CONTENT_TYPES, "all"].index)
+    labels, groups = counted_groups(table), sorted(dict.fromkeys(table["group"]), key=[*CONTENT_TYPES, "all"].index)
     styles = label_styles(table[name], name)
     figure, panels = new_figure(2, height=3.6)
     width = 0.8/max(len(styles), 1)
@@ -239,7 +240,7 @@ def plot_generalisation(
     "AUC of every family, trained with it and without it: a panel for each method, intervals as lines."
     _require(table, ("detector", "training", "group", "auc"), "plot_generalisation")
     table = table[~table["detector"].str.startswith("difference") & ~table["training"].str.startswith("difference")]
-    labels, methods, trainings = group_labels(table), *(list(dict.fromkeys(table[column])) for column in ("detector", "training"))
+    labels, methods, trainings = counted_groups(table), *(list(dict.fromkeys(table[column])) for column in ("detector", "training"))
     groups = list(labels)
     figure, panels = new_figure(len(methods), height=1.6 + 0.42*len(groups), sharex=True)
     for axes, method in zip(panels, methods, strict=True):
@@ -251,8 +252,9 @@ def plot_generalisation(
                           lw=1.4, capsize=2)
         axes.axvline(0.5, color=GREY, ls="--", lw=1)
         mark_groups(axes, labels, title=method, xlabel=METRICS["auc"])
-    explained = [Line2D([], [], color=DARK, marker="o", mfc=face, label=text) for text, face in zip(trainings, (DARK, "white"), strict=False)]
-    return finish(figure, title, [*explained, Line2D([], [], color=GREY, ls="--", lw=1, label="chance")])
+    faces = dict(zip(trainings, (DARK, "white"), strict=False))
+    handles = [Line2D([], [], color=DARK, marker="o", mfc=face, label=training) for training, face in faces.items()]
+    return finish(figure, title, [*handles, Line2D([], [], color=GREY, ls="--", lw=1, label="chance")])
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #5eedbf97
 @mpl.rc_context(STYLE)
@@ -262,7 +264,7 @@ def plot_seeds(
 ) -> Figure:
     "AUC of every seed and group, and the difference of the methods."
     _require(table, ("detector", "seed", "group", "auc"), "plot_seeds")
-    labels, differs = group_labels(table), table["detector"].str.startswith("difference")
+    labels, differs = counted_groups(table), table["detector"].str.startswith("difference")
     groups = list(labels)
     figure, panels = new_figure(2, height=1.6 + 0.42*len(groups))
     for axes, part, heading in ((panels[0], table[~differs], METRICS["auc"]), (panels[1], table[differs], "difference in AUC")):
@@ -327,7 +329,8 @@ def plot_training(
     _require(table, ("detector", "stage", "epoch", "loss", "learning_rate"), "plot_training")
     figure, panels = new_figure(2, height=7, rows=3)
     headings = {"SelfCon, stage 1": "loss (nats)", "cross-entropy, stage 1": "loss (nats)",
-                "stage 1: origin of held-out images": "accuracy of 5 neighbours", "stage 1: family of held-out images": "accuracy of 5 neighbours",
+                "stage 1: origin of held-out images": "accuracy of 5 neighbours",
+                "stage 1: family of held-out images": "accuracy of 5 neighbours",
                 "both detectors, stage 2": "loss (nats)", "both detectors, stage 1": "learning rate"}
     for axes, (heading, ylabel) in zip(panels, headings.items(), strict=True):
         axes.set(title=heading, xlabel="epoch", ylabel=ylabel)
@@ -358,7 +361,7 @@ def heat_map(
 ) -> None:
     "Cells with readable text."
     sns.heatmap(values, annot=np.asarray(texts, dtype=str), fmt="", annot_kws={"size": 7.5}, cbar=False, linewidths=1, ax=axes, **options)
-    colours = axes.collections[0].get_facecolors()
+    colours = np.asarray(axes.collections[0].get_facecolor())
     for text, place in zip(axes.texts, np.flatnonzero(values.notna().to_numpy()), strict=True):
         text.set_color("black" if sns.utils.relative_luminance(to_rgb(colours[place])) > 0.18 else "white") # where both contrast alike
     axes.set(xlabel="", ylabel="")
@@ -399,4 +402,26 @@ def plot_confusion(
         confusion_panel(axes, counts, title=name)
         axes.tick_params(axis="x", rotation=25)
     panels[0].set_ylabel("true family (images)")
+    return finish(figure, title)
+
+# %% ../../nbs/05_reporting/01_figures.ipynb #cf1d1d8a
+@mpl.rc_context(STYLE)
+def plot_images(
+    rows: Mapping[str, Sequence[tuple[np.ndarray | None, str]]], # name -> `(H, W, 3)` uint8 images, each with its text; None = a gap
+    title: str = "",
+    pixels: int = 128, # longest side of what is stored of an image
+) -> Figure:
+    "A sheet of images, as wide as its longest row."
+    columns = max(len(row) for row in rows.values())
+    figure, panels = new_figure(columns, 1.32*len(rows)*min(6/columns, 1.1), rows=len(rows), sharey=False)
+    for axes in panels: axes.set(xticks=[], yticks=[], frame_on=False)
+    for k, (name, row) in enumerate(rows.items()):
+        panels[k*columns].set_ylabel(name, fontsize=7)
+        for axes, (image, text) in zip(panels[k*columns:], row, strict=False):
+            axes.set_title(text, fontsize=6.5, pad=2)
+            if image is None: continue
+            small = Image.fromarray(image)
+            small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+            axes.imshow(small, interpolation="nearest")
+            axes.grid(visible=False)
     return finish(figure, title)
