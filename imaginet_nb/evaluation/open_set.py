@@ -229,9 +229,10 @@ def plot_open_set(
     for i, (score, (colour, marker)) in enumerate(looks.items()):
         rows = table[table["score"].eq(score)]
         y = np.array([groups.index(g) + 0.4*(i - 0.5) for g in rows["group"]])
-        for axes, column, face, down in ((left, "auroc", colour, 0), (right, "caught", colour, -0.08), (right, "false_alarm", "white", 0.08)):
-            axes.errorbar(rows[column], y + down, xerr=error_arms(rows, column), fmt=marker, color=colour, mfc=face, ms=4.5, lw=1.2, capsize=2,
-                          label=SCORE_NAMES.get(score, score) if axes is left else None)
+        spots = (left, "auroc", colour, 0), (right, "caught", colour, -0.08), (right, "false_alarm", "white", 0.08)
+        for axes, column, face, down in spots:
+            axes.errorbar(rows[column], y + down, xerr=error_arms(rows, column), fmt=marker, color=colour, mfc=face, ms=4.5, lw=1.2,
+                          capsize=2, label=SCORE_NAMES.get(score, score) if axes is left else None)
     left.axvline(0.5, color=GREY, ls="--", lw=1, label="chance")
     mark_groups(left, labels, xlabel="AUROC, left-out against known")
     right.axvline(table["nominal"].max(), color=DARK, ls=":", lw=1.2)
