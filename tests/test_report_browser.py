@@ -43,7 +43,8 @@ def report(tmp_path_factory) -> tuple[Path, pd.DataFrame]:
     scaled = np.random.default_rng(0).normal(size=80) + 2.5*synthetic - 1.25
     calibration = fit_calibration(logit.median() + logit.std()*scaled, synthetic)
     save_checkpoint(model, folder/"net.safetensors", profile="demo", probability=calibration.header())
-    words = ["predict", pictures, "--checkpoint", folder/"net.safetensors", "--out", folder/"preds.csv", "--html", folder/"report.html"]
+    words = ["predict", pictures, "--checkpoint", folder/"net.safetensors", "--out", folder/"preds.csv",
+             "--html", folder/"report.html", "--demo"]
     program = Path(sys.executable).with_name("imaginet")
     done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
     assert done.returncode == 0, done.stderr
