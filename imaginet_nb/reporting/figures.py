@@ -75,6 +75,7 @@ def _require(
     if missing: raise ValueError(f"{plot}: the table lacks the column {', '.join(missing)}; it has {', '.join(map(str, table))}")
     if table.empty: raise ValueError(f"{plot}: the table has no rows")
 
+# %% ../../nbs/05_reporting/01_figures.ipynb #774f1837
 @mpl.rc_context(STYLE)
 def new_figure(
     panels: int = 1, # side by side
