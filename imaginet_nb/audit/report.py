@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRACTICAL', 'GROUP_LISTS', 'PAIRS', 'EXPECTED', 'ABOUT', 'METHOD', 'PUBLISHED', 'NO_IMAGES', 'CAPTIONS', 'READING',
            'AuditSource', 'audit_source', 'main_split', 'pixel_hashes', 'list_tables', 'image_tables',
-           'plot_composition', 'plot_metadata_baseline', 'plot_properties', 'list_findings', 'image_findings',
-           'published_reference', 'metadata_overview', 'audit_record', 'audit']
+           'plot_composition', 'plot_metadata_baseline', 'plot_properties', 'example_images', 'list_findings',
+           'image_findings', 'published_reference', 'metadata_overview', 'audit_record', 'audit']
 
 # %% ../../nbs/06_audit/03_report.ipynb #1a7de868
 import os
@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ..data.images import decode
 from ..data.labels import FAMILIES, UNKNOWN
 from ..data.manifest import image_file
 from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
@@ -275,6 +276,23 @@ def plot_properties(
     right.set(title="JPEG files only", xlabel="estimated JPEG quality")
     for axes in (left, right): axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=1.5)
     return figure
+
+# %% ../../nbs/06_audit/03_report.ipynb #f6141f94
+def example_images(
+    manifest: pd.DataFrame,
+    root: str | Path, # folder of the images
+    seed: int,
+) -> dict[str, list[tuple[np.ndarray | None, str]]]: # content type -> images with their generators, for `plot_images`
+    "Two real images and one of each family, for every content type; a gap for what there is none of."
+    sheet: dict[str, list[tuple[np.ndarray | None, str]]] = {}
+    for content in manifest["content_type"].drop_duplicates().sort_values():
+        row = sheet[str(content)] = []
+        for family, count in {"real": 2, **dict.fromkeys(FAMILIES, 1)}.items():
+            rows = manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(family)]
+            drawn = rows.sample(min(count, len(rows)), random_state=seed)
+            row += [(decode(image_file(root, path)), name) for path, name in drawn[["path", "generator"]].itertuples(index=False, name=None)]
+            row += [(None, "")]*(count - len(drawn))
+    return sheet
 
 # %% ../../nbs/06_audit/03_report.ipynb #2ab99b52
 def _percent(values: pd.Series) -> str:
