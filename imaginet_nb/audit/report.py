@@ -290,7 +290,7 @@ def example_images(
         for family, count in {"real": 2, **dict.fromkeys(FAMILIES, 1)}.items():
             rows = manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(family)]
             drawn = rows.sample(min(count, len(rows)), random_state=seed)
-            row += [(decode(image_file(root, path)), name) for path, name in drawn[["path", "generator"]].itertuples(index=False, name=None)]
+            row += [(decode(image_file(root, path)), name) for path, name in zip(drawn["path"], drawn["generator"], strict=True)]
             row += [(None, "")]*(count - len(drawn))
     return sheet
 
