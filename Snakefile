@@ -52,8 +52,9 @@ def settings(*keys):
     "The part of the profile that a notebook uses, as text: whole sections, or single values such as embedding.images."
     def value(profile, key):
         section, _, name = key.partition(".")
-        return SETTINGS[profile][section][name] if name else SETTINGS[profile][section]
-    return lambda wildcards: json.dumps({key: value(wildcards.profile, key) for key in ("name", "seed", "device", *keys)}, sort_keys=True)
+        return SETTINGS[profile][section][name] if name else SETTINGS[profile].get(section)
+    always = ("name", "seed", "device", "deterministic", "compile") # the last two may be left out of a profile
+    return lambda wildcards: json.dumps({key: value(wildcards.profile, key) for key in (*always, *keys)}, sort_keys=True)
 
 
 def training_threads(wildcards):
