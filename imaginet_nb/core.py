@@ -9,7 +9,7 @@ __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'CODE', 'repo_ro
            'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig',
            'GeneralisationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'validation_text',
            'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'usable_precision',
-           'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
+           'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'measured_on', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -635,6 +635,14 @@ def provenance(
         "settings": profile.model_dump(exclude={"about"}), **extra} # prose about the profile changes no result
 
 # %% ../nbs/00_core.ipynb #fb385158
+def measured_on(
+    profile: Profile,
+) -> str: # one sentence
+    "The end of every caption: whether its numbers come from the sandbox or from ImagiNet."
+    about = ("ImagiNet" if profile.data.source == "imaginet" else
+             "the embedded sandbox, whose generators are stand-ins, so numbers are not comparable with the paper's")
+    return f"Profile `{profile.name}`: measured on {about}."
+
 class Run:
     "One execution of one pipeline notebook: its profile, its folders, its captions and its provenance."
     def __init__(self,
@@ -656,9 +664,7 @@ class Run:
         text: str, # what the table or figure shows
     ) -> str: # the text, with the profile and what its numbers are about
         "Caption that states whether the numbers come from the sandbox or from ImagiNet."
-        about = ("ImagiNet" if self.profile.data.source == "imaginet" else
-                 "the embedded sandbox, whose generators are stand-ins, so numbers are not comparable with the paper's")
-        return f"{text} Profile `{self.profile.name}`: measured on {about}."
+        return f"{text} {measured_on(self.profile)}"
 
     def provenance(self,
         inputs: Iterable[str | Path] = (), # files that the result was computed from
