@@ -2,7 +2,7 @@
 PYTHON  ?= python3
 PROFILE ?= demo
 BIN     := .venv/bin
-LONGEST := tests/test_look_alike.py tests/test_pipeline.py tests/test_gpu_run.py tests/test_site.py
+LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site network distributed)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
