@@ -296,12 +296,15 @@ def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
     profile.write_text(profile.read_text().replace("root: data/smoke", "root: data/smoke-again"))
     again = ROOT/"reports"/"smoke-again"
     words = ["imaginet", "reproduce", "--profile", str(profile)]
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    resume, limit = again/"checkpoints"/"pretrain.resume.pt", time.monotonic() + 300
+    environment = {**server(), **ENVIRONMENT} # real programs; their kernels fork, and are killed with what started them
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resume, limit = again/"checkpoints"/"pretrain.resume.pt", time.monotonic() + 600
     while not resume.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(0.05)
-    assert resume.exists(), "stage 1 left no state to go on from"
-    for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
+    state, children = resume.exists(), descendants(process.pid)
+    process.kill()
+    for pid in children: os.kill(pid, signal.SIGKILL)
     process.wait()
+    assert state, "stage 1 left no state to go on from"
     killed_in_training = resume.exists() # it is gone if the last epoch ended in between
     # as `imaginet reproduce` calls it, but only as far as the tables of both tracks: the rest reads what these read
     words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", "processes=1", "--nolock", "--rerun-incomplete",
