@@ -125,12 +125,12 @@ def _chapters(report: Path) -> list[Chapter]:
     "All items of the paper, then whatever else lies in the folder."
     chapters, seen = [], set()
     for paper in PAPER_ITEMS:
-        wanted = [*(("tables", s) for s in paper.tables), *(("figures", s) for s in paper.figures)]
+        wanted = [*(("figures", s) for s in paper.figures), *(("tables", s) for s in paper.tables)]
         seen.update(wanted)
         theirs = {stem: (_source(stem), published_table(stem)) for stem in paper.published}
         chapters.append(Chapter(f"{paper.item}: {paper.title}", re.sub(r"\W+", "-", paper.item.lower()), paper.remark, paper.notebook,
                                 [_result(report, kind, stem, paper.notebook) for kind, stem in wanted], theirs))
-    kinds = (("tables", "csv"), ("figures", "png"))
+    kinds = (("figures", "png"), ("tables", "csv"))
     present = [(kind, f.stem) for kind, suffix in kinds for f in sorted((report/kind).glob(f"*.{suffix}"))]
     rest = [_result(report, kind, stem, "") for kind, stem in present if (kind, stem) not in seen]
     return [*chapters, *([Chapter("Further results", "further", "", "", rest, {})] if rest else [])]
