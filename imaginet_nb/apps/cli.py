@@ -439,18 +439,22 @@ def predict(
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.core import pick_device
     from imaginet_nb.models.fast import fast
-    from imaginet_nb.apps.predict import Scorer, Settings, check_out, read_scores
+    from imaginet_nb.apps.predict import BATCH, Scorer, Settings, check_out, read_scores
     out = check_out(out)
     files = _existing_files(paths, out, html)
     place = str(pick_device(device))
     loaded, identity, notes = _detector(checkpoint, detector, place, trust)
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo), identity, place)
-    scored = _score(files, scorer if detector else replace(scorer, detector=fast(loaded)), out, resume)
-    if html is not None:
-        from imaginet_nb.apps.predict_page import write_page
-        write_page(read_scores(out), scorer, html, notes)
+    together = None if place == "cpu" or loaded.input_size is None else BATCH
+    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo), identity, place, together)
+    quick = scorer if detector else replace(scorer, detector=fast(loaded))
+    if html is None: scored = _score(files, quick, out, resume)
+    else:
+        from imaginet_nb.apps.predict_page import SIDE, Gallery, write_page
+        with Gallery(scorer) as gallery:
+            scored = _score(files, quick, out, resume, seen=gallery.add, thumbnail=SIDE)
+            write_page(read_scores(out), scorer, html, notes, gallery)
         typer.echo(f"{html}: report")
     if not scored: raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
 
@@ -475,11 +479,11 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
     for result in results: check_writable(result) # before hours of work
     return files
 
-def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> int: # number of files that could be scored
+def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
     "Write the table and print the counts; when interrupted, print how to continue."
     from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file
     if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
-    try: counts = score_to_file(files, scorer, out, resume)
+    try: counts = score_to_file(files, scorer, out, resume, **options)
     except KeyboardInterrupt:
         _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
         raise typer.Exit(130) from None
