@@ -413,8 +413,7 @@ def _detector(checkpoint: Path | None, detector: str | None, device: str, trust:
 # %% ../../nbs/08_apps/07_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders (walked through), patterns in quotes, or - for a list on standard "
-                                                    "input, one path per line.")],
+    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, or - for paths on standard input.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
                                                       "or a linear probe (.safetensors).")] = None,
@@ -427,8 +426,7 @@ def predict(
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
-    demo: Annotated[bool, typer.Option("--demo", help="Accept the verdicts of a detector that was trained on the embedded stand-ins; "
-                                                      "without this they are `demo only`.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
@@ -479,19 +477,20 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
     for result in results: check_writable(result) # before hours of work
     return files
 
+# %% ../../nbs/08_apps/07_cli.ipynb #a7d30004
 def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
     "Write the table and print the counts; when interrupted, print how to continue."
-    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file
+    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
     if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
     try: counts = score_to_file(files, scorer, out, resume, **options)
     except KeyboardInterrupt:
         _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
         raise typer.Exit(130) from None
-    scored = sum(counts[word] for word in scorer.verdicts)
-    words = ", ".join(f"{counts[word]} {word}" for word in scorer.verdicts)
+    words = verdict_words(scorer.detector, scorer.settings)
+    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
     notes = [f"{counts['kept']} rows kept"] if resume else []
-    if scorer.stand_ins: notes.append(STAND_IN_NOTE)
-    typer.echo("; ".join([f"{out}: {scored} scored ({words})", f"{counts['error']} with an error", *notes]))
+    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
+    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
     return scored
 
 # %% ../../nbs/08_apps/07_cli.ipynb #52779b86

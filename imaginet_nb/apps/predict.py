@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ANY_SIZE', 'Box', 'VIEWS', 'SCORE_COLUMNS', 'DEMO_ONLY', 'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'find_files',
            'crop_boxes', 'Prepared', 'shrink', 'prepare', 'verdict_thresholds', 'verdict', 'Settings', 'environment',
-           'trained_on_stand_ins', 'Reader', 'Scorer', 'score_pictures', 'read_picture', 'default_readers',
-           'score_prepared', 'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores',
-           'part_of', 'without_results', 'score_to_file']
+           'trained_on_stand_ins', 'verdict_words', 'Reader', 'Scorer', 'score_pictures', 'read_picture',
+           'default_readers', 'score_prepared', 'score_files', 'check_out', 'check_writable', 'score_frame',
+           'write_scores', 'read_scores', 'part_of', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import contextlib
@@ -230,6 +230,14 @@ def trained_on_stand_ins(
     if "data_source" in header: return bool(header["data_source"] != "imaginet")
     return header.get("profile") in _STAND_IN_PROFILES
 
+def verdict_words(
+    detector: Any, # `Detector`
+    settings: Settings,
+) -> tuple[str, ...]: # what the verdict of a row may be
+    "Synthetic, unsure, real; `demo only` for a detector that was trained on stand-ins, unless the settings accept it."
+    refused = trained_on_stand_ins(detector) and not settings.demo
+    return (DEMO_ONLY,) if refused else ("synthetic", "unsure", "real")
+
 # %% ../../nbs/08_apps/00_predict.ipynb #be99777f
 @dataclass(frozen=True)
 class Reader:
@@ -262,14 +270,6 @@ class Scorer:
     def limits(self) -> tuple[float, float]: return verdict_thresholds(self.detector, self.settings.error_rate)
 
     @cached_property
-    def stand_ins(self) -> bool: return trained_on_stand_ins(self.detector)
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        "The words that a row may have as its verdict."
-        return (DEMO_ONLY,) if self.stand_ins and not self.settings.demo else ("synthetic", "unsure", "real")
-
-    @cached_property
     def nearest(self) -> NearestKnown | None:
         "Features of known images, if the detector has any and a threshold for the rate of false alarms."
         nearest = open_set_of(self.detector)
@@ -292,7 +292,7 @@ class Scorer:
 
     def reader(self, thumbnail: int | None = None) -> Reader:
         "What reads files for this detector, with thumbnails of this side in pixels."
-        return Reader(self.detector.input_size, self.settings, self.fingerprint, self.stand_ins, thumbnail)
+        return Reader(self.detector.input_size, self.settings, self.fingerprint, trained_on_stand_ins(self.detector), thumbnail)
 
     def prepare(self, picture: np.ndarray) -> Prepared:
         "Crops of an image, as this detector needs them."
@@ -338,7 +338,7 @@ def _judged(
     if not np.isfinite(logits).all() or np.isinf(answers).any(): return {"error": f"{scorer.detector.name} gave a score that is not finite"}
     p = dict(zip(views, map(float, calibrated_probability(scorer.detector, logits)), strict=True))
     word, reason = verdict(p, *scorer.limits)
-    if word not in scorer.verdicts: word, reason = DEMO_ONLY, None
+    if word not in verdict_words(scorer.detector, scorer.settings): word, reason = DEMO_ONLY, None
     own = answers[0, :, 0]
     row = {"logit": float(logits[0]), "probability": p["original"], "verdict": word, "reason": reason, "crops": len(own),
            "crop_spread": float(own.std(ddof=1)) if len(own) > 1 else None}
@@ -673,7 +673,7 @@ def score_to_file(
     **options: Any, # of `score_files`
 ) -> dict[str, int]: # verdict, `error` or `kept` -> number of files
     "Score files and write the table."
-    out, counts = check_out(out), dict.fromkeys((*scorer.verdicts, "error", "kept"), 0)
+    out, counts = check_out(out), dict.fromkeys((*verdict_words(scorer.detector, scorer.settings), "error", "kept"), 0)
     check_writable(out)
     check_writable(part_of(out))
     wanted, done = {path_text(path): path for path in paths}, set[str]()

@@ -7,7 +7,7 @@ __all__ = ['Transform', 'ManifestDataset', 'EpochSampler', 'default_workers', 'm
 
 # %% ../../nbs/01_data/07_datasets.ipynb #faf4c373
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .labels import UNKNOWN, Family, Label, Origin
+from .labels import FAMILY_CLASSES, ORIGINS, UNKNOWN
 from ..core import rng
 from .images import ImageError, Picture, decode
 from .manifest import image_file
@@ -26,10 +26,10 @@ from .manifest import image_file
 # %% ../../nbs/01_data/07_datasets.ipynb #9484dd19
 def _codes(
     labels: pd.Series, # words of one manifest column
-    schema: type[Label],
-) -> list[int]:
-    "The integer of every label."
-    known = {member.label: member.code for member in schema} | {UNKNOWN: -1}
+    classes: Sequence[str],
+) -> list[int]: # positions in `classes`; -1 for an unknown family
+    "The class number of every label."
+    known = {label: number for number, label in enumerate(classes)} | {UNKNOWN: -1}
     for row, label in enumerate(labels):
         if label not in known: raise ValueError(f"manifest row {row}: {labels.name} {label!r} is none of {', '.join(known)}")
     return [known[label] for label in labels]
@@ -50,7 +50,7 @@ class ManifestDataset(Dataset):
     ):
         self.root, self.transform, self.seed, self.stage, self.epoch, self.store = Path(root), transform, seed, stage, 0, store
         self.paths: list[str] = manifest["path"].tolist()
-        self.origins, self.families = _codes(manifest["origin"], Origin), _codes(manifest["generator_family"], Family)
+        self.origins, self.families = _codes(manifest["origin"], ORIGINS), _codes(manifest["generator_family"], FAMILY_CLASSES)
         self._images: dict[int, np.ndarray] | None = {} if cache else None
 
     def __len__(self) -> int: return len(self.paths)

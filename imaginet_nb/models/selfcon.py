@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import autocast
+from ..data.labels import FAMILIES
 from .resnet import Backbone, Normalize
 
 # %% ../../nbs/02_models/01_selfcon.ipynb #d5ed3359
@@ -92,9 +93,9 @@ def detection_head(
 # %% ../../nbs/02_models/01_selfcon.ipynb #b70a734c
 def identification_head(
     features: int = 2048, # `D`
-    families: int = 4, # `K`
+    families: int = len(FAMILIES), # `K`
     kind: HeadKind = "batchnorm", # l2 = the authors' older form
-) -> nn.Sequential: # `(B, D) -> (B, K)`, logits in the order GAN, SD, Midjourney, DALL-E 3
+) -> nn.Sequential: # `(B, D) -> (B, K)`, logits in the order of `FAMILIES`
     "Head of the identification track. Raises ValueError for an unknown kind."
     return _head(features, families, kind)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ..data.labels import FAMILY_CLASSES
 from ..data.manifest import read_manifest_csv
 from ..data.splits import draw_balanced, set_aside
 from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint, training_outcome
@@ -187,10 +188,10 @@ def pretrain_cross_entropy(
     resume: Path | None = None, # state file that survives an interruption
     held_out: pd.DataFrame | None = None, # images of `hold_out`, whose features are measured; None = no measurements
 ) -> pd.DataFrame: # history, one row per epoch
-    """Stage 1 of the baseline: backbone and a linear layer, five classes (four families and real), cross-entropy.
+    """Stage 1 of the baseline: backbone and a linear layer, one class per family and one for real images, cross-entropy.
 
     Raises what `fit` raises."""
-    net = to_device(nn.Sequential(Normalize(), backbone, nn.Linear(backbone.num_features, 5)), device)
+    net = to_device(nn.Sequential(Normalize(), backbone, nn.Linear(backbone.num_features, len(FAMILY_CLASSES))), device)
 
     def step(batch: Batch) -> dict[str, Tensor]:
         images, family = batch[0].to(device, non_blocking=True), batch[2].to(device, non_blocking=True)
