@@ -23,7 +23,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("data/README.md", "reports/README.md", "reports/published/README.md", "reports/audit/README.md", "reports/demo/README.md",
-             "CHANGELOG.md", "SECURITY.md", "reports/demo/data_card.md", "reports/demo/model_card.md")
+             "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "reports/demo/data_card.md", "reports/demo/model_card.md")
 FILES = ("reports/**/*.csv", "reports/**/*.tex", "reports/**/*.md", "reports/**/*.json", "reports/**/*.html",
          "reports/**/*.png", "reports/**/*.pdf",
          "data/*.csv", "profiles/*.yaml", "LICENSE", "Snakefile", "Makefile") # what the pages show or link to

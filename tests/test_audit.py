@@ -174,7 +174,7 @@ def odd_files(tmp_path) -> Path:
     (tmp_path/"cut.png").write_bytes((tmp_path/"good.png").read_bytes()[:400])
     (tmp_path/"empty.jpg").touch()
     (tmp_path/"huge.png").write_bytes(png_header(30_000, 30_000))
-    (tmp_path/"large.png").write_bytes(png_header(12_000, 12_000))
+    (tmp_path/"large.png").write_bytes(png_header(16_000, 16_000))
     (tmp_path/"text.webp").write_text("RIFF????WEBPVP8 nonsense")
     (tmp_path/"folder.png").mkdir()
     return tmp_path

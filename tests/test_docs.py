@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -27,7 +28,7 @@ from imaginet_nb.training.stages import STAGES
 
 ROOT = repo_root()
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-PAGES = [ROOT/name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "data/README.md", "reports/README.md")]
+PAGES = [ROOT/name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "data/README.md", "reports/README.md")]
 PAGES += [ROOT/"reports"/name for name in ("audit/README.md", "published/README.md")]
 PAGES += [ROOT/"reports"/"demo"/f"{name}.md" for name in ("README", "data_card", "model_card")]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb")
@@ -55,6 +56,8 @@ def commands(path: Path) -> list[str]:
 PARSED_ONLY = {
     "make reproduce": "ten minutes; tests/test_pipeline.py runs the smaller profile, tests/test_look_alike.py the paper's way",
     "make test": "this very test is part of it",
+    "make setup": "gigabytes; tests/test_release.py runs its steps with stand-ins for pip and uv",
+    ".venv/bin/": "hooks of this clone, and tests that are run anyhow",
     "imaginet data download": "144 GB; tests/test_look_alike.py fetches, unpacks, verifies a look-alike of it",
     "imaginet data unpack": "see download",
     "imaginet data verify": "see download",
@@ -110,6 +113,9 @@ def parse(line: str) -> None:
         assert module == "imaginet_nb.training.stages" and options.keys() == {"--profile", "--stage"} and options["--stage"] in STAGES
         load_profile(options["--profile"])
     elif program == "srun": parse(words[2])
+    elif program.startswith(".venv/bin/"):
+        assert shutil.which(Path(program).name, path=PATH), program
+        assert all((ROOT/word).is_file() for word in words if word.endswith((".py", ".ipynb")))
     elif program == "snakemake": assert (ROOT/words[1]/"config.yaml").is_file()
     else: raise AssertionError(f"no rule for {program!r}: execute the command, or say here how to check it")
 
