@@ -6,8 +6,8 @@
 __all__ = ['ANY_SIZE', 'Box', 'VIEWS', 'SCORE_COLUMNS', 'DEMO_ONLY', 'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'find_files',
            'crop_boxes', 'Prepared', 'shrink', 'prepare', 'verdict_thresholds', 'verdict', 'Settings', 'environment',
            'trained_on_stand_ins', 'verdict_words', 'Reader', 'Scorer', 'score_pictures', 'read_picture',
-           'default_readers', 'score_prepared', 'score_files', 'check_out', 'check_writable', 'score_frame',
-           'write_scores', 'read_scores', 'part_of', 'without_results', 'score_to_file']
+           'default_readers', 'read_pictures', 'score_prepared', 'score_files', 'check_out', 'check_writable',
+           'score_frame', 'write_scores', 'read_scores', 'part_of', 'refuse_other', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import contextlib
@@ -427,8 +427,11 @@ def default_readers(
 
 def _unchanged(item: Any) -> Any: return item # where DataLoader would make tensors, which go through /dev/shm
 
-def _read(files: Dataset, readers: int) -> Iterator[tuple[Prepared | None, dict[str, Any]]]:
-    "Files in order, read by that many processes."
+def read_pictures(
+    files: Dataset, # gives what `read_picture` gives
+    readers: int, # processes that read; 0 = none but this one
+) -> Iterator[tuple[Prepared | None, dict[str, Any]]]:
+    "Pictures in order, each reader at most two ahead. Raises `RuntimeError` if a reader is killed."
     try: yield from DataLoader(files, batch_size=None, collate_fn=_unchanged, num_workers=readers)
     except RuntimeError as error: # the errors of pictures are rows; this one is a process that has ended
         raise RuntimeError(f"a process that reads pictures was killed, perhaps for want of memory ({error}); finished rows are kept, "
@@ -462,7 +465,7 @@ def score_files(
 ) -> Iterator[dict[str, Any]]: # one row per path, in order
     "Score files. The rows do not depend on the number of readers. Raises `RuntimeError` if a reader is killed."
     workers = default_readers(len(paths)) if readers is None else readers
-    for prepared, row in score_prepared(_read(_Files(paths, scorer.reader(thumbnail)), workers), scorer):
+    for prepared, row in score_prepared(read_pictures(_Files(paths, scorer.reader(thumbnail)), workers), scorer):
         if seen and prepared and row.get("error") is None: seen(prepared, row)
         yield row
 
@@ -613,7 +616,11 @@ def part_of(
     "File of the rows finished so far."
     return Path(out).with_name(Path(out).name + ".part")
 
-def _refuse_other(row: dict[str, Any], scorer: Scorer, source: Path) -> None:
+def refuse_other(
+    row: dict[str, Any], # with the column `settings`
+    scorer: Scorer,
+    source: str | Path, # of the row, for the message
+) -> None:
     "`ValueError` if a row was made in another way than this run would make it."
     if row["settings"] == scorer.fingerprint: return
     words = row["settings"].split()
@@ -633,7 +640,7 @@ def _kept(
     if not source.exists(): return
     for row in read_scores(source):
         if row["error"] is not None or row["path"] in seen or row["path"] not in wanted: continue
-        _refuse_other(row, scorer, source)
+        refuse_other(row, scorer, source)
         with contextlib.suppress(OSError): # a file that is gone is scored again, which gives a row with an error
             if file_sha256(wanted[row["path"]]) == row["sha256"]:
                 seen.add(row["path"])

@@ -94,6 +94,7 @@ def card_images(
     "Picture and map of a row; no map if there can be none."
     if prepared is None: prepared = prepare(decode(text_path(row["path"])), scorer.detector.input_size, scorer.settings.crops,
                                             ("original",), SIDE)
+    if prepared.thumbnail is None: raise ValueError(f"{row['path']}: prepared without a thumbnail")
     found = {"picture": _data_url(prepared.thumbnail)}
     if not isinstance(scorer.detector, PixelDetector): return found
     rgba, mean = activation_map(scorer.detector, prepared)
@@ -198,7 +199,7 @@ def _page(rows: list[dict[str, Any]], notes: Iterable[str], scorer: Scorer, gall
     return templates().get_template("predict.html").generate(
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script), notes=notes,
         verdicts={verdict: verdicts[verdict] for verdict in _VERDICTS}, families=sorted({row["family"] for row in rows if row["family"]}),
-        cards=(card(scorer, number, row, gallery and gallery.images(row)) for number, row in enumerate(progress(rows, "report"))),
+        cards=(card(scorer, number, row, gallery.images(row) if gallery else None) for number, row in enumerate(progress(rows, "report"))),
         facts=page_facts(scorer), views=Markup(json.dumps(titles)))
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #033471e8
