@@ -11,6 +11,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import click
+import forks
 import numpy as np
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_the_documents_have_commands():
 @pytest.mark.parametrize("path, line", SHOWN, ids=IDS)
 def test_commands_of_the_documents(playground, path, line):
     if reason(line): return parse(line)
-    environment = {**os.environ, "PATH": PATH, "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    library = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, **forks.server(), "TQDM_DISABLE": "1", "PYTHONPATH": library}
     result = subprocess.run(["bash", "-c", line], cwd=playground, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     words = shlex.split(line, comments=True)
