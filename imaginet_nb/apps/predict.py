@@ -253,6 +253,7 @@ class Reader:
         views = tuple(VIEWS) if self.settings.views else ("original",)
         return prepare(picture, self.size, self.settings.crops, views, self.thumbnail)
 
+# %% ../../nbs/08_apps/00_predict.ipynb #d0e00005
 @dataclass(frozen=True)
 class Scorer:
     "A detector and the settings by which its outputs become verdicts."
@@ -412,6 +413,7 @@ def read_picture(
     except Exception as error: # a malicious file can raise nearly anything; the other files are scored all the same
         return None, row | {"error": _one_line(error, source, name)}
 
+# %% ../../nbs/08_apps/00_predict.ipynb #d0e00006
 class _Files(Dataset):
     "Files, read on access."
     def __init__(self, paths: Sequence[Path], reader: Reader): self.paths, self.reader = paths, reader
