@@ -295,10 +295,6 @@ class Scorer:
         "What reads files for this detector, with thumbnails of this side in pixels."
         return Reader(self.detector.input_size, self.settings, self.fingerprint, trained_on_stand_ins(self.detector), thumbnail)
 
-    def prepare(self, picture: np.ndarray) -> Prepared:
-        "Crops of an image, as this detector needs them."
-        return self.reader().prepare(picture)
-
 # %% ../../nbs/08_apps/00_predict.ipynb #62ef8f87
 BATCH = 16 # crops per batch on a GPU
 _TOGETHER = 4*BATCH # crops of several images; a part of a batch is filled up once per so many
@@ -330,7 +326,7 @@ def _family(scorer: Scorer, prepared: Prepared, logits: np.ndarray) -> dict[str,
 # %% ../../nbs/08_apps/00_predict.ipynb #db87a2a5
 def _judged(
     scorer: Scorer,
-    prepared: Prepared, # by `scorer.prepare`
+    prepared: Prepared, # by `read_picture`
     answers: np.ndarray, # `(n, 5)`, of its crops
 ) -> dict[str, Any]: # columns of `SCORE_COLUMNS`; only `error` if there is no finite score
     "Score and verdict of one image from the outputs for its crops."
@@ -350,7 +346,7 @@ def _judged(
 
 def score_pictures(
     scorer: Scorer,
-    pictures: Sequence[Prepared], # by `scorer.prepare`
+    pictures: Sequence[Prepared], # by `read_picture`
 ) -> list[dict[str, Any]]: # of each: columns of `SCORE_COLUMNS`; only `error` if there is no finite score
     "Scores and verdicts of images. A detector that fails on several images is given each alone, so that one image costs one row."
     if not pictures: return []
