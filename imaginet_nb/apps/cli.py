@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -454,19 +454,35 @@ def predict(
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
     no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
     """
+    from imaginet_nb.apps.predict import Settings
+    build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo))
+    _predict_here(paths, out, html, resume, device, build)
+
+# %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
+def _scorers(
+    checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    settings: Any, # `predict.Settings`
+    device: str, # cpu, cuda, ...
+) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, warnings
+    "The scorer that the options of `predict` describe."
+    from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
-    from imaginet_nb.core import pick_device
     from imaginet_nb.models.fast import fast
-    from imaginet_nb.apps.predict import BATCH, Scorer, Settings, check_out, read_scores
-    out = check_out(out)
-    files = _existing_files(paths, out, html)
-    place = str(pick_device(device))
-    loaded, identity, notes = _detector(checkpoint, detector, place, trust)
+    loaded, identity, notes = _detector(checkpoint, detector, device, trust)
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    together = None if place == "cpu" or loaded.input_size is None else BATCH
-    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo), identity, place, together)
-    quick = scorer if detector else replace(scorer, detector=fast(loaded))
+    scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
+    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
+
+def _predict_here(paths: list[str], table: str | Path, html: Path | None, resume: bool, device: str, build: Callable) -> None:
+    "`predict` on this machine."
+    from imaginet_nb.apps.predict import check_out, read_scores
+    from imaginet_nb.core import pick_device
+    out = check_out(table)
+    files = _existing_files(paths, out, html)
+    scorer, quick, notes = build(str(pick_device(device)))
     if html is None: scored = _score(files, quick, out, resume)
     else:
         from imaginet_nb.apps.predict_page import SIDE, Gallery, write_page
