@@ -50,7 +50,8 @@ def published(tmp_path_factory) -> tuple[list[str], Path]:
 @needs_lists
 def test_figures_on_the_published_lists(published):
     table = pd.read_csv(published[1]/"metadata_baseline.csv")
-    assert table.columns.tolist() == ["track", "group", "rule", "fit", "balanced_accuracy", "auc", "n"]
+    assert table.columns.tolist() == ["track", "group", "rule", "fit", "balanced_accuracy", "balanced_accuracy_low",
+                                      "balanced_accuracy_high", "auc", "n"]
     for fit in ("in_sample", "cross_validated"):
         rows = table[table["fit"] == fit].set_index(["track", "group", "rule"])
         for group, numbers in GIVEN.items():

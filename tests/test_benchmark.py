@@ -16,7 +16,6 @@ from imaginet_nb.apps.benchmark import (
     loader_cases,
     logit_difference,
     mixed_files,
-    random_batch,
     settled,
     summary,
     training_case,
@@ -30,6 +29,7 @@ from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
 from imaginet_nb.reporting.tables import read_table, save_table
 from imaginet_nb.training.grad_cache import cached_step
+from imaginet_nb.training.loop import random_batch
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,14 @@ from imaginet_nb.models.checkpoints import read_header
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
           "corvi", "inference_time", "identification", "content_ablation", "robustness_jpeg", "robustness_resize",
-          "training_history", "family_generalisation", "metadata_baseline", "overlap",
+          "training_history", "family_generalisation", "metadata_baseline", "overlap", "spectra", "corruption_spectra",
           "format_matched", "grouping_effect", "grouping_difference", "published_vs_reproduced", "probabilities", "reliability",
           "operating_points", "robustness_loss", "robustness_shift", "probabilities_perturbed", "operating_points_perturbed", "open_set"]
 FIGURES = ["umap_origin", "umap_family", "umap_content", "umap_format", "relational_autoencoder_origin", "relational_autoencoder_family",
            "content_ablation", "robustness_jpeg", "robustness_resize", "reliability", "shifts_detection", "shifts_identification",
-           "training_curves", "family_generalisation"]
+           "training_curves", "family_generalisation", "examples", "composition", "metadata_baseline", "file_properties", "spectra",
+           "detection_by_family", "detection_errors", "roc", "scores", "detection_confusion", "identification_confusion", "open_set",
+           "corruption_spectra"]
 DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high", "n_real", "n_synthetic", "note"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
