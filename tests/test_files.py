@@ -377,7 +377,7 @@ def test_predict_says_what_a_file_says_and_does_not_judge_what_is_too_small(tmp_
                 "icon.png": written(picture=PICTURE.crop((0, 0, 16, 16))), "page.jpg": b"<html>404</html>"}
     for name, content in contents.items(): (tmp_path/name).write_bytes(content)
     scorer = predict.Scorer(Mean())
-    rows = dict(zip(contents, predict.score_files([tmp_path/name for name in contents], scorer), strict=True))
+    rows = dict(zip(contents, predict.score_files([tmp_path/name for name in contents], scorer, 0), strict=True))
     assert rows["says.png"]["provenance"] == SAYS["parameters"][1] and rows["plain.png"]["provenance"] is None
     assert rows["large.png"]["provenance"].startswith("PNG text workflow: ") and "too large to read: workflow" in rows["large.png"]["note"]
     same = ("logit", "probability", "verdict", "reason", "width", "height", "format")
