@@ -186,32 +186,38 @@ def page_promises(
     scorer: Scorer,
 ) -> list[str]: # sentences
     "What a number and a verdict on the page mean, and what they do not."
-    calibration, (low, high), rate = calibration_of(scorer.detector), scorer.limits, scorer.settings.error_rate
-    stand_ins, shown = trained_on_stand_ins(scorer.detector), scorer.settings.demo
-    between = f"real up to {low:.3g}, synthetic above {high:.3g}, unsure between" if low < high else f"synthetic above {high:.3g}, else real"
-    found = ["The score is the sigmoid of the logit. This detector has no calibration, so the score is no probability, and no error rate is promised."]
+    calibration, (low, high) = calibration_of(scorer.detector), scorer.limits
+    found = ["The score is the sigmoid of the logit. This detector has no calibration, so the score is no probability, "
+             "and no error rate is promised."]
     if calibration:
-        share = 1 - calibration.n_real/calibration.n
-        part = "half" if share == 0.5 else f"{share:.0%}"
-        found = [f"P(synthetic) is the probability that a picture is synthetic. It was calibrated on {calibration.n:,} images, {part} of them synthetic."]
+        synthetic = calibration.n - calibration.n_real
+        part = "half" if 2*synthetic == calibration.n else f"{synthetic/calibration.n:.0%}"
+        found = ["P(synthetic) is the probability that a picture is synthetic. "
+                 f"It was calibrated on {calibration.n:,} images, {part} of them synthetic."]
+    between = f"synthetic above {high:.3g}, else real"
+    if low < high: between = f"real up to {low:.3g}, synthetic above {high:.3g}, unsure between"
     found.append(f"The verdict is {between}. It is also unsure if the picture, re-saved or reduced, gets the opposite verdict.")
     if calibration:
-        found.append(f"On pictures like those of the calibration, at most {rate:.3g} of the real ones are called synthetic, and at most {rate:.3g} "
-                     "of the synthetic ones are called real. On other pictures it can be more.")
+        rate = f"{100*scorer.settings.error_rate:g} %"
+        found.append(f"On pictures like those of the calibration, at most {rate} of the real ones are called synthetic, and at most "
+                     f"{rate} of the synthetic ones are called real. On other pictures it can be more.")
     found.append("A verdict is no proof. Real means that no traces of a generator were found: the picture may be edited, "
-                 "or come from a generator that the training data had not.")
-    if stand_ins and shown: found.append("Demo only: this detector was trained on stand-ins. Its verdicts are shown on request, and mean nothing on real pictures.")
-    if stand_ins and not shown: found.append("Demo only: this detector was trained on stand-ins, so no verdict is given.")
+                 "or come from a generator that was not in the training data.")
+    if trained_on_stand_ins(scorer.detector):
+        shown = "its verdicts are shown on request, and mean nothing on real pictures" if scorer.settings.demo else "no verdict is given"
+        found.append(f"Demo only: this detector was trained on stand-ins, so {shown}.")
     return found
 
+# %% ../../nbs/08_apps/01_predict_page.ipynb #b0d30009
 def family_note(
     scorer: Scorer,
 ) -> str: # sentences
     "What the name of a family is worth."
-    text = "A guess: the most similar of the families that the detector knows. How often it is right was not measured on pictures like yours."
-    if not scorer.nearest: return text + " A generator of another family gets one of these names, too."
-    return text + (f" “unknown” is said of {scorer.settings.false_alarms:.0%} of the pictures by known generators; most pictures by other "
-                   "generators may get a known name all the same.")
+    text = ("A guess: the most similar of the families that the detector knows. How often it is right was not measured on pictures "
+            "like yours.")
+    if not scorer.nearest: return f"{text} A generator of another family gets one of these names, too."
+    return (f"{text} “unknown” is said of {scorer.settings.false_alarms:.0%} of the pictures by known generators. Pictures by other "
+            "generators may get a known name all the same.")
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #54859312
 def page_facts(

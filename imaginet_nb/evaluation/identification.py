@@ -17,7 +17,7 @@ from ..audit.shortcuts import RULES, metadata_scores
 from ..data.labels import FAMILIES
 from ..detectors.predictions import FAMILY_COLUMNS
 from ..detectors.protocol import DETECTORS
-from .bootstrap import by_detector, estimates, first_value, interval_cells, join_notes, mean_over_groups, unscored_note
+from .bootstrap import by_detector, estimates, exact_interval, first_value, join_notes, mean_over_groups, metric_cells, unscored_note
 from .detection import MEAN, difference_name, metadata_name, paired_frames, source_images
 from .metrics import Statistic, macro_auc_statistic, recall_statistic
 
@@ -57,6 +57,10 @@ def identification_values(
 IDENTIFICATION_COLUMNS = ("detector", "setting", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high",
                           "n", "note")
 
+def _recall_interval(recall: float, n: int) -> tuple[float, float]:
+    "Exact interval of the recall on n images."
+    return exact_interval(round(recall*n), n) if np.isfinite(recall) else (np.nan, np.nan)
+
 def _rows(
     values: np.ndarray, # `(5, 1 + R)` recalls and macro AUC
     counts: list[int], # images of each family
@@ -65,9 +69,11 @@ def _rows(
 ) -> list[dict[str, Any]]: # `IDENTIFICATION_COLUMNS`
     "Cells of the four families and of their mean."
     empty, (mean, gaps) = np.full(values.shape[1], np.nan), mean_over_groups(values[:-1])
-    rows = [labels | dict(group=family, n=n, note=note or ("" if n else "no images")) | interval_cells(acc=value, auc=empty)
-            for family, value, n in zip(FAMILIES, values, counts)]
-    return [*rows, labels | dict(group=MEAN, n=sum(counts), note=note or gaps) | interval_cells(acc=mean, auc=values[-1])]
+    rows = []
+    for family, value, n in zip(FAMILIES, values, counts):
+        cells = metric_cells({"acc": _recall_interval(value[0], n)}, acc=value, auc=empty)
+        rows.append(labels | dict(group=family, n=n, note=note or ("" if n else "no images")) | cells)
+    return [*rows, labels | dict(group=MEAN, n=sum(counts), note=note or gaps) | metric_cells(acc=mean, auc=values[-1])]
 
 def identification_table(
     predictions: pd.DataFrame,
