@@ -282,10 +282,11 @@ def _flagged(
     rows = operating[operating["threshold"].notna()].to_dict("records")
     if not rows: return []
     row, rate = rows[0], float(rows[0]["rate"].rstrip("%"))/100
-    fpr, tpr = (f"{row[name]:.1%} [{row[f'{name}_low']:.1%}, {row[f'{name}_high']:.1%}]" for name in ("empirical_fpr", "empirical_tpr"))
+    fpr, tpr = ("{:.1f} % [{:.1f}, {:.1f}]".format(*(100*row[f"{name}{end}"] for end in ("", "_low", "_high")))
+                for name in ("empirical_fpr", "empirical_tpr"))
     kept = "which is compatible with this promise"
     if row["empirical_fpr_low"] > rate: kept = "which is more than promised"
-    return [f"At the threshold that promises at most {rate:.0%} false positives, {fpr} of the {row['n_real']:,} real images were flagged, "
+    return [f"At the threshold that promises at most {100*rate:g} % false positives, {fpr} of the {row['n_real']:,} real images were flagged, "
             f"{kept}, and {tpr} of the {row['n_synthetic']:,} synthetic images."]
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30024

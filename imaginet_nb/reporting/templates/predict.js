@@ -31,7 +31,7 @@ function expect() {
   shift = field.value === field.defaultValue ? 0 : logOdds(field.value / 100) - logOdds(data.share);
   for (const i of order) if ("probability" in rows[i])
     cards[i].querySelector(".p").textContent = probabilityText(posterior(rows[i].probability));
-  status.textContent = shift ? `${data.measure} is now for ${field.value} %. Verdicts do not change.` : "";
+  status.textContent = shift ? `${data.measure} is now for ${field.value} %. Verdicts do not change: they promise error rates within each class.` : "";
   if (!detail.hidden) show(last);
 }
 function route() {
@@ -144,7 +144,10 @@ form.addEventListener("reset", () => setTimeout(filter));
 form.addEventListener("submit", event => event.preventDefault());
 if (prior) {
   prior.addEventListener("input", expect);
-  prior.addEventListener("reset", () => setTimeout(expect));
+  prior.querySelector("button").addEventListener("click", () => {
+    prior.reset();
+    expect();
+  });
   prior.addEventListener("submit", event => event.preventDefault());
 }
 addEventListener("hashchange", route);
