@@ -286,8 +286,8 @@ def _flagged(
                 for name in ("empirical_fpr", "empirical_tpr"))
     kept = "which is compatible with this promise"
     if row["empirical_fpr_low"] > rate: kept = "which is more than promised"
-    return [f"At the threshold that promises at most {100*rate:g} % false positives, {fpr} of the {row['n_real']:,} real images were flagged, "
-            f"{kept}, and {tpr} of the {row['n_synthetic']:,} synthetic images."]
+    return [f"At the threshold that promises at most {100*rate:g} % false positives, {fpr} of the {row['n_real']:,} real images "
+            f"were flagged, {kept}, and {tpr} of the {row['n_synthetic']:,} synthetic images."]
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30024
 def _against_metadata(

@@ -24,7 +24,7 @@ from ..data.labels import CONTENT_TYPES, FAMILIES, GENERATORS
 from ..data.splits import draw_real_images, family_groups
 from ..detectors.protocol import DETECTORS
 from .bootstrap import by_detector, estimates, first_value, has_score, join_notes, mean_over_groups
-from .bootstrap import balanced_interval, metric_cells, of_detector, restrict, unscored_note
+from .bootstrap import balanced_interval, interval_cells, metric_cells, of_detector, restrict, unscored_note
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #bd4ab99c
@@ -152,15 +152,16 @@ def detection_row(
     group: Group,
     values: np.ndarray, # `(2, 1 + R)`: ACC and AUC
     note: str = "",
-    flagged: np.ndarray | None = None, # booleans: which images of the group are classified as synthetic; None = ACC is no accuracy
+    flagged: np.ndarray | None = None, # booleans: which images of the group are classified as synthetic; None for differences
 ) -> dict[str, Any]: # `DETECTION_COLUMNS` without the detector
     "Cells of one group."
     scored, real = frame["error"].isna().to_numpy()[group.rows], frame["origin"].eq("real").to_numpy()[group.rows]
     n_real, n_synthetic = int((scored & real).sum()), int((scored & ~real).sum())
     gap = {(True, True): "no images", (True, False): "no real images", (False, True): "no synthetic images"}
     note = join_notes(note or gap.get((not n_real, not n_synthetic)), unscored_note(int((~scored).sum())))
-    exact = {} if flagged is None else {"acc": balanced_interval(flagged[scored], ~real[scored])}
-    cells = metric_cells(exact, acc=values[0], auc=values[1])
+    cells = interval_cells(acc=values[0], auc=values[1])
+    if flagged is not None:
+        cells = metric_cells({"acc": balanced_interval(flagged[scored], ~real[scored])}, acc=values[0], auc=values[1])
     return dict(group=group.label) | cells | dict(n_real=n_real, n_synthetic=n_synthetic, note=note)
 
 def detection_rows(
@@ -176,8 +177,9 @@ def detection_rows(
     decisions = [None]*len(groups) if flagged is None else flagged
     rows = [detection_row(frame, group, v, note, f) for group, v, f in zip(groups, values, decisions, strict=True)]
     last = detection_row(frame, everything, mean, gaps or note)
-    if flagged is not None and np.isfinite(last["acc"]) and np.isnan(last["acc_low"]): # all resamples agree
-        last |= {end: float(np.nanmean([row[end] for row in rows])) for end in ("acc_low", "acc_high")}
+    if flagged is not None: # where all resamples agree, the mean of the groups' exact ends
+        ends = pd.DataFrame(rows)[["acc_low", "acc_high"]].mean()
+        last |= metric_cells({"acc": (float(ends.iloc[0]), float(ends.iloc[1]))}, acc=mean[0], auc=mean[1])
     return [*rows, last]
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #4ce7c218
@@ -262,8 +264,6 @@ def difference_sentences(
     for metric in ("acc", "auc"):
         value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float)
         told = f"the difference is {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-        if np.isnan(low):
-            told = f"the difference is {value:+.3f} in all resamples, so there is no interval"
         compared = f"which of {pair[0]} and {pair[1]} is better cannot be told"
         if low > 0:
             compared = f"{pair[0]} is better than {pair[1]}"
