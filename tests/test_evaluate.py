@@ -117,6 +117,8 @@ def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
         heads = window.ask("[...document.querySelectorAll('.table')].map(t => [t.innerText.includes('Empirical FPR'), "
                            "t.scrollWidth - t.clientWidth])")
         assert [over for operating, over in heads if operating] == [0], heads
+        cues = window.ask("[...document.querySelectorAll('.table')].map(t => getComputedStyle(t).backgroundAttachment)")
+        assert set(cues) == {"local, local, scroll, scroll"} # a shadow at the side where a table goes on
         assert window.ask("document.documentElement.scrollWidth") <= width and window.errors == []
 
 
