@@ -2,11 +2,13 @@
 PYTHON  ?= python3
 PROFILE ?= demo
 BIN     := .venv/bin
-LONGEST := tests/test_look_alike.py tests/test_pipeline.py tests/test_gpu_run.py tests/test_site.py
+# uv installs the same lock in a fraction of the time; without it, pip does
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site network distributed)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce bench test lab prepare docs check-notebooks clean-reports
+.PHONY: help setup reproduce bench test lab prepare docs release-check check-notebooks clean-reports
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +19,8 @@ setup: .venv/complete ## environment in .venv from requirements.lock, editable i
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "Setting up .venv: some minutes and about 7 GB, most of it torch"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(INSTALL) -r requirements.lock
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb
 	@touch $@
 
@@ -41,10 +43,14 @@ check-notebooks: setup
 	after=$$(git status --porcelain; git diff | git hash-object --stdin); \
 	[ "$$before" = "$$after" ] || { echo "nbdev_clean or nbdev_export changed files; commit them:"; git status --porcelain; exit 1; }
 
-prepare: setup ## after editing notebooks: clean, export, render README.md and the map of reports
+prepare: setup ## after editing notebooks or settings.ini: clean, export, render README.md, the map of reports and what holds addresses
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/addresses.py
 	$(BIN)/python tools/render_documents.py
+
+release-check: setup ## whether this can be released: make release-check [CHECKS="tree versions links"]
+	$(BIN)/python tools/release_check.py $(CHECKS)
 
 docs: setup ## a site of all notebooks, the API and a search, read offline: _docs/site/index.html
 	$(BIN)/python docs/pages.py _docs/source

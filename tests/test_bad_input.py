@@ -42,7 +42,7 @@ def test_predict_scores_the_odd_and_says_why_it_cannot_the_bad(folder, tmp_path)
     for name, file in NAMES.items():
         row = table.loc[str(folder/file)]
         assert pd.isna(row["error"]) == (name in ODD) and pd.notna(row["logit"]) == (name in ODD), name
-    reasons = ("empty file", "not an image", "damaged", "exceeds limit")
+    reasons = ("empty file", "not an image", "damaged", "more than max_pixels")
     for name, reason in zip(BAD, reasons, strict=True): assert reason in table.loc[str(folder/NAMES[name]), "error"]
 
 

@@ -1,26 +1,18 @@
-"""The command line as a user meets it: real processes, real files, real faults."""
-import os
-import subprocess
-import sys
+"""The command line as a user meets it: processes of its own, real files, real faults."""
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from forks import imaginet
 
-from imaginet_nb.core import repo_root, seed_everything
+from imaginet_nb.core import seed_everything
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
 
-ROOT = repo_root()
 COLUMNS = ["path", "logit", "probability", "verdict", "family", "error"]
-
-
-def imaginet(*words, cwd=ROOT) -> subprocess.CompletedProcess:
-    program = Path(sys.executable).with_name("imaginet")
-    return subprocess.run([program, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import click
+import forks
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ from imaginet_nb.training.stages import STAGES
 
 ROOT = repo_root()
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-PAGES = [ROOT/name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "data/README.md", "reports/README.md")]
+PAGES = [ROOT/name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "data/README.md", "reports/README.md")]
 PAGES += [ROOT/"reports"/name for name in ("audit/README.md", "published/README.md")]
 PAGES += [ROOT/"reports"/"demo"/f"{name}.md" for name in ("README", "data_card", "model_card")]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb")
@@ -55,6 +57,9 @@ def commands(path: Path) -> list[str]:
 PARSED_ONLY = {
     "make reproduce": "ten minutes; tests/test_pipeline.py runs the smaller profile, tests/test_look_alike.py the paper's way",
     "make test": "this very test is part of it",
+    "make release-check": "builds the site and runs all tests; tests/test_release.py runs its checks",
+    "make setup": "gigabytes; tests/test_release.py runs its steps with stand-ins for pip and uv",
+    ".venv/bin/": "hooks of this clone, and tests that are run anyhow",
     "imaginet data download": "144 GB; tests/test_look_alike.py fetches, unpacks, verifies a look-alike of it",
     "imaginet data unpack": "see download",
     "imaginet data verify": "see download",
@@ -110,6 +115,9 @@ def parse(line: str) -> None:
         assert module == "imaginet_nb.training.stages" and options.keys() == {"--profile", "--stage"} and options["--stage"] in STAGES
         load_profile(options["--profile"])
     elif program == "srun": parse(words[2])
+    elif program.startswith(".venv/bin/"):
+        assert shutil.which(Path(program).name, path=PATH), program
+        assert all((ROOT/word).is_file() for word in words if word.endswith((".py", ".ipynb")))
     elif program == "snakemake": assert (ROOT/words[1]/"config.yaml").is_file()
     else: raise AssertionError(f"no rule for {program!r}: execute the command, or say here how to check it")
 
@@ -155,7 +163,8 @@ def test_the_documents_have_commands():
 @pytest.mark.parametrize("path, line", SHOWN, ids=IDS)
 def test_commands_of_the_documents(playground, path, line):
     if reason(line): return parse(line)
-    environment = {**os.environ, "PATH": PATH, "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    library = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, **forks.server(), "TQDM_DISABLE": "1", "PYTHONPATH": library}
     result = subprocess.run(["bash", "-c", line], cwd=playground, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     words = shlex.split(line, comments=True)

@@ -3,19 +3,20 @@ import csv
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from forks import imaginet
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -25,16 +26,14 @@ from imaginet_nb.data.images import ImageError, decode, save
 from imaginet_nb.detectors.custom import DetectorError, read_settings
 
 ROOT, PROGRAM = repo_root(), Path(sys.executable).with_name("imaginet")
-QUIET = {**os.environ, "TQDM_DISABLE": "1"}
 
 
-def start(*words, limit: int | None = None, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
-    "The program in a process group of its own; `limit` is the largest file that it may write, in bytes."
-    def restrict() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs, these tests perhaps, ignore Ctrl-C
-        if limit is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.Popen([PROGRAM, *map(str, words)], cwd=cwd, env={**QUIET, **environment}, text=True, start_new_session=True,
-                            preexec_fn=restrict, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(*words) -> subprocess.Popen:
+    "The real program in a process group of its own."
+    def heed() -> None: # a shell's background jobs, these tests perhaps, ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen([PROGRAM, *map(str, words)], cwd=ROOT, env={**os.environ, "TQDM_DISABLE": "1"}, text=True,
+                            start_new_session=True, preexec_fn=heed, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
@@ -72,23 +71,23 @@ def pictures(tmp_path) -> Path:
 # --- a disk that is full, a folder that cannot be written
 
 def test_a_full_disk_leaves_no_half_written_table(pictures, tmp_path):
-    code, words = finish(start("audit", pictures, "--out", tmp_path/"audit", limit=300))
-    assert code == 1 and "File too large" in words and "Traceback" not in words
+    run = imaginet("audit", pictures, "--out", tmp_path/"audit", limit=300)
+    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr
     assert all(p.stat().st_size < 300 and p.suffix != ".tmp" for p in (tmp_path/"audit").rglob("*") if p.is_file())
     assert not [p for p in (tmp_path/"audit").rglob("*.csv") if pd.read_csv(p).empty]
 
 
 def test_a_full_disk_leaves_no_half_made_data_set(tmp_path):
-    code, words = finish(start("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", limit=2000))
-    assert code == 1 and "File too large" in words and "Traceback" not in words
+    run = imaginet("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", limit=2000)
+    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", [("data", "sandbox", "--profile", "smoke", "--out", "/proc/imaginet/made"),
                                    ("audit", "pictures", "--out", "/proc/imaginet/audit")])
 def test_a_folder_that_cannot_be_written_is_named(words, pictures, tmp_path):
-    code, said = finish(start(*words, cwd=tmp_path))
-    assert code == 1 and "/proc/imaginet" in said and "Traceback" not in said
+    run = imaginet(*words, cwd=tmp_path)
+    assert run.returncode == 1 and "/proc/imaginet" in run.stderr and "Traceback" not in run.stderr
 
 
 # --- files damaged at random
@@ -161,9 +160,9 @@ def test_pictures_with_odd_names_have_a_row_each_and_no_formula(tmp_path):
     save(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8), tmp_path/"pictures"/"plain.png")
     for name in names: shutil.copy(tmp_path/"pictures"/"plain.png", os.fsencode(tmp_path/"pictures") + b"/" + name)
     (tmp_path/"tiny.py").write_text(TINY)
-    code, words = finish(start("predict", ".", "--detector", "tiny:Tiny", "--out", tmp_path/"preds.csv", cwd=tmp_path/"pictures",
-                               PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"))
-    assert code == 0, words
+    run = imaginet("predict", ".", "--detector", "tiny:Tiny", "--out", tmp_path/"preds.csv", cwd=tmp_path/"pictures",
+                   PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert run.returncode == 0, run.stderr
     rows = pd.read_csv(tmp_path/"preds.csv")
     assert sorted(map(text_path, rows["path"])) == sorted([Path("plain.png"), *(Path(os.fsdecode(name)) for name in names)])
     assert rows["error"].isna().all() and rows["logit"].nunique() == 1
@@ -244,9 +243,8 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(tmp_path):
 def test_of_two_runs_at_once_in_one_folder_one_is_refused(tmp_path):
     for name in ("one", "two"): (tmp_path/name).mkdir() # temporary folders, as of two containers
     words = ("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 40)
-    first, second = (start(*words, TMPDIR=str(tmp_path/name)) for name in ("one", "two"))
-    codes, words = zip(finish(first), finish(second), strict=True)
-    assert sorted(codes) == [0, 1] and "another run" in "".join(words)
+    with ThreadPool(2) as pool: runs = pool.map(lambda name: imaginet(*words, TMPDIR=str(tmp_path/name)), ("one", "two"))
+    assert sorted(run.returncode for run in runs) == [0, 1] and "another run" in "".join(run.stderr for run in runs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "one", "two"] # no lock is left
 
 

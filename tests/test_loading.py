@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from bad_images import BAD, ODD
+from forks import imaginet
 from PIL import Image
 
 from imaginet_nb.core import file_sha256, repo_root, rng
@@ -25,7 +26,6 @@ from imaginet_nb.data.datasets import ManifestDataset, make_loader
 from imaginet_nb.data.images import ImageError, decode, longer_side
 from imaginet_nb.data.packed import Store, StoreError, pack, verify_store
 
-PROGRAM = Path(sys.executable).with_name("imaginet")
 WRITERS = {
     "plain.png": {}, "best.png": {"compress_level": 9}, "grey.png": {"mode": "L"}, "alpha.png": {"mode": "RGBA"},
     "palette.png": {"mode": "P"}, "camera.png": {"turned": True},
@@ -170,16 +170,14 @@ def test_packing_goes_on_after_kill_to_the_same_pixels(many):
 
 
 def test_pack_and_verify_from_the_command_line(many):
-    def imaginet(*words): return subprocess.run([PROGRAM, "data", "pack", *map(str, words)], capture_output=True, text=True,
-                                                env={**os.environ, "TQDM_DISABLE": "1"})
-    made = imaginet(many/"many", "--list", many/"many.csv", "--out", many/"store")
+    made = imaginet("data", "pack", many/"many", "--list", many/"many.csv", "--out", many/"store")
     assert made.returncode == 0 and "60 images" in made.stdout, made.stderr
-    assert imaginet(many/"many", "--out", many/"store", "--verify").stdout.endswith("whole\n")
+    assert imaginet("data", "pack", many/"many", "--out", many/"store", "--verify").stdout.endswith("whole\n")
     shard = many/"store"/"shard-00000.b2nd"
     content = bytearray(shard.read_bytes())
     content[len(content)//2] ^= 1
     shard.write_bytes(content)
-    found = imaginet(many/"many", "--out", many/"store", "--verify")
+    found = imaginet("data", "pack", many/"many", "--out", many/"store", "--verify")
     assert found.returncode == 1 and "shard-00000.b2nd" in found.stderr
 
 

@@ -1,13 +1,11 @@
 """The report of `imaginet predict` in a browser: what a reader sees, clicks and types."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from browser import browser, needs_browser
+from forks import imaginet
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -45,10 +43,8 @@ def report(tmp_path_factory) -> tuple[Path, pd.DataFrame]:
     scaled = np.random.default_rng(0).normal(size=80) + 2.5*synthetic - 1.25
     calibration = fit_calibration(logit.median() + logit.std()*scaled, synthetic)
     save_checkpoint(model, folder/"net.safetensors", profile="demo", probability=calibration.header())
-    words = ["predict", pictures, "--checkpoint", folder/"net.safetensors", "--out", folder/"preds.csv",
-             "--html", folder/"report.html", "--demo"]
-    program = Path(sys.executable).with_name("imaginet")
-    done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    done = imaginet("predict", pictures, "--checkpoint", folder/"net.safetensors", "--out", folder/"preds.csv",
+                    "--html", folder/"report.html", "--demo")
     assert done.returncode == 0, done.stderr
     return folder/"report.html", pd.read_csv(folder/"preds.csv")
 

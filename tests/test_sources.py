@@ -17,6 +17,7 @@ import pandas as pd
 import py7zr
 import pytest
 from bad_images import BAD, ODD
+from forks import imaginet
 from hub import COMMIT, TOKEN, serve
 from multivolumefile import MultiVolume
 
@@ -74,11 +75,6 @@ def archive(volumes, tmp_path) -> Path:
 @pytest.fixture
 def hub(volumes, original):
     with serve(volumes, original/"annotations") as running: yield running
-
-
-def imaginet(*words: object, **environment: str) -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(["imaginet", *map(str, words)], capture_output=True, text=True, env={**os.environ, "PATH": path, **environment})
 
 
 def content(folder: Path) -> dict[str, bytes]:

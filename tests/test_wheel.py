@@ -60,13 +60,17 @@ def installed(wheel, tmp_path_factory) -> Path:
     A path in a `.pth` file is searched for modules, but its own `.pth` files are not read: so this clone's editable
     installation stays out of sight.
     """
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder/"bin"/"python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=folder)
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip()
-    (Path(site)/"packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    folder = empty_environment(tmp_path_factory.mktemp("environment"))
+    run(sys.executable, "-m", "pip", "--python", folder/"bin"/"python", "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=folder)
     return folder/"bin"
+
+
+def empty_environment(folder: Path) -> Path:
+    "An environment with nothing but the packages of this one behind it."
+    venv.create(folder, with_pip=False, symlinks=True)
+    site = run(folder/"bin"/"python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip()
+    (Path(site)/"packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
 
 
 def test_the_wheel_holds_the_package_and_what_it_reads_and_nothing_else(wheel):
@@ -91,7 +95,8 @@ def test_the_wheel_says_what_it_needs(wheel):
 
 def test_everything_that_the_library_imports_is_required():
     "Catches a package that is only there because something else, or a development tool, brought it."
-    declared = " ".join(SETTINGS["DEFAULT"][key] for key in ("requirements", "detectors_requirements", "heic_requirements")).split()
+    kinds = ("requirements", "detectors_requirements", "heic_requirements", "croissant_requirements", "provenance_requirements")
+    declared = " ".join(SETTINGS["DEFAULT"][key] for key in kinds).split()
     declared = {canonicalize_name(Requirement(r).name) for r in declared}
     # these come with a package that is declared and cannot do without them
     declared |= {"ipython", "markupsafe", "scipy", "nbclient", "nbformat", "requests", "threadpoolctl"}
@@ -163,3 +168,13 @@ def test_the_commit_of_another_repository_is_not_written_down(installed, tmp_pat
     run("git", "-c", "user.name=a", "-c", "user.email=a@b.example", "commit", "--allow-empty", "--quiet", "-m", "other", cwd=tmp_path)
     code = "from imaginet_nb.core import load_profile, provenance; print(provenance('x', load_profile('demo'))['git_commit'])"
     assert run(installed/"python", "-c", code, cwd=tmp_path).stdout == "None\n"
+
+
+def test_the_last_step_of_binder_gives_the_package_and_its_kernel(wheel, tmp_path):
+    "In an environment that has the lock, as `binder/requirements.txt` makes it, and a copy of the repository."
+    place, sources = empty_environment(tmp_path/"environment"), wheel.parent/"sources"
+    environment = {**ENVIRONMENT, "PATH": f"{place/'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    ended = subprocess.run([sources/"binder"/"postBuild"], cwd=sources, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert run(place/"bin"/"python", "-c", "import imaginet_nb; print(imaginet_nb.__file__)", cwd=tmp_path).stdout.startswith(str(sources))
+    assert (place/"bin"/"imaginet").is_file() and (place/"share"/"jupyter"/"kernels"/"imaginet_nb"/"kernel.json").is_file()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from addresses import badges, read_settings
 
 from imaginet_nb.core import repo_root, write_text
 from imaginet_nb.reporting.published import PAPER_ITEMS, PaperItem
@@ -68,6 +69,8 @@ def render_readme(
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     folder = Path(os.path.relpath(notebook.resolve().parent, root.resolve())).as_posix()
     parts = [relink(part, folder) for cell in cells for part in cell_markdown(cell) if part]
+    marks = badges(read_settings(root))
+    if marks: parts[0] = parts[0].replace("\n\n", f"\n\n{marks}\n\n", 1) # below the title
     return "\n\n".join([f"<!-- rendered from {folder}/{notebook.name} by `make prepare`; edit that notebook -->", *parts]) + "\n"
 
 

@@ -18,9 +18,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from ..core import Profile, write_text
+from ..core import Profile, measured_on, write_text
 from .published import PAPER_ITEMS, published, published_table
-from .tables import column_alignment, markdown_table, reading_frame, text_frame
+from .tables import INTERVAL_NOTE, column_alignment, markdown_table, reading_frame, text_frame
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #5e1ab031
 def html_inline(
@@ -125,12 +125,12 @@ def _chapters(report: Path) -> list[Chapter]:
     "All items of the paper, then whatever else lies in the folder."
     chapters, seen = [], set()
     for paper in PAPER_ITEMS:
-        wanted = [*(("tables", s) for s in paper.tables), *(("figures", s) for s in paper.figures)]
+        wanted = [*(("figures", s) for s in paper.figures), *(("tables", s) for s in paper.tables)]
         seen.update(wanted)
         theirs = {stem: (_source(stem), published_table(stem)) for stem in paper.published}
         chapters.append(Chapter(f"{paper.item}: {paper.title}", re.sub(r"\W+", "-", paper.item.lower()), paper.remark, paper.notebook,
                                 [_result(report, kind, stem, paper.notebook) for kind, stem in wanted], theirs))
-    kinds = (("tables", "csv"), ("figures", "png"))
+    kinds = (("figures", "png"), ("tables", "csv"))
     present = [(kind, f.stem) for kind, suffix in kinds for f in sorted((report/kind).glob(f"*.{suffix}"))]
     rest = [_result(report, kind, stem, "") for kind, stem in present if (kind, stem) not in seen]
     return [*chapters, *([Chapter("Further results", "further", "", "", rest, {})] if rest else [])]
@@ -145,6 +145,14 @@ def profile_scope(
             "about ImagiNet and cannot be compared with the published ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
+def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:
+    "The chapters without sentences in their captions that the head of the page states for all."
+    def shorter(result: Result) -> Result:
+        caption = result.caption
+        for sentence in sentences: caption = caption.replace(f" {sentence}", "")
+        return result._replace(caption=caption)
+    return [chapter._replace(results=[shorter(result) for result in chapter.results]) for chapter in chapters]
+
 def _not_learned(report: Path) -> list[str]:
     "Detectors of the report whose training did not learn, each with the reason."
     from imaginet_nb.models.checkpoints import read_header # takes seconds to import
@@ -160,5 +168,6 @@ def report_index(
     executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
     values = dict(title=f"ImagiNet: report of the profile {profile.name}", profile=profile, scope=profile_scope(profile),
                   cards=[name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()],
-                  not_learned=_not_learned(report), chapters=_chapters(report), executed=executed, long=LONG_TABLE)
+                  not_learned=_not_learned(report), chapters=_stated_once(_chapters(report), measured_on(profile), INTERVAL_NOTE),
+                  intervals=INTERVAL_NOTE, executed=executed, long=LONG_TABLE)
     return [write_text(render(f"report.{form}", **values), report/name) for form, name in (("html", "index.html"), ("md", "README.md"))]
