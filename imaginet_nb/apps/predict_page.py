@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'REAL', 'FLAT', 'SIDE', 'STAND_IN_TAG', 'FLAT_TAG', 'SHOWN', 'contributions', 'contribution_map',
-           'colour_limit', 'activation_map', 'looked_at', 'flat_share', 'probability_name', 'probability_text', 'card',
-           'page_promises', 'family_note', 'page_facts', 'write_page']
+           'colour_limit', 'activation_map', 'looked_at', 'flat_share', 'card_images', 'probability_name',
+           'probability_text', 'card', 'page_promises', 'family_note', 'page_facts', 'Gallery', 'write_page']
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #81ec3a93
 import base64
@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import io
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -67,7 +68,7 @@ def contribution_map(
         target += cv2.resize(part, target.shape[::-1])
         seen[y, x] += 1
     heat = np.divide(total, seen, out=np.full_like(total, np.nan), where=seen > 0)
-    lost = [(length - own)*scale/2 for length, own in zip(prepared.shape, prepared.picture.shape)] # padding on either side
+    lost = [(length - own)*scale/2 for length, own in zip(prepared.shape, prepared.own_shape)] # padding on either side
     top, left = map(round, lost)
     return heat[top:heat.shape[0] - top, left:heat.shape[1] - left], float(np.mean([part.mean() for part in parts]))
 
@@ -97,7 +98,7 @@ def looked_at(
     prepared: Prepared, # of the picture
 ) -> tuple[list[list[int]], float]: # x, y, width and height of each square in the picture, in pixels; share of its area, 0 to 1
     "What the detector was shown of an image, without the padding."
-    height, width = prepared.picture.shape[:2]
+    height, width = prepared.own_shape
     top, left = ((padded - own)//2 for padded, own in zip(prepared.shape, (height, width)))
     seen, squares = np.zeros((height, width), bool), []
     for y0, y1, x0, x1 in prepared.boxes:
@@ -127,22 +128,21 @@ def _data_url(
     Image.fromarray(np.ascontiguousarray(image)).save(content, kind, **({"optimize": True} if kind == "png" else {"quality": 80}))
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
-def _small(picture: np.ndarray) -> np.ndarray:
-    "At most `SIDE` pixels a side."
-    scale = SIDE/max(picture.shape[:2])
-    height, width = (max(round(length*scale), 1) for length in picture.shape[:2])
-    return picture if scale >= 1 else cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-
-def _pictures(scorer: Scorer, row: Mapping[str, Any]) -> dict[str, Any]:
+def card_images(
+    scorer: Scorer,
+    row: Mapping[str, Any], # columns of `SCORE_COLUMNS`
+    prepared: Prepared | None = None, # of the picture, with a thumbnail; None = the file is read
+) -> dict[str, Any]: # picture, squares, and map and its mean, or a problem
     "Picture, squares and map of a row; no map if there can be none."
-    picture = decode(text_path(row["path"]))
-    ready = prepare(picture, scorer.detector.input_size, scorer.settings.crops, ("original",))
-    found: dict[str, Any] = {"picture": _data_url(_small(picture))}
-    found["squares"], found["share"] = looked_at(ready)
-    flat = flat_share(picture)
+    if prepared is None: prepared = prepare(decode(text_path(row["path"])), scorer.detector.input_size, scorer.settings.crops,
+                                            ("original",), SIDE)
+    if prepared.thumbnail is None: raise ValueError(f"{row['path']}: prepared without a thumbnail")
+    found: dict[str, Any] = {"picture": _data_url(prepared.thumbnail)}
+    found["squares"], found["share"] = looked_at(prepared)
+    flat = float(np.mean([flat_share(crop) for crop in prepared.views["original"]]))
     if flat > FLAT: found["flat"] = flat
     if not isinstance(scorer.detector, PixelDetector): return found
-    heat, mean = contribution_map(scorer.detector, ready)
+    heat, mean = contribution_map(scorer.detector, prepared)
     if abs(mean - row["logit"]) > 0.01*max(1, abs(mean)):
         return found | {"problem": "No map: it does not add up to the logit; has the file changed?"}
     return found | {"map": _data_url(_coloured(heat)), "limit": colour_limit(heat), "mean": f"{mean:.4f}"}
@@ -167,12 +167,13 @@ def card(
     scorer: Scorer,
     number: int, # in the page's address
     row: Mapping[str, Any], # columns of `SCORE_COLUMNS`
+    images: Mapping[str, Any] | None = None, # by `card_images`; None = the file is read
 ) -> Markup:
     "One picture, or one file that could not be read."
     shown: dict[str, Any] = {k: v for k, v in row.items() if v is not None and k not in ("sha256", "settings")}
     shown |= {"number": number, "name": path_text(text_path(row["path"]).name), "verdict": row["verdict"] or "error"}
     if row["error"] is None:
-        try: shown |= _pictures(scorer, row)
+        try: shown |= card_images(scorer, row) if images is None else images
         except (ValueError, OSError): shown["problem"] = "The file cannot be read any more."
         except Exception as error: shown["problem"] = f"No map: {error}" # one image must not prevent the report
     tags = [tag for tag, holds in ((STAND_IN_TAG, trained_on_stand_ins(scorer.detector)), (FLAT_TAG, "flat" in shown)) if holds]
@@ -238,9 +239,41 @@ def page_facts(
     facts["Settings"] = json.dumps(asdict(settings)) + f", fingerprint {scorer.fingerprint}"
     return facts | {"Versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
-# %% ../../nbs/08_apps/01_predict_page.ipynb #84d67c68
+# %% ../../nbs/08_apps/01_predict_page.ipynb #d0e00002
 SHOWN = 2000 # pictures on a page
 
+class Gallery:
+    "Images of the cards of a page, made while pictures are scored; a context, whose files are removed at its end."
+    def __init__(self,
+        scorer: Scorer, # with the detector that the maps are drawn for
+    ):
+        self.scorer, self._folder = scorer, tempfile.TemporaryDirectory(prefix="imaginet-")
+        self._best: list[tuple[float, int, str]] = [] # a heap: probability, minus the number of the picture, its path
+        self._files: dict[str, Path] = {}
+
+    def __enter__(self) -> "Gallery": return self
+    def __exit__(self, *_: object) -> None: self._folder.cleanup()
+
+    def add(self,
+        prepared: Prepared, # with a thumbnail of `SIDE` pixels
+        row: dict[str, Any], # columns of `SCORE_COLUMNS`, without an error
+    ) -> None:
+        "Make the images of a picture that may be shown; forget those of one that no longer can."
+        entry = (row["probability"], -len(self._files), row["path"])
+        if len(self._best) >= SHOWN and entry < self._best[0]: return
+        try: images = json.dumps(card_images(self.scorer, row, prepared))
+        except Exception: return # the page will try again, and say why not
+        self._files[row["path"]] = path = Path(self._folder.name)/str(len(self._files))
+        path.write_text(images)
+        heapq.heappush(self._best, entry)
+        if len(self._best) > SHOWN: self._files[heapq.heappop(self._best)[2]].unlink()
+
+    def images(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        "The images of a row; None if its picture was not scored in this run."
+        path = self._files.get(row["path"])
+        return json.loads(path.read_text()) if path and path.exists() else None
+
+# %% ../../nbs/08_apps/01_predict_page.ipynb #84d67c68
 def _hash(text: str) -> str:
     "Hash by which a content security policy names a script or style."
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
@@ -253,7 +286,7 @@ def _script_data(scorer: Scorer) -> str:
             "share": 1 - calibration.n_real/calibration.n if calibration else None}
     return json.dumps(data).replace("<", "\\u003c")
 
-def _page(rows: list[dict[str, Any]], notes: Iterable[str], scorer: Scorer) -> Iterator[str]:
+def _page(rows: list[dict[str, Any]], notes: Iterable[str], scorer: Scorer, gallery: Gallery | None) -> Iterator[str]:
     "The page, piece by piece: with all pictures at once it would fill the memory."
     style, script = (templates().get_template(name).render() for name in ("predict.css", "predict.js"))
     verdicts = Counter(row["verdict"] or "error" for row in rows)
@@ -262,7 +295,8 @@ def _page(rows: list[dict[str, Any]], notes: Iterable[str], scorer: Scorer) -> I
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script), notes=notes,
         promises=page_promises(scorer), calibration=calibration_of(scorer.detector), family=family_note(scorer),
         verdicts={word: verdicts[word] for word in words}, families=sorted({row["family"] for row in rows if row["family"]}),
-        cards=(card(scorer, number, row) for number, row in enumerate(progress(rows, "report"))),
+        cards=(card(scorer, number, row, gallery.images(row) if gallery else None)
+               for number, row in enumerate(progress(rows, "report"))),
         facts=page_facts(scorer), data=Markup(_script_data(scorer)))
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #033471e8
@@ -271,6 +305,7 @@ def write_page(
     scorer: Scorer, # the one that made them
     out: str | Path, # .html
     notes: Iterable[str] = (), # sentences for the top of the page
+    gallery: Gallery | None = None, # that has seen the pictures; None = all are read again
 ) -> int: # pictures and errors shown
     "Write the report."
     total = 0
@@ -280,5 +315,5 @@ def write_page(
     chosen = [row for _, _, row in heapq.nlargest(SHOWN, counted())]
     if total > len(chosen): notes = [*notes, f"The {len(chosen):,} files with the highest probability; all {total:,} are in the table."]
     with atomic_path(link_target(out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(_page(chosen, notes, scorer))
+        file.writelines(_page(chosen, notes, scorer, gallery))
     return len(chosen)

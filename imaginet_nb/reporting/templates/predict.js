@@ -67,7 +67,7 @@ function scores(row) {
 function facts(row) {
   const values = {"why unsure": row.reason, "note": row.note, "size": row.width && `${row.width} x ${row.height} pixels`,
     "format": row.format, "error": row.error, "file": row.path};
-  if (row.flat) values["kind"] = `Perhaps a screenshot, a diagram or text: ${Math.round(100 * row.flat)} % of it is flat. ` +
+  if (row.flat) values["kind"] = `Perhaps a screenshot, a diagram or text: ${Math.round(100 * row.flat)} % of what was looked at is flat. ` +
     "ImagiNet has no such pictures, so the score may mean nothing.";
   return table(Object.entries(values).filter(([, value]) => value));
 }
