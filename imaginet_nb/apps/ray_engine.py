@@ -7,6 +7,7 @@ __all__ = ['ROWS', 'Source', 'units_of', 'score_unit', 'part_name', 'write_part'
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10004
 import json
+import logging
 import os
 import tarfile
 import tempfile
@@ -191,7 +192,7 @@ def _started(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try: import ray
     except ImportError: raise RuntimeError("--engine ray needs Ray: pip install 'imaginet_nb[ray]'") from None
-    if not ray.is_initialized(): ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    if not ray.is_initialized(): ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     return ray
