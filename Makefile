@@ -4,11 +4,11 @@ PROFILE ?= demo
 BIN     := .venv/bin
 # uv installs the same lock in a fraction of the time; without it, pip does
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
-LONGEST := tests/test_look_alike.py tests/test_pipeline.py tests/test_gpu_run.py tests/test_site.py
+LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site network distributed)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce bench test lab prepare docs check-notebooks clean-reports
+.PHONY: help setup reproduce bench test lab prepare docs release-check check-notebooks clean-reports
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ prepare: setup ## after editing notebooks or settings.ini: clean, export, render
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/addresses.py
 	$(BIN)/python tools/render_documents.py
+
+release-check: setup ## whether this can be released: make release-check [CHECKS="tree versions links"]
+	$(BIN)/python tools/release_check.py $(CHECKS)
 
 docs: setup ## a site of all notebooks, the API and a search, read offline: _docs/site/index.html
 	$(BIN)/python docs/pages.py _docs/source

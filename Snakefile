@@ -52,8 +52,9 @@ def settings(*keys):
     "The part of the profile that a notebook uses, as text: whole sections, or single values such as embedding.images."
     def value(profile, key):
         section, _, name = key.partition(".")
-        return SETTINGS[profile][section][name] if name else SETTINGS[profile][section]
-    return lambda wildcards: json.dumps({key: value(wildcards.profile, key) for key in ("name", "seed", "device", *keys)}, sort_keys=True)
+        return SETTINGS[profile][section][name] if name else SETTINGS[profile].get(section)
+    always = ("name", "seed", "device", "deterministic", "compile") # the last two may be left out of a profile
+    return lambda wildcards: json.dumps({key: value(wildcards.profile, key) for key in (*always, *keys)}, sort_keys=True)
 
 
 def training_threads(wildcards):
@@ -101,8 +102,9 @@ rule p05_data:
 rule p10_dataset:
     input: rules.p05_data.output
     output:
-        notebook("p10_dataset"), figures("metadata_baseline", "composition", "file_properties"),
-        tables("dataset_features", "dataset_structure", "metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap"),
+        notebook("p10_dataset"), tables("dataset_features", "dataset_structure"),
+        figures("examples", "metadata_baseline", "composition", "file_properties", "spectra"),
+        tables("metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap", "spectra"),
     params: settings=settings("data"), code=code_of("p10_dataset")
     shell: RUN
 
@@ -182,9 +184,10 @@ rule p49_seed: # once for each of SEEDS
 rule p50_detection:
     input: every(PREDICTIONS + "/{name}", name=["perturbed.csv", "calibration.csv", "clean.csv", "matched.csv", "not_run.json"])
     output:
-        notebook("p50_detection"), figures("detection_by_family", "reliability"), tables("probabilities", "reliability", "operating_points"),
+        notebook("p50_detection"), tables("probabilities", "reliability", "operating_points"),
+        figures("detection_by_family", "detection_errors", "reliability", "roc", "scores", "detection_confusion"),
         tables("detection_by_family", "detection_by_content", "detection_by_generator", "score_calibration", "format_matched", "grouping_effect"),
-    params: settings=settings("evaluation"), code=code_of("p50_detection")
+    params: settings=settings("data", "evaluation"), code=code_of("p50_detection")
     shell: RUN
 
 
@@ -202,7 +205,7 @@ rule p52_identification:
     input:
         every(PREDICTIONS + "/{name}.csv", name=["perturbed", "clean", "features", "open_set"]), SURE, OPEN_SET,
         every(PREDICTIONS + "/{name}.npy", name=["features", "open_set"]),
-    output: notebook("p52_identification"), tables("identification", "open_set"), figures("identification_confusion")
+    output: notebook("p52_identification"), tables("identification", "open_set"), figures("identification_confusion", "open_set")
     params: settings=settings("evaluation"), code=code_of("p52_identification")
     shell: RUN
 
@@ -231,8 +234,9 @@ rule p62_robustness:
     output:
         notebook("p62_robustness"), tables("robustness_jpeg", "robustness_resize", "robustness_loss", "robustness_shift"),
         tables("probabilities_perturbed", "operating_points_perturbed"), PREDICTIONS + "/shifts.csv",
+        tables("corruption_spectra"), figures("corruption_spectra"),
         figures("robustness_jpeg", "robustness_resize", "shifts_detection", "shifts_identification"),
-    params: settings=settings("evaluation", "robustness"), code=code_of("p62_robustness")
+    params: settings=settings("data", "evaluation", "robustness"), code=code_of("p62_robustness")
     shell: RUN
 
 

@@ -1,4 +1,6 @@
 """Settings of Sphinx for the site that `make docs` builds. Nothing on it is fetched from elsewhere: it is read offline."""
+import html
+import json
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -10,7 +12,8 @@ settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).resolve().parents[1]/"settings.ini", encoding="utf-8")
 project, release = settings["DEFAULT"]["lib_name"], settings["DEFAULT"]["version"]
 copyright = settings["DEFAULT"]["copyright"]  # noqa: A001
-html_show_search_summary = False # a summary would be fetched from the page, which browsers refuse for files without a server
+html_show_search_summary = False # docs/static/search.js shows excerpts that need no server
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_title = f"{project} {release}"
 html_theme, html_show_sphinx, html_copy_source, html_show_sourcelink = "furo", False, False, False
 extensions = ["myst_nb"]
@@ -30,7 +33,32 @@ def mathml(block):
     return visit, None
 
 
+def add_excerpts(app, pagename, templatename, context, doctree):
+    "The search page, and no other, loads the texts of all pages."
+    if pagename == "search":
+        for name in ("excerpts.js", "search.js"): app.add_js_file(name, loading_method="defer") # after Sphinx's own scripts
+
+
+def text_of(page):
+    "The text of a finished page, without its code marks and headings' anchors."
+    article = re.search(r"<article[^>]*>(.*)</article>", page, re.S)
+    text = re.sub(r'<(script|style|math|svg)\b.*?</\1>|<a class="headerlink".*?</a>', " ", article[1] if article else "", flags=re.S)
+    text = re.sub(r"</?(span|a|code|em|strong)\b[^>]*>", "", text) # these stand within words
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
+
+
+def write_excerpts(app, exception):
+    "The text of every page, for the search; the first 40,000 characters of a long one."
+    if exception or app.builder.name != "html": return
+    pages = {name: Path(app.outdir)/f"{name}.html" for name in sorted(app.env.found_docs)}
+    texts = {name: text_of(path.read_text(encoding="utf-8"))[:40_000] for name, path in pages.items() if path.is_file()}
+    content = f"const EXCERPTS = {json.dumps(texts, ensure_ascii=False)};\n"
+    (Path(app.outdir)/"_static"/"excerpts.js").write_text(content, encoding="utf-8")
+
+
 def setup(app):
+    app.connect("html-page-context", add_excerpts)
+    app.connect("build-finished", write_excerpts)
     app.add_html_math_renderer("mathml", mathml(block=False), mathml(block=True))
 
 

@@ -7,6 +7,7 @@ the comment beside each parameter, the first line of the docstring. Nothing of t
 """
 import ast
 import copy
+import csv
 import io
 import itertools
 import json
@@ -27,6 +28,8 @@ DOCUMENTS = ("data/README.md", "reports/README.md", "reports/published/README.md
 FILES = ("reports/**/*.csv", "reports/**/*.tex", "reports/**/*.md", "reports/**/*.json", "reports/**/*.html",
          "reports/**/*.png", "reports/**/*.pdf",
          "data/*.csv", "profiles/*.yaml", "LICENSE", "Snakefile", "Makefile") # what the pages show or link to
+TUTORIALS = ("00_imaginet_in_one_sitting", "score_my_pictures", "score_my_detector", "bring_my_data_set", "change_things",
+             "many_machines", "make_it_fast", "paper_and_code", "what_is_fitted_on_what") # in reading order; a new one comes last
 UNWANTED = ("checkpoints", "predictions", "manifests", "notebooks", "logs") # parts of a report that a run leaves, not kept
 KEPT_REPORTS = (("demo",), ("audit",), ("published",), ("benchmark",), ("README.md",))
 PRIVATE = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
@@ -47,9 +50,22 @@ def module_of(notebook: Path) -> str:
     return ".".join(part.partition("_")[2] for part in notebook.relative_to(ROOT/"nbs").with_suffix("").parts)
 
 
-def first_notebook(folder: str) -> str:
-    "The first notebook of a folder, relative to the repository."
-    return min((ROOT/folder).glob("*.ipynb")).relative_to(ROOT).as_posix()
+def title_and_question(notebook: Path) -> tuple[str, str]:
+    "The heading of a notebook, and the sentence below it that says what it is about."
+    lines = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()
+    question = next((line for line in lines if line.startswith("> ")), "")
+    return lines[0].removeprefix("# "), question.removeprefix("> ")
+
+
+def chapters() -> dict[str, str]:
+    "Folder of a chapter -> what one finds there, as in the table of the README."
+    rows = re.findall(r"^\| \[\w+\]\(nbs/(\d\d_\w+)\) \| (.+) \|$", (ROOT/"README.md").read_text(encoding="utf-8"), re.M)
+    return dict(rows)
+
+
+def number_of(notebook: Path) -> str:
+    "Chapter and place in it: 3.1 for nbs/03_training/01_processes.ipynb."
+    return ".".join(str(int(part[:2])) for part in notebook.relative_to(ROOT/"nbs").parts)
 
 
 def shown_cell(cell: dict) -> dict | None:
@@ -70,6 +86,9 @@ def copy_notebook(path: Path, target: Path) -> None:
     executed = ROOT/"reports"/"demo"/"notebooks"/path.name
     notebook = json.loads((executed if executed.is_file() else path).read_text(encoding="utf-8"))
     cells = [shown for cell in notebook["cells"] if (shown := shown_cell(cell))]
+    if path.parent.name == "pipelines" and not executed.is_file():
+        note = "*Not part of the demo: shown without results.*"
+        cells.insert(1, {"cell_type": "markdown", "id": "not-run", "metadata": {}, "source": note})
     if path in library():
         page = os.path.relpath(ROOT/"api"/f"{module_of(path)}.md", path.parent)
         names = f"Its public names: [`imaginet_nb.{module_of(path)}`]({page})."
@@ -189,9 +208,58 @@ def site_markdown(path: Path) -> str:
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", linked, path.read_text(encoding="utf-8"))
 
 
-def toctree(caption: str, pages: list[str]) -> str:
-    "A part of the menu."
-    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", ":maxdepth: 1", "", *pages, "```", ""])
+def toctree(pages: list[str], caption: str = "") -> str:
+    "A part of the menu, which folds away what is below its pages."
+    options = [":hidden:", *([f":caption: {caption}"] if caption else [])]
+    return "\n".join(["```{toctree}", *options, "", *pages, "```", ""])
+
+
+def folder_page(title: str, text: str, entries: list[tuple[str, str, str]]) -> str:
+    "A page for a folder: (title, path from here, sentence) of each of its pages."
+    shown = [f"- [{name}]({path}): {sentence}" if sentence else f"- [{name}]({path})" for name, path, sentence in entries]
+    return "\n".join([f"# {title}", "", text, "", *shown, "", toctree([f"{name} <{path}>" for name, path, _ in entries])])
+
+
+def chapter_page(folder: str, text: str) -> str:
+    "A chapter of the library: what it is about, and the question that each notebook answers."
+    paths = notebooks(f"{folder}/[0-9]*.ipynb")
+    entries = [(f"{number_of(path)} {(about := title_and_question(path))[0]}", path.name, about[1]) for path in paths]
+    return folder_page(f"{int(folder[:2])} {folder[3:].capitalize()}", text[0].upper() + text[1:] + ".", entries)
+
+
+def pipeline_page() -> str:
+    "The notebooks of the pipeline, of which the site shows the executed copies."
+    entries = [(title_and_question(path)[0], path.name, "") for path in notebooks("pipelines/p*.ipynb")]
+    return folder_page("Demo: executed notebooks", "One notebook per item of the paper, in the order in which they run. "
+                       "Each shows the tables and figures that it writes. All numbers are about the sandbox, not about ImagiNet.", entries)
+
+
+def api_index() -> str:
+    "All modules, by package."
+    entries = [(module_of(path), f"{module_of(path)}.md", title_and_question(path)[1]) for path in library()]
+    return folder_page("API: all public names", "Signatures, types and the comment beside each parameter, read off the source text.",
+                       entries)
+
+
+def benchmark_page() -> str:
+    "Times beside a plain baseline: the ratios first, then what lies behind them."
+    tables = ROOT/"reports"/"benchmark"/"tables"
+    def rows_of(name: str) -> list[dict[str, str]]: return list(csv.DictReader((tables/f"{name}.csv").open(encoding="utf-8")))
+    def time(text: str) -> str: return f"{float(text):,.3g}" if float(text) < 1000 else f"{float(text):,.0f}"
+    ratios = [f"| {row['group'].replace('_', ' ')}, {row['case']} | {time(row['median'])} | {time(row['baseline_median'])} | {row['unit']} "
+              f"| **{float(row['ratio']):.2f}** |" for row in rows_of("ratios")]
+    machine = [f"| {row['fact']} | {row['value']} |" for row in rows_of("machine")]
+    files = " · ".join(f"[{path.stem}](<path:tables/{path.name}>)" for path in sorted(tables.glob("*.csv")))
+    return "\n".join([
+        "# Benchmark: every stage beside a plain baseline", "",
+        "How many times faster each stage is than the plain way of computing the same, on one machine. "
+        "`make bench` measures it on another one.", "", "![Ratios to the plain baseline](figures/ratios.png)", "",
+        "| stage | time | plain way | unit | times as fast |", "|---|---:|---:|---|---:|", *ratios, "",
+        "## Inference", "", "![Times of inference](figures/inference.png)", "",
+        "## Memory of training", "", "![Memory](figures/memory.png)", "",
+        "## The machine", "", "| | |", "|---|---|", *machine, "", "## More", "",
+        "[How it became faster, step by step](../../nbs/tutorials/make_it_fast.ipynb) · [the executed notebook](<path:index.html>)", "",
+        f"All tables: {files}.", ""])
 
 
 def write(path: Path, text: str) -> None:
@@ -213,14 +281,25 @@ def gather(folder: Path) -> None:
     groups = notebooks("tutorials/*.ipynb"), library(), notebooks("pipelines/p*.ipynb")
     for path in itertools.chain(*groups): copy_notebook(path, folder/path.relative_to(ROOT))
     for path in library(): write(folder/"api"/f"{module_of(path)}.md", api_page(path))
-    write(folder/"api"/"commands.md", command_page())
-    # a folder has no page of its own; its first notebook stands for it, and the pages of the pipeline show the executed copies
+    about = chapters()
+    for name in about: write(folder/"nbs"/name/"index.md", chapter_page(name, about[name]))
+    for name, text in (("nbs/pipelines/index.md", pipeline_page()), ("api/index.md", api_index()), ("api/commands.md", command_page()),
+                       ("reports/benchmark/README.md", benchmark_page())): write(folder/name, text)
+    order = {name: i for i, name in enumerate(TUTORIALS)}
+    first, *others = [p.relative_to(ROOT).as_posix() for p in sorted(groups[0], key=lambda p: order.get(p.stem, len(order)))]
+    parts = {"Start here": [first],
+             "Results": ["Demo: tables and figures <reports/demo/README.md>", "nbs/pipelines/index.md",
+                         "Benchmark: times <reports/benchmark/README.md>", "Audit of ImagiNet's lists <reports/audit/README.md>",
+                         "Published numbers <reports/published/README.md>", "reports/demo/model_card.md", "reports/demo/data_card.md",
+                         "Where each item is <reports/README.md>"],
+             "Tutorials": others,
+             "Library": ["0 Core <nbs/00_core.ipynb>", *(f"nbs/{name}/index.md" for name in about)],
+             "Reference": ["api/index.md", "api/commands.md", "data/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
+                           "genindex"]}
+    # a folder of notebooks has a page of its own here, and the pages of the pipeline show the executed copies
     readme = (ROOT/"README.md").read_text(encoding="utf-8").replace("](reports/demo/notebooks)", "](nbs/pipelines)")
-    readme = re.sub(r"\]\((nbs/\w+)\)", lambda match: f"]({first_notebook(match[1])})", readme)
-    names = [[p.relative_to(ROOT).as_posix() for p in group] for group in groups]
-    parts = {"Use": [*names[0], "api/commands"], "Library": names[1], "Pipeline": names[2], "Documents": documents,
-             "API": [*(f"api/{module_of(path)}" for path in library()), "genindex"]}
-    write(folder/"index.md", readme + "\n" + "\n".join(toctree(caption, pages) for caption, pages in parts.items()))
+    readme = re.sub(r"\]\((nbs/\w+)\)", r"](\1/index.md)", readme)
+    write(folder/"index.md", readme + "\n" + "\n".join(toctree(pages, caption) for caption, pages in parts.items()))
 
 
 if __name__ == "__main__": gather(Path(sys.argv[1]))

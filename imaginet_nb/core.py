@@ -9,7 +9,7 @@ __all__ = ['LOCK_SUFFIX', 'Precision', 'Optimizer', 'PACKAGES', 'CODE', 'repo_ro
            'ModelConfig', 'PretrainConfig', 'CalibrateConfig', 'EvaluationConfig', 'EmbeddingConfig', 'AblationConfig',
            'GeneralisationConfig', 'RobustnessConfig', 'SpeedConfig', 'Profile', 'ProfileError', 'validation_text',
            'load_profile', 'rng', 'seed_everything', 'pick_device', 'progress', 'worker_processes', 'usable_precision',
-           'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'Run']
+           'autocast', 'file_sha256', 'fingerprint', 'versions', 'git_state', 'provenance', 'measured_on', 'Run']
 
 # %% ../nbs/00_core.ipynb #09c05444
 import contextlib
@@ -438,6 +438,8 @@ class Profile(Section):
     device: str                                # auto, cpu, cuda, cuda:1, ...
     num_workers: int | None                    # loader processes; None = chosen from the machine
     exclusive: bool                            # a notebook that trains has the machine to itself
+    deterministic: bool = False                # on a GPU, deterministic kernels, which are slower
+    compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, in runs long enough to earn it back
     data: DataConfig
     sandbox: SandboxConfig | None
     model: ModelConfig
@@ -515,14 +517,17 @@ def rng(
 # %% ../nbs/00_core.ipynb #473a3ad1
 def seed_everything(
     seed: int,
+    deterministic: bool = False, # True = deterministic kernels; False = those that are measured to be fastest, on a GPU
 ) -> None:
-    "Seed python, numpy and torch, and select torch's deterministic kernels."
+    "Seed python, numpy and torch, and choose how torch selects the kernels of a GPU. On a CPU the usual ones are deterministic."
     import torch
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # cuBLAS needs this to be deterministic
-    torch.set_deterministic_debug_mode("warn") # `use_deterministic_algorithms` would first import a compiler, for two seconds
+    if deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # cuBLAS needs this
+    # `use_deterministic_algorithms` would first import a compiler, for two seconds
+    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    torch.backends.cudnn.benchmark = not deterministic
 
 # %% ../nbs/00_core.ipynb #495a2b82
 def pick_device(
@@ -630,6 +635,14 @@ def provenance(
         "settings": profile.model_dump(exclude={"about"}), **extra} # prose about the profile changes no result
 
 # %% ../nbs/00_core.ipynb #fb385158
+def measured_on(
+    profile: Profile,
+) -> str: # one sentence
+    "The end of every caption: whether its numbers come from the sandbox or from ImagiNet."
+    about = ("ImagiNet" if profile.data.source == "imaginet" else
+             "the embedded sandbox, whose generators are stand-ins, so numbers are not comparable with the paper's")
+    return f"Profile `{profile.name}`: measured on {about}."
+
 class Run:
     "One execution of one pipeline notebook: its profile, its folders, its captions and its provenance."
     def __init__(self,
@@ -643,15 +656,15 @@ class Run:
         self.manifests, self.checkpoints, self.predictions, self.tables, self.figures = folders
         self.data = repo_root()/self.profile.data.root
         for folder in folders: folder.mkdir(parents=True, exist_ok=True)
-        seed_everything(self.profile.seed)
+        if self.profile.compile == "auto": # compiled code that the notebooks of this run share
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.checkpoints/"compiled"))
+        seed_everything(self.profile.seed, self.profile.deterministic)
 
     def caption(self,
         text: str, # what the table or figure shows
     ) -> str: # the text, with the profile and what its numbers are about
         "Caption that states whether the numbers come from the sandbox or from ImagiNet."
-        about = ("ImagiNet" if self.profile.data.source == "imaginet" else
-                 "the embedded sandbox, whose generators are stand-ins, so numbers are not comparable with the paper's")
-        return f"{text} Profile `{self.profile.name}`: measured on {about}."
+        return f"{text} {measured_on(self.profile)}"
 
     def provenance(self,
         inputs: Iterable[str | Path] = (), # files that the result was computed from

@@ -57,6 +57,7 @@ def commands(path: Path) -> list[str]:
 PARSED_ONLY = {
     "make reproduce": "ten minutes; tests/test_pipeline.py runs the smaller profile, tests/test_look_alike.py the paper's way",
     "make test": "this very test is part of it",
+    "make release-check": "builds the site and runs all tests; tests/test_release.py runs its checks",
     "make setup": "gigabytes; tests/test_release.py runs its steps with stand-ins for pip and uv",
     ".venv/bin/": "hooks of this clone, and tests that are run anyhow",
     "imaginet data download": "144 GB; tests/test_look_alike.py fetches, unpacks, verifies a look-alike of it",

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bad_images import BAD, ODD
+from forks import python
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -260,7 +261,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
         before = peak()
         score_to_file(files, Scorer(detector), "{tmp_path}/all.csv")
         print(peak() - before)"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    done = python(script)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 60 # MB; all of them would be 240
 
@@ -454,8 +455,7 @@ def as_other(folder: Path, code: str) -> None:
     script = f"import os\nfrom types import SimpleNamespace\nfrom imaginet_nb.apps.predict import *\n{drop}\n" + textwrap.dedent(code)
     for parent in folder.parents:
         if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001: parent.chmod(parent.stat().st_mode | 0o011)
-    quiet = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env=quiet)
+    done = python(script, cwd=folder)
     assert done.returncode == 0, done.stderr
 
 

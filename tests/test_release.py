@@ -6,22 +6,28 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from unittest.mock import patch
 
 import jsonschema
+import mlcroissant
 import pytest
+import release_check
 import yaml
 from addresses import badges, citation, github, launch_links, read_settings, with_launch_cells, write_addresses, zenodo
 from huggingface_hub import DatasetCard, ModelCard
 from render_documents import render_readme
 
 from imaginet_nb.apps.cards import validate_card
+from imaginet_nb.audit.croissant import IMAGINET, write_croissant
+from imaginet_nb.audit.report import audit_source, list_findings, list_tables
 from imaginet_nb.core import repo_root
 
 ROOT = repo_root()
 ADDRESS = "https://github.com/someone/imaginet_nb"
+AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@b.example") # of a commit in a test
 
 
 def schema(name: str) -> dict:
@@ -108,7 +114,7 @@ def test_badges_name_workflows_that_are_there(published):
 def test_another_host_has_its_address_and_no_github_links(published):
     settings = dict(read_settings(published)) | {"git_url": "https://code.org/someone/imaginet_nb"}
     assert badges(settings) == launch_links(settings, "nbs/x.ipynb") == ""
-    cited = citation((ROOT/"CITATION.cff").read_text(), settings, "## 9.9.9 (2030-01-02)\n")
+    cited = citation((ROOT/"CITATION.cff").read_text(), settings, "## 9.9.9, 2030-01-02\n")
     assert yaml.safe_load(cited)["repository-code"] == settings["git_url"] and yaml.safe_load(cited)["date-released"] == "2030-01-02"
 
 
@@ -191,7 +197,7 @@ def test_setup_uses_uv_where_it_is_installed_and_pip_elsewhere(tmp_path, uv):
 
 
 @pytest.mark.parametrize("kind, card", [("data", DatasetCard), ("model", ModelCard)], ids=["data", "model"])
-@pytest.mark.parametrize("report", ["demo"])
+@pytest.mark.parametrize("report", ["demo", "gpu"])
 def test_committed_cards_are_read_by_their_library(report, kind, card):
     loaded = card((ROOT/"reports"/report/f"{kind}_card.md").read_text(encoding="utf-8"))
     validate_card(loaded)
@@ -199,3 +205,77 @@ def test_committed_cards_are_read_by_their_library(report, kind, card):
     if kind == "model":
         assert loaded.data.pipeline_tag == "image-classification" and loaded.data.library_name == "imaginet_nb"
         assert all(0 <= result.metric_value <= 1 and result.dataset_name for result in loaded.data.eval_results)
+
+
+# Croissant
+
+def test_croissant_of_the_sandbox_is_valid_and_its_records_can_be_iterated(): assert release_check.check_croissant(ROOT) == []
+
+
+def test_croissant_of_imaginet_is_made_from_its_lists(tmp_path):
+    "The findings of the audit of the published lists are its biases; nothing of the folder of the lists is named."
+    if "IMAGINET_ANNOTATIONS" not in os.environ: pytest.skip("IMAGINET_ANNOTATIONS is not set")
+    source = audit_source(Path(os.environ["IMAGINET_ANNOTATIONS"])/"test_annotations.txt")
+    findings = list_findings(source, list_tables(source))
+    source = replace(source, manifest=source.manifest.head(100)) # mlcroissant takes long for 40,000 records
+    written = write_croissant(source, findings, tmp_path)
+    data = mlcroissant.Dataset(written)
+    assert not data.metadata.issues.errors and data.metadata.name == IMAGINET.name and data.metadata.url == IMAGINET.url
+    assert any("0.788" in sentence for sentence in data.metadata.data_biases)
+    assert os.environ["IMAGINET_ANNOTATIONS"] not in written.read_text()
+    assert [record["images/path"].decode() for record in data.records("images")] == source.manifest["path"].tolist()
+
+
+# release check
+
+@pytest.fixture
+def clone(published) -> Path:
+    "A small repository that is ready: everything made from its settings, one link, a dated version, all committed."
+    version = read_settings(published)["version"]
+    (published/"CHANGELOG.md").write_text(f"# Changelog\n\n## {version}, 2026-11-27\n\n[citation](CITATION.cff) [far](https://there.org)\n")
+    write_addresses(published)
+    (published/"README.md").write_text(render_readme(published/"nbs"/"index.ipynb", published))
+    (published/"reports"/"demo"/"data_card.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# Card\n")
+    for words in (["init", "--quiet"], ["add", "-A"], [*AUTHOR, "commit", "--quiet", "-m", "a"]):
+        subprocess.run(["git", *words], cwd=published, check=True)
+    return published
+
+
+def test_a_repository_that_is_ready_passes(clone):
+    for name in ("tree", "address", "versions", "files", "cards"): assert release_check.CHECKS[name](clone) == [], name
+    (clone/"README.md").unlink() # its links lead to chapters that this small copy lacks
+    assert release_check.check_links(clone, alive=lambda url: url == "https://there.org") == []
+
+
+def test_each_check_finds_what_is_wrong(clone):
+    (clone/"README.md").unlink()
+    assert release_check.check_links(clone, alive=lambda url: False) == ["CHANGELOG.md: https://there.org leads nowhere"]
+    (clone/"CONTRIBUTING.md").write_text("[a](none.md) [b](nbs) [c](../outside)")
+    found = release_check.check_links(clone, alive=lambda url: True)
+    assert found == ["CONTRIBUTING.md: ../outside leads nowhere", "CONTRIBUTING.md: none.md leads nowhere"]
+    assert "not committed: CONTRIBUTING.md" in release_check.check_tree(clone)
+    (clone/"README.md").write_text("edited")
+    assert release_check.check_files(clone) == ["README.md: out of date; run `make prepare`"]
+    (clone/"reports"/"demo"/"data_card.md").write_text("---\ntags: [a]\n---\n")
+    assert "names no license" in release_check.check_cards(clone)[0]
+    (clone/"CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 0.0.1, 2020-01-01\n")
+    settings = (clone/"settings.ini").read_text().replace("version = ", "version = 9.")
+    (clone/"settings.ini").write_text(settings.replace(ADDRESS, "https://nowhere.example"))
+    first, second = release_check.check_versions(clone)
+    assert "the first heading has to be `## 9." in first and "CITATION.cff: version" in second
+    assert "is a placeholder" in release_check.check_address(clone)[0]
+
+
+def test_a_failed_check_is_counted_and_an_unknown_one_refused(clone, capsys):
+    (clone/"more").touch()
+    assert release_check.release_check(clone, ["tree", "address"]) == 1
+    assert capsys.readouterr().out == "FAILED  tree\n        not committed: more\nok      address\n"
+    with pytest.raises(ValueError, match="there are tree, address"): release_check.release_check(clone, ["trees"])
+    assert release_check.passes("false")(clone) == ["`false` failed; see its output above"] and release_check.passes("true")(clone) == []
+
+
+def test_make_release_check_runs_the_named_checks():
+    words = ["make", "--dry-run", "release-check", "CHECKS=tree links"]
+    shown = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "tools/release_check.py tree links" in shown.stdout
+    assert all(name in (ROOT/"CONTRIBUTING.md").read_text() for name in ("make release-check", "tree", "versions", "links"))

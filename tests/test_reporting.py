@@ -142,7 +142,7 @@ def test_figures_are_the_same_bytes_and_hold_no_date(table, tmp_path):
 def test_a_detector_that_was_not_run_is_named_in_the_figure(table):
     figure = plot_detection(table)
     assert figure.legends[0].get_title().get_text() == "not run: Corvi2022*"
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["SelfCon (ours)", "Cross-entropy (baseline)"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["chance", "SelfCon (ours)", "Cross-entropy (baseline)"]
     plot_detection(table.tail(5))        # a table without a single number is drawn all the same
 
 

@@ -1,4 +1,5 @@
 """`make docs`: the site is complete, needs no network, and none of its links leads nowhere."""
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -93,6 +94,36 @@ def test_api_pages_have_names_types_and_meanings(site):
     assert "imaginet data sandbox" in (site/"api"/"commands.html").read_text(encoding="utf-8")
 
 
+def test_the_menu_begins_with_the_first_tutorial_then_the_results_and_folds_the_library(site):
+    menu = (site/"index.html").read_text(encoding="utf-8").partition('class="sidebar-tree"')[2].partition("</nav>")[0]
+    captions = re.findall(r'class="caption-text">([^<]+)<', menu)
+    assert captions == ["Start here", "Results", "Tutorials", "Library", "Reference"]
+    places = [menu.index(name) for name in ("00_imaginet_in_one_sitting.html", "reports/demo/README.html", "nbs/01_data/index.html",
+                                            "api/index.html")]
+    assert places == sorted(places)
+    shown = re.findall(r'<li class="toctree-l1[^"]*">', menu)
+    assert len(shown) < 45 < menu.count("<li "), "pages of a chapter are folded away below it"
+
+
+def test_the_first_page_of_the_benchmark_leads_with_the_ratios(site):
+    page = (site/"reports"/"benchmark"/"README.html").read_text(encoding="utf-8").partition("<article")[2]
+    assert page.index("ratios.png") < page.index("<table") < page.index("inference.png")
+    assert not re.search(r"\d\.\d{4}", page.partition("</table>")[0]), "three digits say enough of a time"
+
+
+@needs_browser
+def test_code_is_not_cut_off_and_no_page_is_wider_than_its_window(site):
+    for width in (1300, 420):
+        with browser(width) as window:
+            window.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+            for name in ("index", "nbs/03_training/00_losses", "nbs/pipelines/p50_detection", "reports/benchmark/README"):
+                window.open((site/f"{name}.html").as_uri())
+                assert window.ask(f"document.documentElement.scrollWidth <= {width}"), f"{name} at {width}"
+                cut = window.ask("[...document.querySelectorAll('.cell_input pre, article > div pre')]"
+                                 ".filter(p => p.scrollWidth > p.clientWidth + 1).length")
+                assert not cut, f"{name} at {width}: {cut} blocks of code are wider than the page"
+
+
 @needs_browser
 def test_in_a_browser_every_page_opens_without_an_error_and_the_search_finds(site, pages, tmp_path):
     "Scripts run, nothing is asked from the network, and a search in the site's own index has results."
@@ -105,5 +136,10 @@ def test_in_a_browser_every_page_opens_without_an_error_and_the_search_finds(sit
         found = window.until("[...document.querySelectorAll('#search-results li a')].map(a => a.href).join(' ')")
         window.until("/finished/i.test(document.querySelector('#search-results p')?.innerText)") # what would be fetched is fetched by now
         assert "api/training.losses.html" in found
+        pages_found = [address.partition("#")[0] for address in window.ask(
+            "[...document.querySelectorAll('#search-results li a')].map(a => a.href).join(' ')").split()]
+        assert len(pages_found) == len(set(pages_found)) > 2, "a page is found twice"
+        excerpts = window.ask("[...document.querySelectorAll('#search-results .context')].map(p => p.innerText)")
+        assert len(excerpts) == len(pages_found) and all("selfconloss" in text.lower() for text in excerpts)
         elsewhere = [address for address in window.requests if not address.startswith(("file:", "data:", "about:", "blob:"))]
         assert not elsewhere and not window.errors, (elsewhere, window.errors)

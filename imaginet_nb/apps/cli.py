@@ -289,14 +289,19 @@ def audit(
     out: Annotated[Path, typer.Option(help="Folder for the page, the tables and the figures.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the images; if not given, looked for beside the lists.")] = None,
     max_distance: Annotated[int, typer.Option(help="Bits of 64 by which near duplicates may differ in their perceptual hash.")] = 4,
+    croissant: Annotated[bool, typer.Option("--croissant", help="Also write croissant.json and records.csv, for machines.")] = False,
 ) -> None:
     """Measure the metadata-only baselines of a data set, and report other shortcuts, duplicates and overlaps.
 
     Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
     """
-    from imaginet_nb.audit.report import audit as write_audit
-    for sentence in write_audit(source, out, root=root, max_distance=max_distance): typer.echo(f"- {sentence.replace('`', '')}")
+    from imaginet_nb.audit.croissant import croissant_library, write_croissant
+    from imaginet_nb.audit.report import audit as write_audit, audit_source
+    if croissant: croissant_library() # before the work, not after it
+    findings = write_audit(source, out, root=root, max_distance=max_distance)
+    for sentence in findings: typer.echo(f"- {sentence.replace('`', '')}")
+    if croissant: typer.echo(f"Croissant: {write_croissant(audit_source(source, root), findings, out)}")
     typer.echo(f"Page: {out/'index.html'}")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #a1cabd56

@@ -58,6 +58,7 @@ def _addresses(source: str) -> list[str]:
     if not found: raise FileNotFoundError(f"{source}: no files there; check the address")
     return list(map(files.unstrip_protocol, found))
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10018
 def _pieces(address: str) -> Iterator[dict[str, Any]]:
     "Units of a Parquet file: its row groups, in pieces."
     with fsspec.open(address, "rb") as file: found = pq.ParquetFile(file).metadata
@@ -111,6 +112,7 @@ def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
 def _path_items(paths: list[str]) -> Iterator[tuple[str, Source]]:
     for path in paths: yield _name(path), (path if _is_remote(path) else Path(path))
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10019
 class _Items(Dataset):
     "The pictures of a unit, read on access."
     def __init__(self, items: list[tuple[str, Source]], reader: Reader): self.items, self.reader = items, reader

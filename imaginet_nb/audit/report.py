@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRACTICAL', 'GROUP_LISTS', 'PAIRS', 'EXPECTED', 'ABOUT', 'METHOD', 'PUBLISHED', 'NO_IMAGES', 'CAPTIONS', 'READING',
            'AuditSource', 'audit_source', 'main_split', 'pixel_hashes', 'list_tables', 'image_tables',
-           'plot_composition', 'plot_metadata_baseline', 'plot_properties', 'list_findings', 'image_findings',
-           'published_reference', 'metadata_overview', 'audit_record', 'audit']
+           'plot_composition', 'plot_metadata_baseline', 'plot_properties', 'example_images', 'list_findings',
+           'image_findings', 'published_reference', 'metadata_overview', 'audit_record', 'audit']
 
 # %% ../../nbs/06_audit/03_report.ipynb #1a7de868
 import os
@@ -18,12 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ..data.images import decode
 from ..data.labels import FAMILIES, UNKNOWN
 from ..data.manifest import image_file
 from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
@@ -35,7 +37,8 @@ from .files import read_properties
 from .shortcuts import metadata_baseline, separated_groups
 from ..core import file_sha256, git_state, versions, write_csv, write_text
 from ..data.folders import read_labelled_folder, read_labelled_list
-from ..reporting.figures import GREY, label_styles, new_figure, save_figure
+from ..reporting.figures import (GREY, LEGENDS, STYLE, counted_groups, error_arms, finish, label_styles, mark_groups,
+                                           new_figure, save_figure)
 from ..reporting.pages import Block, render_page, table_blocks
 from ..reporting.published import published
 from ..reporting.tables import save_table
@@ -207,14 +210,15 @@ def _shares(axes: Axes, manifest: pd.DataFrame, labels: pd.Series, column: str) 
     labels = labels.where(labels.isin(common), "other")
     rows = ["real", *[f for f in (*FAMILIES, UNKNOWN) if family.eq(f).any()]]
     shares = pd.crosstab(family, labels, normalize="index").reindex(rows).fillna(0)
-    left = np.zeros(len(rows))
+    names, left = [f"{row} ({family.eq(row).sum():,})" for row in rows], np.zeros(len(rows))
     for label, (colour, _) in label_styles(labels, column).items():
-        axes.barh(rows, shares[label], left=left, color=colour, height=0.7, label=label)
+        axes.barh(names, shares[label], left=left, color=colour, height=0.7, edgecolor="white", lw=0.8, label=label)
         left += shares[label].to_numpy()
-    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), title=column.replace("_", " "), xlabel="share of images")
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), title=LEGENDS[column], xlabel="share of the images")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False, fontsize=7)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
 
+@mpl.rc_context(STYLE)
 def plot_composition(
     manifest: pd.DataFrame,
 ) -> Figure:
@@ -225,48 +229,70 @@ def plot_composition(
     return figure
 
 # %% ../../nbs/06_audit/03_report.ipynb #6b583dbe
+@mpl.rc_context(STYLE)
 def plot_metadata_baseline(
     table: pd.DataFrame, # of `metadata_baseline`
     reference: Mapping[tuple[str, str], float] = MappingProxyType({}), # (track, group) -> published accuracy of a model
 ) -> Figure:
-    "Balanced accuracy of every baseline in every group, fitted in-sample."
+    "Balanced accuracy of every baseline in every group, fitted in-sample, with 95 % intervals."
     tracks = [t for t in ("detection", "identification") if table["balanced_accuracy"].notna()[table["track"] == t].any()] or ["detection"]
-    figure, panels = new_figure(len(tracks), height=3)
+    figure, panels = new_figure(len(tracks), height=3.6, sharey=False)
+    looks = label_styles([f"Metadata: {rule}" for rule in RULES], "detector")
     for axes, track in zip(panels, tracks, strict=True):
         rows = table[(table["track"] == track) & (table["fit"] == "in_sample")]
         groups = list(dict.fromkeys(rows["group"]))
-        for k, (rule, (colour, mark)) in enumerate(label_styles(RULES).items()):
+        for k, (rule, (colour, mark)) in enumerate(zip(RULES, looks.values(), strict=True)):
             mine = rows[rows["rule"] == rule]
-            y = np.array([groups.index(g) for g in mine["group"]]) + 0.2*(k - 1)
-            axes.plot(mine["balanced_accuracy"], y, mark, color=colour, ms=6, label=f"rule: {rule}")
+            y = np.array([groups.index(g) for g in mine["group"]]) + 0.25*(k - 1)
+            axes.errorbar(mine["balanced_accuracy"], y, xerr=error_arms(mine, "balanced_accuracy"), fmt=mark, color=colour, ms=5, lw=1.4,
+                          capsize=2, label=f"rule: {rule}")
         known = [(reference[track, g], i) for i, g in enumerate(groups) if (track, g) in reference]
         if known: axes.plot(*zip(*known), "D", mfc="none", mec="black", ms=7, label="the paper's model, as published")
         families = sum(g != "all" for g in groups)
         axes.axvline(1/2 if track == "detection" else 1/max(families, 1), color=GREY, ls="--", lw=1, label="chance")
-        axes.set(title=track, yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-0.03, 1.03),
-                 xlabel="balanced accuracy" if track == "detection" else "recall (all: mean recall)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
+        mark_groups(axes, counted_groups(rows), title=track, xlim=(-0.03, 1.03),
+                    xlabel="balanced accuracy" if track == "detection" else "recall (all: mean recall)")
+    return finish(figure, "", panels[0])
 
 # %% ../../nbs/06_audit/03_report.ipynb #406618cd
+@mpl.rc_context(STYLE)
 def plot_properties(
     images: pd.DataFrame, # of `read_properties`
 ) -> Figure:
     "Size and JPEG quality of real and synthetic files."
-    figure, (left, right) = new_figure(2, height=3)
+    figure, (left, right) = new_figure(2, height=3, sharey=False)
     side = (images["width"].astype(float)*images["height"].astype(float))**0.5
     quality = images["jpeg_quality"].astype(float)
     edges = np.geomspace(max(side.min(), 1)*0.95, max(side.max(), 2)*1.05, 25) if side.notna().any() else np.linspace(1, 2, 3)
+    lowest = min(quality.min(), 90) if quality.notna().any() else 0
     for origin, (colour, _) in label_styles(images["origin"], "origin").items():
-        mine = images["origin"].eq(origin)
-        for axes, values, bins in ((left, side, edges), (right, quality, np.arange(0.5, 101, 4))):
+        mine, line = images["origin"].eq(origin), "-" if origin == "real" else "--"
+        for axes, values, bins in ((left, side, edges), (right, quality, np.arange(lowest - 0.5, 101.5, 2))):
             known = values[mine].dropna()
-            axes.hist(known, bins.tolist(), weights=np.full(len(known), 1/max(mine.sum(), 1)), color=colour, alpha=0.55, label=origin)
+            axes.hist(known, bins.tolist(), weights=np.full(len(known), 1/max(mine.sum(), 1)), color=colour, lw=1.6, ls=line,
+                      histtype="step", label=f"{origin}, {len(known):,} files")
     left.set(xscale="log", title="size", xlabel="square root of width × height, pixels", ylabel="share of the class")
     left.xaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5)), major_formatter="{x:.0f}", minor_formatter="")
-    right.set(title="JPEG quality (JPEG files only)", xlabel="estimated quality", xlim=(0, 101))
-    left.legend(frameon=False)
+    right.set(title="JPEG files only", xlabel="estimated JPEG quality")
+    for axes in (left, right): axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=1.5)
     return figure
+
+# %% ../../nbs/06_audit/03_report.ipynb #f6141f94
+def example_images(
+    manifest: pd.DataFrame,
+    root: str | Path, # folder of the images
+    seed: int,
+) -> dict[str, list[tuple[np.ndarray | None, str]]]: # content type -> images with their generators, for `plot_images`
+    "Two real images and one of each family, for every content type; a gap for what there is none of."
+    sheet: dict[str, list[tuple[np.ndarray | None, str]]] = {}
+    for content in manifest["content_type"].drop_duplicates().sort_values():
+        row = sheet[str(content)] = []
+        for family, count in {"real": 2, **dict.fromkeys(FAMILIES, 1)}.items():
+            rows = manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(family)]
+            drawn = rows.sample(min(count, len(rows)), random_state=seed)
+            row += [(decode(image_file(root, path)), name) for path, name in zip(drawn["path"], drawn["generator"], strict=True)]
+            row += [(None, "")]*(count - len(drawn))
+    return sheet
 
 # %% ../../nbs/06_audit/03_report.ipynb #2ab99b52
 def _percent(values: pd.Series) -> str:

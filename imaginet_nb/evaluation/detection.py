@@ -7,7 +7,8 @@ __all__ = ['Grouping', 'GROUPINGS', 'DETECTION_COLUMNS', 'MEAN', 'SWAPPED', 'ABL
            'group_labels', 'group_by_family', 'group_by_content', 'group_by_generator', 'grouping_of', 'reverses_order',
            'group_statistics', 'detection_statistics', 'detection_values', 'detection_row', 'detection_rows',
            'detection_frame', 'missing_rows', 'detection_table', 'difference_name', 'paired_frames', 'difference_rows',
-           'difference_sentences', 'metadata_name', 'source_images', 'metadata_rows', 'content_ablation_table']
+           'difference_sentences', 'metadata_name', 'source_images', 'metadata_rows', 'content_ablation_table',
+           'difference_words', 'content_ablation_sentences', 'worst_errors']
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #993c8dc5
 from collections.abc import Callable, Mapping, Sequence
@@ -298,8 +299,13 @@ def metadata_rows(
     return detection_frame(rows)
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #a8388f57
-ABLATION_MODELS = ("except photos", "except paintings", "except faces", "baseline")
+ABLATION_MODELS = ("except photos", "except paintings", "except faces", "all content types")
 ABLATION_COLUMNS = ("model", *DETECTION_COLUMNS[1:-1]) # no note
+
+def _ablation_groups(frame: pd.DataFrame, seed: int) -> tuple[list[Group], pd.Series]:
+    "Three content types, and all images."
+    contents, strata = group_by_content(frame)
+    return [*contents[:3], Group("all", np.arange(len(frame)))], strata
 
 def content_ablation_table(
     predictions: pd.DataFrame, # `detector` is one of `ABLATION_MODELS`
@@ -317,8 +323,52 @@ def content_ablation_table(
     rows = []
     for model in ABLATION_MODELS:
         frame = frames[model]
-        contents, strata = group_by_content(frame)
-        groups = [*contents[:3], Group("all", np.arange(len(frame)))]
+        groups, strata = _ablation_groups(frame, seed)
         values = detection_values(frame, groups, strata, resamples, seed)
         rows += [dict(model=model) | detection_row(frame, group, v) for group, v in zip(groups, values, strict=True)]
     return pd.DataFrame(rows, columns=list(ABLATION_COLUMNS))
+
+# %% ../../nbs/07_evaluation/03_detection.ipynb #a2b4cbdd
+def difference_words(
+    row: pd.Series, # a difference: `metric`, with `_low` and `_high`
+    metric: str, # acc or auc
+    lower: str, # what it means if the whole interval is below zero
+    higher: str, # and above zero
+) -> str:
+    "A difference in words, and in numbers."
+    value, low, high = row[[metric, f"{metric}_low", f"{metric}_high"]].astype(float) + 0.0
+    numbers = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if high < 0: return f"{lower} ({numbers})"
+    if low > 0: return f"{higher} ({numbers})"
+    return f"cannot be told from these images ({numbers})"
+
+def content_ablation_sentences(
+    predictions: pd.DataFrame, # of `content_ablation_table`
+    resamples: int, # behind every interval
+    seed: int, # of the resamples
+) -> list[str]: # for each content type
+    "Whether a model is worse or better on a content type that it was not trained on; paired intervals over the same test images."
+    ready, sentences = predictions.assign(probability=expit(predictions["logit"].to_numpy(float))), []
+    for content in CONTENT_TYPES[:3]:
+        rows = difference_rows(ready, _ablation_groups, resamples, seed, pair=(f"except {content}", "all content types"))
+        row = rows[rows["group"].eq(content)].iloc[0]
+        words = difference_words(row, "auc", "worse without them", "better without them")
+        sentences.append(f"{content}, n = {row['n_real'] + row['n_synthetic']}, AUC without them minus AUC with them: {words}.")
+    return sentences
+
+# %% ../../nbs/07_evaluation/03_detection.ipynb #cc05d464
+def worst_errors(
+    frame: pd.DataFrame, # predictions of one detector, with calibrated `probability`
+    count: int = 6, # images of each kind
+) -> dict[str, pd.DataFrame]: # kind of error -> its images, worst first; a kind that does not occur has no rows
+    "Real images that are called synthetic, images of each family that are called real, and families that are confused."
+    real, called = frame["origin"].eq("real"), frame["probability"].gt(0.5)
+    kinds = {"real, called synthetic": frame[real & called].nlargest(count, "probability")}
+    for family in [f for f in FAMILIES if frame["generator_family"].eq(f).any()]:
+        mine = frame[frame["generator_family"].eq(family) & ~called]
+        kinds[f"{family}, called real"] = mine.nsmallest(count, "probability")
+    confused = frame[~real & frame["predicted_family"].notna() & frame["predicted_family"].ne(frame["generator_family"])]
+    if len(confused):
+        certainty = confused[[f"p_{family}" for family in FAMILIES]].max(axis=1)
+        kinds["family confused"] = confused.loc[certainty.nlargest(count).index]
+    return kinds

@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from ..data.labels import FAMILIES
 from .bootstrap import by_detector, interval_cells
-from .detection import MEAN, Group, detection_values, difference_name, group_by_family
+from .detection import MEAN, Group, detection_values, difference_name, difference_words, group_by_family
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a8557c46
 def network_name(
@@ -76,22 +76,15 @@ def generalisation_table(
     return pd.DataFrame(rows, columns=list(GENERALISATION_COLUMNS))
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a5d38774
-def _verdict(row: pd.Series, lower: str, higher: str) -> str:
-    "A difference in AUC in words; `lower` and `higher` say what its sign means."
-    numbers = f"{row['auc']:+.3f} [{row['auc_low']:+.3f}, {row['auc_high']:+.3f}]"
-    if row["auc_high"] < 0: return f"{lower} ({numbers})"
-    if row["auc_low"] > 0: return f"{higher} ({numbers})"
-    return f"cannot be told from these images ({numbers})"
-
 def generalisation_text(
     table: pd.DataFrame, # of `generalisation_table`
 ) -> str: # a sentence per method, and one that compares them
     "What the mean over the families says about AUC; intervals of 95 % over test images."
     mean = table[table["group"].eq(MEAN)]
     costs = mean[mean["training"].eq(COST)]
-    lines = [f"{row['detector']}, AUC without the family minus AUC with it: {_verdict(row, 'a loss', 'a gain')}."
+    lines = [f"{row['detector']}, AUC without the family minus AUC with it: {difference_words(row, 'auc', 'a loss', 'a gain')}."
              for _, row in costs.iterrows()]
     between = mean[mean["detector"].str.startswith("difference:")].iloc[0]
     first, _, second = between["detector"].removeprefix("difference: ").partition(" − ")
-    verdict = _verdict(between, f"{second} is better", f"{first} is better")
+    verdict = difference_words(between, "auc", f"{second} is better", f"{first} is better")
     return "\n".join([*lines, f"On families left out of training, {first} against {second}: {verdict}."])

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['ROBUSTNESS_COLUMNS', 'SHIFT_LABELS', 'SHIFT_COLUMNS', 'LOSS_COLUMNS', 'TRACK_CLASSES', 'robustness_table', 'in_order',
-           'over_grid', 'image_shifts', 'shift_table', 'loss_table', 'point_name', 'plot_shifts', 'points_of']
+           'over_grid', 'image_shifts', 'shift_table', 'loss_table', 'plot_shifts', 'points_of']
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #9ea92731
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..data.corruptions import UNITS
+from ..data.corruptions import UNITS, point_name
 from ..data.labels import FAMILIES
 from ..detectors.predictions import FAMILY_COLUMNS
+from ..reporting.figures import STYLE, finish, heat_map, new_figure
 from .bootstrap import by_detector, estimates, has_score, interval_cells, mean_over_groups, of_detector, unscored_note
 from .calibration import Fits
 from .detection import Group, detection_row, detection_values
@@ -255,35 +256,29 @@ def loss_table(
         rows += [keys | row for row in _loss_rows(start, after, fits, resamples, seed)]
     return in_order(pd.DataFrame(rows, columns=list(LOSS_COLUMNS)))
 
-# %% ../../nbs/07_evaluation/07_robustness.ipynb #dcf57d2d
-def point_name(
-    kind: str, # of perturbation
-    value: float, # strength
-) -> str:
-    "Label of a point of a grid."
-    return f"{kind.replace('_', ' ')} {value:g}"
-
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #4ff83a59
+@mpl.rc_context(STYLE)
 def plot_shifts(
     table: pd.DataFrame, # of `shift_table`, one track
     title: str = "",
+    limit: float | None = None, # end of the colour scale; None = the largest shift of the table
 ) -> Figure:
-    "Mean shifts as a heat map, one panel per detector."
+    "Mean shifts as a heat map, one panel per detector, one colour scale for all."
     detectors, groups = table["detector"].unique(), table["group"].unique()
     names = [point_name(k, v) for k, v in table[["perturbation", "value"]].itertuples(index=False, name=None)]
     columns = ["detector", "group"]
     wide = table.assign(point=names).pivot_table(index="point", columns=columns, values="shift", sort=False)
     wide = wide.loc[wide.notna().all(axis=1)] # points that every detector has
-    limit = max(float(np.abs(wide.to_numpy()).max(initial=0)), 1e-6)
-    figure = Figure(figsize=(1.2 + 3.3*len(detectors), 1.6 + 0.26*len(wide)), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(detectors), sharey=True, squeeze=False)[0], detectors, strict=True):
-        sns.heatmap(wide[name][list(groups)], vmin=-limit, vmax=limit, cmap="RdBu_r", annot=True, fmt=".1f",
-                    annot_kws={"size": 7}, cbar=False, linewidths=0.5, ax=axes)
-        axes.set(title=name, xlabel="", ylabel="")
+    limit = limit or max(float(np.abs(wide.to_numpy()).max(initial=0)), 1e-6)
+    figure, panels = new_figure(len(detectors), 1.8 + 0.23*len(wide), width=1.6 + 3.1*len(detectors))
+    for axes, name in zip(panels, detectors, strict=True):
+        values = wide[name][list(groups)]
+        texts = [[f"{round(value, 1) + 0.0:.1f}" for value in row] for row in values.to_numpy()] # no minus before zero
+        heat_map(axes, values, texts, vmin=-limit, vmax=limit, cmap="RdBu_r")
+        axes.set_title(name)
         axes.tick_params(axis="x", rotation=40)
-        axes.tick_params(axis="y", rotation=0)
-    figure.suptitle(title, fontsize=10)
-    return figure
+    figure.colorbar(panels[0].collections[0], ax=panels, location="bottom", shrink=0.5, aspect=40, label="mean shift of the log-odds")
+    return finish(figure, title)
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #f744b443
 def points_of(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Measurement', 'METHODS', 'Stage', 'STAGES', 'training_loader', 'selfcon_step', 'hold_out', 'selfcon_bounds',
-           'stage1_measurements', 'pretrain', 'pretrain_cross_entropy', 'calibrate', 'two_track_loss', 'heads_bounds',
-           'train_detector', 'small_stages', 'train_both_stages', 'not_learned', 'train_stage', 'launch', 'main',
-           'training_history']
+           'stage1_measurements', 'pretrain', 'pretrain_cross_entropy', 'heads_step', 'calibrate', 'two_track_loss',
+           'heads_bounds', 'train_detector', 'small_stages', 'train_both_stages', 'not_learned', 'train_stage',
+           'launch', 'main', 'training_history']
 
 # %% ../../nbs/03_training/04_stages.ipynb #fddeca93
 import argparse
@@ -32,9 +32,10 @@ from ..core import Profile, Run, autocast, fingerprint, load_profile, pick_devic
 from ..data.datasets import EpochSampler, ManifestDataset, make_loader
 from .grad_cache import cached_step
 from .losses import ImagiNetLoss, loss_bounds
+from ..models.fast import compile_where_it_pays
 from ..models.resnet import Backbone, Normalize, create_backbone, load_imagenet_weights, to_device
 from ..models.selfcon import ImagiNetClassifier, SelfConNet, evaluation_mode
-from .loop import Batch, Step, fit, make_optimizer, neighbour_accuracy, warmup_cosine
+from .loop import Batch, Step, fit, make_optimizer, neighbour_accuracy, random_batch, warmup_cosine
 from .processes import gather, joined, per_process, rank_and_size
 from ..data.augmentation import Stage1, Stage2
 
@@ -148,9 +149,20 @@ def stage1_measurements(
                          "neighbours_family": neighbour_accuracy(found[synthetic], family[synthetic])}
     return measure
 
+# %% ../../nbs/03_training/04_stages.ipynb #5c0a1e11
+def _compile(network: nn.Module, model: nn.Module, step: Step, loader: DataLoader, epochs: int, profile: Profile) -> None:
+    "Compile the network that a step of the model calls, if the profile wants it and the training is long; in a single process only."
+    if rank_and_size()[1] > 1: return
+    size, batch_size = loader.dataset.transform.size, loader.batch_size or 1 # type: ignore[attr-defined]
+    backbone, batch = next(part for part in model.modules() if isinstance(part, Backbone)), random_batch(batch_size, size)
+    pixels = epochs*len(loader)*batch_size*size**2
+    model.train()
+    compile_where_it_pays(profile.compile, network, backbone, pixels, lambda: step(batch), model)
+
 # %% ../../nbs/03_training/04_stages.ipynb #356c15a4
 def _fit_stage1(
     model: nn.Module, step: Step, measure: Measurement, manifest: pd.DataFrame, root: str | Path, profile: Profile, resume: Path | None,
+    chunked: bool = False,
 ) -> pd.DataFrame:
     "Optimiser, schedule and loader of stage 1 around a step."
     settings = profile.pretrain
@@ -159,6 +171,7 @@ def _fit_stage1(
         optimizer, settings.epochs, settings.warmup_epochs, settings.warmup_factor, settings.final_learning_rate)
     run_fingerprint = fingerprint(type(model).__name__, profile.seed, profile.data, profile.model, settings, manifest)
     loader = training_loader(manifest, root, profile, "pretrain", settings.batch_size)
+    if not chunked: _compile(model, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, scheduler, resume, run_fingerprint, measure)
 
 # %% ../../nbs/03_training/04_stages.ipynb #69eacd87
@@ -176,7 +189,7 @@ def pretrain(
     settings = profile.pretrain
     step = selfcon_step(model, ImagiNetLoss(settings.temperature), device, settings.precision, settings.chunk_size)
     measure = stage1_measurements(model, model.features, selfcon_bounds(manifest, profile), held_out, root, profile)
-    return _fit_stage1(model, step, measure, manifest, root, profile, resume)
+    return _fit_stage1(model, step, measure, manifest, root, profile, resume, chunked=settings.chunk_size is not None)
 
 # %% ../../nbs/03_training/04_stages.ipynb #6254f56d
 def pretrain_cross_entropy(
@@ -205,6 +218,23 @@ def pretrain_cross_entropy(
     measure = stage1_measurements(net, net[:2], bounds, held_out, root, profile)
     return _fit_stage1(net, step, measure, manifest, root, profile, resume)
 
+# %% ../../nbs/03_training/04_stages.ipynb #5c0a1e10
+def heads_step(
+    model: ImagiNetClassifier, # whose backbone needs no gradients
+    device: torch.device,
+    precision: str, # float32 or bfloat16
+) -> Step:
+    "The step of stage 2: the features of the backbone, and the loss of both heads."
+    def step(batch: Batch) -> dict[str, Tensor]:
+        images, (origin, family) = batch[0].to(device, non_blocking=True), batch[1:3]
+        if rank_and_size()[1] > 1:
+            origin, family = (codes.cpu() for codes in _all_labels(batch, device))
+        with autocast(device, precision):
+            value = two_track_loss(model, gather(model.features(images)), origin, family)
+        value.backward()
+        return {"loss": value}
+    return step
+
 # %% ../../nbs/03_training/04_stages.ipynb #9f633f9b
 def calibrate(
     model: ImagiNetClassifier, # its backbone comes from stage 1; trained in place
@@ -224,18 +254,12 @@ def calibrate(
     optimizer = make_optimizer(
         model.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay, (first_beta, second_beta))
 
-    def step(batch: Batch) -> dict[str, Tensor]:
-        images, (origin, family) = batch[0].to(device, non_blocking=True), batch[1:3]
-        if rank_and_size()[1] > 1:
-            origin, family = (codes.cpu() for codes in _all_labels(batch, device))
-        with autocast(device, settings.precision):
-            value = two_track_loss(model, gather(model.features(images)), origin, family)
-        value.backward()
-        return {"loss": value}
+    step = heads_step(model, device, settings.precision)
     loader = training_loader(manifest, root, profile, "calibrate", settings.batch_size)
     run_fingerprint = fingerprint(
         model.name, profile.seed, profile.data, profile.model, profile.pretrain, settings, manifest)
     bounds = heads_bounds(manifest)
+    _compile(model.backbone, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, None, resume, run_fingerprint, lambda epoch: bounds)
 
 # %% ../../nbs/03_training/04_stages.ipynb #fcffbe4d
@@ -286,6 +310,7 @@ def train_detector(
         return {"loss": value}
 
     loader = training_loader(manifest, root, profile, "ablation", settings.batch_size)
+    _compile(model.backbone, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, scheduler)
 
 # %% ../../nbs/03_training/04_stages.ipynb #0fb6eddb
