@@ -4,7 +4,7 @@ PROFILE ?= demo
 BIN     := .venv/bin
 # uv installs the same lock in a fraction of the time; without it, pip does
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
-LONGEST := tests/test_look_alike.py tests/test_pipeline.py tests/test_gpu_run.py tests/test_site.py
+LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site network distributed)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:

@@ -25,6 +25,7 @@ setup(
     package_data={names[folder]: [pattern] for folder, pattern in shipped.items()} | {"imaginet_nb.reporting": ["templates/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"detectors": detectors, "heic": cfg["heic_requirements"].split(), "croissant": cfg["croissant_requirements"].split(),
+                    "provenance": cfg["provenance_requirements"].split(),
                     "dev": [*cfg["dev_requirements"].split(), *detectors]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -203,7 +203,10 @@ def site_markdown(path: Path) -> str:
     def linked(match: re.Match[str]) -> str:
         text, target = match.groups()
         if target.startswith("#"): return f'<a href="{target}">{text}</a>' # MyST would look for a function of that name
-        page = os.path.relpath((path.parent/target).resolve(), ROOT)
+        file, _, anchor = target.partition("#")
+        page = os.path.relpath((path.parent/file).resolve(), ROOT)
+        if page == "README.md": # the first page of the site; its headings are reached by their names in HTML
+            return f'<a href="{os.path.relpath(ROOT/"index.html", path.parent)}{"#" + anchor if anchor else ""}">{text}</a>'
         return f"[{text}](<path:{target}>)" if target.endswith(".md") and page not in DOCUMENTS else match[0]
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", linked, path.read_text(encoding="utf-8"))
 
@@ -247,7 +250,7 @@ def benchmark_page() -> str:
     def rows_of(name: str) -> list[dict[str, str]]: return list(csv.DictReader((tables/f"{name}.csv").open(encoding="utf-8")))
     def time(text: str) -> str: return f"{float(text):,.3g}" if float(text) < 1000 else f"{float(text):,.0f}"
     ratios = [f"| {row['group'].replace('_', ' ')}, {row['case']} | {time(row['median'])} | {time(row['baseline_median'])} | {row['unit']} "
-              f"| **{float(row['ratio']):.2f}** |" for row in rows_of("ratios")]
+              f"| **{float(row['ratio']):.1f}** |" for row in rows_of("ratios")]
     machine = [f"| {row['fact']} | {row['value']} |" for row in rows_of("machine")]
     files = " · ".join(f"[{path.stem}](<path:tables/{path.name}>)" for path in sorted(tables.glob("*.csv")))
     return "\n".join([
@@ -258,7 +261,7 @@ def benchmark_page() -> str:
         "## Inference", "", "![Times of inference](figures/inference.png)", "",
         "## Memory of training", "", "![Memory](figures/memory.png)", "",
         "## The machine", "", "| | |", "|---|---|", *machine, "", "## More", "",
-        "[How it became faster, step by step](../../nbs/tutorials/make_it_fast.ipynb) · [the executed notebook](<path:index.html>)", "",
+        "[How it became faster, step by step](../../nbs/tutorials/make_it_fast.ipynb).", "",
         f"All tables: {files}.", ""])
 
 

@@ -5,7 +5,7 @@ versions. It comes before any of them is imported, and processes that are starte
 """
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 os.environ |= {
     "ORT_DISABLE_TELEMETRY": "1", # ONNX Runtime, which starts to collect when it is imported

@@ -72,8 +72,10 @@ def become(connection: socket.socket, request: dict, streams: list[int]) -> None
     if request["limit"]: resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"],)*2)
     sys.path[:0] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place not in ("", *sys.path)]
     sys.argv = [request["program"], *request["words"]]
-    if request["program"] == "kernel": sys.modules["ipykernel.kernelapp"].launch_new_instance()
-    else: sys.modules["imaginet_nb.apps.cli"].main()
+    match request["program"]:
+        case "imaginet": sys.modules["imaginet_nb.apps.cli"].main()
+        case "kernel": sys.modules["ipykernel.kernelapp"].launch_new_instance()
+        case "python": exec(sys.argv.pop(1), {"__name__": "__main__"})
 
 
 # --- its clients
@@ -111,14 +113,17 @@ def server() -> dict[str, str]:
     return {ADDRESS: str(folder/"socket"), "JUPYTER_PATH": str(folder), "PATH": path}
 
 
-def imaginet(*words: object, cwd: Path | None = None, limit: int | None = None, **environment: str) -> subprocess.CompletedProcess:
-    "Run the program in a process of its own; `limit` is the largest file that it may write, in bytes."
-    request = dict(program="imaginet", words=list(map(str, words)), folder=str(cwd or Path.cwd()), limit=limit,
+def run(program: str, *words: object, cwd: Path | None = None, limit: int | None = None, **environment: str) -> subprocess.CompletedProcess:
+    "Run `imaginet` or the code of `python` in a process of its own; `limit` is the largest file that it may write, in bytes."
+    request = dict(program=program, words=list(map(str, words)), folder=str(cwd or Path.cwd()), limit=limit,
                    environment={**os.environ, **server(), "TQDM_DISABLE": "1", **environment})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
         status = ask(request, [nothing.fileno(), out.fileno(), err.fileno()])
         for stream in (out, err): stream.seek(0)
-        return subprocess.CompletedProcess(["imaginet", *request["words"]], status, out.read(), err.read())
+        return subprocess.CompletedProcess([program, *request["words"]], status, out.read(), err.read())
+
+
+imaginet, python = functools.partial(run, "imaginet"), functools.partial(run, "python")
 
 
 if __name__ == "__main__":

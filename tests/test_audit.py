@@ -213,9 +213,11 @@ def test_jpeg_properties(tmp_path, quality, subsampling, name):
 def test_content_credentials_and_generator_names(tmp_path):
     picture().save(tmp_path/"plain.png")
     data = (tmp_path/"plain.png").read_bytes()
-    (tmp_path/"signed.png").write_bytes(data[:33] + chunk(b"caBX", b"jumbf") + data[33:])
+    store = struct.pack(">I4sI4s", 40, b"jumb", 32, b"jumd") + bytes.fromhex("6332706100110010800000aa00389b71") + b"\3c2pa\0"
+    (tmp_path/"signed.png").write_bytes(data[:33] + chunk(b"caBX", store) + data[33:])
+    (tmp_path/"not_signed.png").write_bytes(data[:33] + chunk(b"caBX", b"hello") + data[33:])
     picture().save(tmp_path/"plain.webp", lossless=True)
-    data = (tmp_path/"plain.webp").read_bytes() + b"C2PA" + struct.pack("<I", 4) + b"jumb"
+    data = (tmp_path/"plain.webp").read_bytes() + b"C2PA" + struct.pack("<I", len(store)) + store
     (tmp_path/"signed.webp").write_bytes(data[:4] + struct.pack("<I", len(data) - 8) + data[8:])
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "a castle\nSteps: 20, Sampler: Euler a")
@@ -224,7 +226,7 @@ def test_content_credentials_and_generator_names(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "resized from ImageNet with influx")                  # holds imagen and flux, names neither
     picture().save(tmp_path/"innocent.png", pnginfo=info)
-    names = ["plain.png", "signed.png", "plain.webp", "signed.webp", "prompt.png", "xmp.jpg", "innocent.png"]
+    names = ["plain.png", "signed.png", "not_signed.png", "plain.webp", "signed.webp", "prompt.png", "xmp.jpg", "innocent.png"]
     found = {n: au.image_properties(tmp_path/n) for n in names}
     assert all(f["error"] is None for f in found.values())
     assert {n for n in names if found[n]["c2pa"]} == {"signed.png", "signed.webp"}

@@ -1,6 +1,7 @@
 """The fast ways give the answers of the plain ones, in the memory that they promise. Nothing here is timed."""
 import tracemalloc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,12 +23,16 @@ from imaginet_nb.apps.benchmark import (
 )
 from imaginet_nb.core import load_profile, usable_precision
 from imaginet_nb.data.augmentation import Stage1
+from imaginet_nb.data.images import save
 from imaginet_nb.data.packed import pack
 from imaginet_nb.detectors import predictions as detectors
+from imaginet_nb.models import fast as fast_models
+from imaginet_nb.models import resnet
 from imaginet_nb.models.fast import fast
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
 from imaginet_nb.reporting.tables import read_table, save_table
+from imaginet_nb.training import stages
 from imaginet_nb.training.grad_cache import cached_step
 from imaginet_nb.training.loop import random_batch
 
@@ -136,3 +141,72 @@ def test_the_gpu_profile_is_the_configuration_of_the_paper():
     assert gpu.sandbox is not None and gpu.sandbox.sides[0] >= gpu.data.crop_size
     crops = gpu.pretrain.epochs*4*gpu.sandbox.images//5 # four fifths are for training
     assert gpu.pretrain.epochs >= 15 and crops >= 60_000, "too few steps for a curve to flatten"
+
+
+@pytest.fixture
+def long_training(tmp_path, monkeypatch):
+    """Settings, images and a network whose training is compiled, with as few layers as a ResNet can have.
+
+    torch traces the network forward and backward, and its debug compiler `aot_eager` runs the graphs: kernels of C++ would take
+    over a minute to compile on a CPU, and those of a GPU are compared with eager ones by the benchmark."""
+    graphs = []
+    def compiler(graph, inputs, **options):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs, **options)
+    compile_as = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_as(module, **{"backend": compiler, **options}))
+    monkeypatch.setitem(resnet._LAYOUTS, "resnet18", ("BasicBlock", (1, 1, 1, 1)))
+    monkeypatch.setattr(fast_models, "compilation_pays", lambda backbone, pixels, device: True)
+    rows = []
+    for i in range(8):
+        save(np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8), tmp_path/f"{i}.png")
+        rows.append({"path": f"{i}.png", "origin": ["real", "synthetic"][i % 2], "content_type": "photos",
+                     "generator_family": "real" if i % 2 == 0 else ["GAN", "SD"][i//2 % 2], "generator": "x", "split": "train"})
+    smoke = load_profile("smoke")
+    data = smoke.data.model_copy(update=dict(crop_size=16, image_size=16))
+    stage1 = smoke.pretrain.model_copy(update=dict(
+        epochs=2, batch_size=4, chunk_size=None, precision="float32", optimizer="sgd", learning_rate=0.01))
+    profile = smoke.model_copy(update=dict(data=data, pretrain=stage1, compile="auto"))
+
+    def train(choice: str, resume: Path | None = None) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        # channels-last layers of under 16 channels crash in torch on a CPU
+        model = SelfConNet(create_backbone("resnet18", width=0.25), projection_size=8)
+        history = stages.pretrain(model, pd.DataFrame(rows), tmp_path, profile.model_copy(update=dict(compile=choice)), CPU, resume)
+        return history, model.state_dict()
+    train.graphs = graphs
+    yield train
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
+
+
+def test_compiled_training_is_that_of_the_eager_network(long_training, tmp_path, monkeypatch, capsys):
+    "Tolerance: the loss to 1e-4 of itself, weights to 1e-4, after four steps. Names of weights stay; going on equals not stopping."
+    eager, compiled = long_training("never"), long_training("auto")
+    assert "compile: took" in capsys.readouterr().out
+    np.testing.assert_allclose(compiled[0]["loss"], eager[0]["loss"], rtol=1e-4)
+    assert list(compiled[1]) == list(eager[1])
+    for name, weight in eager[1].items(): torch.testing.assert_close(compiled[1][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    assert long_training.graphs, "nothing was compiled"
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 2/2"): raise InterruptedError
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr("imaginet_nb.training.loop._print_once", stop)
+        long_training("auto", tmp_path/"state.pt")
+    history, weights = long_training("auto", tmp_path/"state.pt")
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert history["loss"].tolist() == compiled[0]["loss"].tolist()
+    for name, weight in compiled[1].items(): assert torch.equal(weights[name], weight), name
+
+
+def test_a_compiler_that_fails_leaves_an_eager_training(long_training, monkeypatch, capsys):
+    eager = long_training("never")
+    compile_as = torch.nn.Module.compile
+    def fail(*_): raise RuntimeError("no kernels today\nwith a long story")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_as(module, backend=fail, **options))
+    failed = long_training("auto")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compile")]
+    assert len(said) == 1 and "failed, eager instead" in said[0]
+    assert failed[0]["loss"].tolist() == eager[0]["loss"].tolist()
+    for name, weight in eager[1].items(): assert torch.equal(failed[1][name], weight), name

@@ -1,6 +1,5 @@
 """Foreign detectors: real files written by onnx, TorchScript and torch.export, and what goes wrong with them."""
 import platform
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from forks import python
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -212,7 +212,7 @@ def test_a_graph_that_crashes_the_runtime_is_refused(tmp_path, when):
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, write_yaml(tmp_path/"crash.onnx"))
     code = f"from {load_custom_detector.__module__} import load_custom_detector; load_custom_detector('crash.onnx')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = python(code, cwd=tmp_path)
     assert done.returncode == 1 and "DetectorError: crash.onnx: ONNX Runtime crashes (SIGFPE)" in done.stderr, done
 
 

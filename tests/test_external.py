@@ -2,8 +2,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from external_sets import make_corvi, make_practical
+from forks import imaginet
 from PIL import Image
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
@@ -394,9 +393,7 @@ def workshop(tmp_path_factory) -> Path:
 
 def run_p51(root: Path) -> dict[str, pd.DataFrame]:
     "Execute the notebook there; its tables."
-    code = "import sys; from imaginet_nb.apps.pipeline import run_notebook; run_notebook(sys.argv[1], sys.argv[2])"
-    words = [sys.executable, "-c", code, str(ROOT/"nbs"/"pipelines"/"p51_external.ipynb"), str(root/"profiles"/"smoke.yaml")]
-    result = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    result = imaginet("notebook", ROOT/"nbs"/"pipelines"/"p51_external.ipynb", "--profile", root/"profiles"/"smoke.yaml", cwd=root)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     tables = root/"reports"/"smoke"/"tables"
     return {name: pd.read_csv(tables/f"{name}.csv").fillna({"note": ""}) for name in ("practical", "corvi", "external_calibration")}

@@ -1,5 +1,7 @@
 """Files as people have them: what is read, what is refused and in which words, and what a file says about its origin."""
+import datetime
 import io
+import json
 import re
 import resource
 import struct
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from imaginet_nb.data.images import ImageError, NotAnImage, decode, longer_side, open_image, opened, read_image, walk, why_no_image
+from imaginet_nb.data.provenance import ABSENT, EMPTY, INVALID, PRESENT, VALID, Provenance, read_provenance
 
 Y, X = np.mgrid[0:120, 0:160]
 PIXELS = np.stack([X*255/160, Y*255/120, (X + Y) % 256], -1).astype(np.uint8)
@@ -239,3 +242,120 @@ def test_without_its_package_heic_says_which(monkeypatch):
     with pytest.raises(ImageError, match="pip install pillow-heif"): decode(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50))
     monkeypatch.setitem(sys.modules, "pillow_jxl", None)
     with pytest.raises(ImageError, match="pip install pillow-jxl-plugin"): decode(UNREAD["codestream.jxl"][0])
+
+
+# --- what a file says about its origin
+
+def exif(tag: int, value: str | bytes) -> Image.Exif:
+    record = Image.Exif()
+    record[0x0132] = "2026:01:01 00:00:00" # some writers leave out a record whose first part is empty
+    (record.get_ifd(0x8769) if tag > 0x9000 else record)[tag] = value
+    return record
+
+
+SETTINGS = "a fox\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1"
+TERM = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+XMP = b'<rdf:Description Iptc4xmpExt:DigitalSourceType="' + TERM.encode() + b'%s"/>'
+IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + (23).to_bytes(4, "big") + b"\x1c\x02\x6e\0\x12Made by DALL-E 3  \0"
+SAYS = {
+    "parameters": (text("parameters", SETTINGS), "PNG text parameters: Steps: 20, Sampler"),
+    "compressed": (text("parameters", SETTINGS, zip=True), "PNG text parameters: Steps: 20, Sampler"),
+    "only a key": (text("Dream", "a fox"), "PNG text Dream: a fox"),
+    "large workflow": (LARGE["workflow"], "PNG text workflow: " + "{}"*20),
+    "behind the pixels": (written()[:-12] + chunk(b"tEXt", b"Software\0NovelAI") + written()[-12:], "PNG text Software: NovelAI"),
+    "utf-16 BE": (written("JPEG", exif=exif(0x9286, b"UNICODE\0" + SETTINGS.encode("utf-16-be"))), "EXIF user comment: Steps: 20, Sampler"),
+    "utf-16 LE": (written("WEBP", exif=exif(0x9286, b"UNICODE\0" + SETTINGS.encode("utf-16-le"))), "EXIF user comment: Steps: 20, Sampler"),
+    "ascii": (written("AVIF", exif=exif(0x9286, b"ASCII\0\0\0" + SETTINGS.encode())), "EXIF user comment: Steps: 20, Sampler"),
+    "ComfyUI": (written("WEBP", exif=exif(0x0110, 'prompt: {"3": {}}')), "EXIF model: prompt: {"),
+    "EXIF of a PNG": (written(exif=exif(0x0131, "Adobe Firefly 3")), "EXIF software: Adobe Firefly"),
+    "program": (written("TIFF", exif=exif(0x0131, "FLUX.1 dev")), "EXIF software: FLUX"),
+    "Midjourney": (text("Description", "a fox --v 6 Job ID: 01234567-89ab-cdef-0123-456789abcdef"),
+                   "PNG text Description: Job ID: 01234567-89ab"),
+    "made": (written("JPEG", xmp=XMP % b"trainedAlgorithmicMedia"), "XMP: trainedAlgorithmicMedia"),
+    "edited": (written("WEBP", xmp=XMP % b"compositeWithTrainedAlgorithmicMedia"), "XMP: compositeWithTrainedAlgorithmicMedia"),
+    "XMP of a PNG": (inside(written(), chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP % b"trainedAlgorithmicMedia")),
+                     "XMP: trainedAlgorithmicMedia"),
+    "IPTC": ((plain := written("JPEG"))[:2] + b"\xff\xed" + (len(IPTC) + 2).to_bytes(2, "big") + IPTC + plain[2:], "IPTC: DALL-E"),
+    "camera": (written("JPEG", xmp=XMP % b"digitalCapture", exif=exif(0x010F, "Canon")), ""),
+    "words in a description": (text("Description", "influx of imagen, flux and gemini"), ""),
+    "broken EXIF": (written("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), ""), "nothing": (written("WEBP"), "")}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_what_names_a_generator_is_found_and_nothing_else(name):
+    # fails for: text that is compressed, large, UTF-16 or behind the pixels; words that mean something else; decoding for a header
+    content, says = SAYS[name]
+    assert read_provenance(content) == Provenance(says, ABSENT, "")
+    assert read_provenance(content).text == (says or None)
+
+
+def test_a_line_of_a_table_holds_what_a_file_says():
+    found = read_provenance(text("parameters", "a\tfox\r\n\x1b[31m" + "x"*5000)).text
+    assert found.isprintable() and len(found) < 80
+
+
+FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "AVIF": "image/avif", "HEIF": "image/heic", "TIFF": "image/tiff"}
+
+
+@pytest.fixture(scope="module")
+def signer():
+    "A signer with a certificate of its own, which no trust list holds."
+    c2pa = pytest.importorskip("c2pa")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    begin, keys = datetime.datetime.now(datetime.UTC) - datetime.timedelta(1), [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name), x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "Tests")])
+             for name in ("Self-made root", "Self-made signer")]
+    chain = b""
+    for k in (1, 0): # the signer's, then that of the root, which signs both
+        no = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only")
+        made = x509.CertificateBuilder(names[0], names[k], keys[k].public_key(), k + 1, begin, begin + datetime.timedelta(30))
+        made = made.add_extension(x509.BasicConstraints(k == 0, None), True)
+        made = made.add_extension(
+            x509.KeyUsage(digital_signature=k == 1, key_cert_sign=k == 0, crl_sign=k == 0, **dict.fromkeys(no, False)), True)
+        made = made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key()), False)
+        if k: made = made.add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.EMAIL_PROTECTION]), False)
+        chain += made.sign(keys[0], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    key = keys[1].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return c2pa.Signer.from_info(c2pa.C2paSignerInfo(c2pa.C2paSigningAlg.ES256, chain, key, None))
+
+
+def signed(content: bytes, format: str, signer) -> bytes:
+    "The picture with a manifest that says that a model made it."
+    import c2pa
+    created = {"action": "c2pa.created", "digitalSourceType": TERM + "trainedAlgorithmicMedia"}
+    manifest = {"claim_generator_info": [{"name": "Tests"}], "assertions": [{"label": "c2pa.actions", "data": {"actions": [created]}}]}
+    settings = {"builder": {"thumbnail": {"enabled": False}}}
+    made = io.BytesIO()
+    c2pa.Builder(json.dumps(manifest), context=c2pa.Context.from_dict(settings)).sign(signer, FORMATS[format], io.BytesIO(content), made)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_manifest_is_valid_until_a_byte_of_the_picture_changes(format, signer, monkeypatch):
+    # fails for: a manifest believed unread, one not found in its format, pixels that changed with it
+    if format == "HEIF": pytest.importorskip("pillow_heif").register_heif_opener()
+    plain = written(format)
+    content = signed(plain, format, signer)
+    found = read_provenance(content)
+    assert found == Provenance("C2PA manifest: trainedAlgorithmicMedia", VALID, "Self-made signer, Tests") and found.has_manifest
+    assert "signed by Self-made signer" in found.text and "not compared with a trust list" in found.text
+    assert np.array_equal(decode(content), decode(plain))
+    changed, middle = bytearray(content), len(plain)//2
+    changed[content.index(plain[middle:middle + 16])] ^= 1
+    assert read_provenance(bytes(changed)) == Provenance(found.generator, INVALID, "")
+    assert read_provenance(content, verify=False).c2pa == PRESENT
+    monkeypatch.setitem(sys.modules, "c2pa", None)
+    assert read_provenance(content) == Provenance(found.generator, PRESENT, "")
+
+
+def test_a_place_for_a_manifest_is_no_manifest():
+    hello = inside(written(), chunk(b"caBX", b"hello"))
+    assert read_provenance(hello) == Provenance("", EMPTY, "") and not read_provenance(hello).has_manifest
+    store = struct.pack(">I4sI4s", 40, b"jumb", 32, b"jumd") + bytes.fromhex("6332706100110010800000aa00389b71") + b"\3c2pa\0"
+    found = read_provenance(inside(written(), chunk(b"caBX", store)))
+    assert found.c2pa in (INVALID, PRESENT) and found.has_manifest # the latter without `c2pa-python`
+    segment = b"JP\0\1\0\0\0\1" + struct.pack(">I4sI4s", 40, b"jumb", 32, b"jumd") + b"another standard" + b"\3name\0"
+    other = (plain := written("JPEG"))[:2] + b"\xff\xeb" + struct.pack(">H", len(segment) + 2) + segment + plain[2:]
+    assert read_provenance(other) == Provenance("", ABSENT, "")

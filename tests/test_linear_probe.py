@@ -1,12 +1,11 @@
 """The linear probe against scikit-learn and timm used directly, and what it refuses."""
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
@@ -216,6 +215,6 @@ def test_no_memory_is_taken_for_a_backbone_that_the_file_does_not_hold(probe, tm
               "try: load_linear_probe(sys.argv[1])\n"
               "except CheckpointError as error: assert 'do not fit the network' in str(error), error\n"
               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    done = python(script, path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100_000 # KiB

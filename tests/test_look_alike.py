@@ -7,10 +7,9 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +19,7 @@ from multivolumefile import MultiVolume
 from py7zr import SevenZipFile
 from torchvision.models import resnet50
 
+from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data.images import decode
 from imaginet_nb.data.labels import FAMILIES
@@ -37,9 +37,7 @@ AUTHORS_COUNTS = {"DreamBooth": 1052, "MidjourneyV4": 1354, "MidjourneyV5": 2000
 
 def imaginet(*words: object, **environment: str) -> str:
     "Run a command that must succeed."
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(["imaginet", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                            env={**os.environ, "PATH": path, **environment})
+    result = forks.imaginet(*words, cwd=ROOT, **environment)
     assert result.returncode == 0, f"imaginet {' '.join(map(str, words))}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
     return result.stdout
 
@@ -93,7 +91,9 @@ def report(tmp_path_factory) -> Path:
     imaginet("data", "external", "corvi", "--images", corvi, "--crops", crops, *options)
     imaginet("data", "external", "practical", "--images", practical, *options)
 
-    imaginet("reproduce", "--profile", "paper-look-alike", "--force")
+    with pytest.MonkeyPatch.context() as patch: # a real run, with its own programs, is that of tests/test_pipeline.py
+        patch.setattr("imaginet_nb.apps.cli._environment", lambda: {**os.environ, **forks.server()})
+        reproduce("paper-look-alike", force=True)
     yield ROOT/"reports"/"paper-look-alike"
     for made in (DATA, ROOT/"reports"/"paper-look-alike"): shutil.rmtree(made)
 

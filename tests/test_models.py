@@ -5,8 +5,6 @@ import dataclasses
 import json
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from forks import python
 from safetensors.torch import load_file, save_file
 
 from imaginet_nb.evaluation.calibration import Calibration, fit_calibration
@@ -429,7 +428,7 @@ def test_no_memory_is_taken_for_a_network_that_the_file_does_not_hold(tmp_path, 
               "try: load_checkpoint(sys.argv[1])\n"
               "except ValueError as error: print(type(error).__name__, 'of another shape' in str(error) or 'missing' in str(error))\n"
               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    result = python(script, path)
     what, kilobytes = result.stdout.splitlines()
     assert what == "CheckpointError True" and int(kilobytes) < 400_000
 

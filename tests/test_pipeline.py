@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forks import imaginet, server
 
 from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.apps.plan import estimate
@@ -35,10 +36,6 @@ DETECTION_COLUMNS = ["detector", "group", "acc", "acc_low", "acc_high", "auc", "
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def imaginet(*words: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(["imaginet", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **options)
-
-
 def listed(text: str) -> set[str]:
     "Notebooks in the table of jobs that a dry run prints."
     return set(re.findall(r"^(p\d\d_\w+) +\d+$", text, flags=re.M))
@@ -46,7 +43,7 @@ def listed(text: str) -> set[str]:
 
 def planned(profile: Path | str) -> set[str]:
     "Notebooks that a run would execute."
-    result = imaginet("reproduce", "--profile", profile, "--dry-run")
+    result = imaginet("reproduce", "--profile", profile, "--dry-run", cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     return listed(result.stdout + result.stderr)
 
@@ -62,7 +59,8 @@ def edited(tmp_path: Path, old: str, new: str, name: str = "smoke") -> Path:
 
 @pytest.fixture(scope="module")
 def report() -> Path:
-    result = imaginet("reproduce", "--profile", "smoke", "--force")
+    words = ["imaginet", "reproduce", "--profile", "smoke", "--force"]
+    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return ROOT/"reports"/"smoke"
 
@@ -206,10 +204,10 @@ def test_executed_notebooks_show_their_tables_and_figures(report):
 def test_a_notebook_that_runs_again_stores_the_same_bytes(report):
     path = report/"notebooks"/"p61_content_ablation.ipynb"
     before = path.read_bytes()
-    result = imaginet("notebook", "p61_content_ablation", "--profile", "profiles/smoke.yaml")
+    result = imaginet("notebook", "p61_content_ablation", "--profile", "profiles/smoke.yaml", cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
     assert path.read_bytes() == before
-    result = imaginet("reproduce", "--profile", "smoke") # what reads its results is older now
+    result = imaginet("reproduce", "--profile", "smoke", cwd=ROOT) # what reads its results is older now
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
@@ -246,7 +244,7 @@ def test_a_test_image_under_another_name_ends_the_calibration(report, tmp_path):
     for source, copy in zip(test["path"], copies["path"], strict=True): save(decode(images/source), images/copy)
     pd.concat([listed, copies]).to_csv(leak/"manifests"/"calibration.csv", index=False)
     try:
-        result = imaginet("notebook", "p40_calibrate", "--profile", profile)
+        result = imaginet("notebook", "p40_calibrate", "--profile", profile, cwd=ROOT)
         assert result.returncode != 0 and "has the pixels of the test image" in result.stdout + result.stderr
         assert not (leak/"checkpoints"/"selfcon.safetensors").exists()
     finally:
@@ -298,17 +296,20 @@ def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
     profile.write_text(profile.read_text().replace("root: data/smoke", "root: data/smoke-again"))
     again = ROOT/"reports"/"smoke-again"
     words = ["imaginet", "reproduce", "--profile", str(profile)]
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    resume, limit = again/"checkpoints"/"pretrain.resume.pt", time.monotonic() + 300
+    environment = {**server(), **ENVIRONMENT} # real programs; their kernels fork, and are killed with what started them
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resume, limit = again/"checkpoints"/"pretrain.resume.pt", time.monotonic() + 600
     while not resume.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(0.05)
-    assert resume.exists(), "stage 1 left no state to go on from"
-    for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
+    state, children = resume.exists(), descendants(process.pid)
+    process.kill()
+    for pid in children: os.kill(pid, signal.SIGKILL)
     process.wait()
+    assert state, "stage 1 left no state to go on from"
     killed_in_training = resume.exists() # it is gone if the last epoch ended in between
     # as `imaginet reproduce` calls it, but only as far as the tables of both tracks: the rest reads what these read
     words = ["snakemake", "--cores", "all", "--config", f"profile={profile}", "processes=1", "--nolock", "--rerun-incomplete",
              "--rerun-triggers", "mtime", "params", "input", "--", *(f"{again.relative_to(ROOT)}/tables/{t}.csv" for t in SEEN)]
-    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    result = subprocess.run(words, cwd=ROOT, env={**os.environ, **server()}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     if killed_in_training: assert "going on after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
     made = [path for path in sorted((again/"tables").glob("*.csv")) if path.stem not in MEASURED]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from bad_images import BAD, ODD
+from forks import python
 from PIL import Image
 from typer.testing import CliRunner
 
+from imaginet_nb.apps import predict as predicting
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import Scorer, Settings, find_files, part_of, read_scores, score_files, score_to_file, write_scores
 from imaginet_nb.core import file_sha256, only_run, seed_everything, text_path
@@ -258,9 +261,48 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
         before = peak()
         score_to_file(files, Scorer(detector), "{tmp_path}/all.csv")
         print(peak() - before)"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    done = python(script)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 60 # MB; all of them would be 240
+
+
+def test_rows_depend_neither_on_the_number_of_readers_nor_on_the_pictures_beside_them(net, tmp_path):
+    "Reading processes and batches of several pictures: every row is, to the last bit, the row of the picture alone."
+    for i in range(6): Image.fromarray(noise(i, SIDE + 9*i, SIDE + 20*i)).save(tmp_path/f"{i}.png")
+    (tmp_path/"broken.png").write_bytes(b"no picture")
+    paths, detector = find_files([tmp_path]), load_detector(net)
+    alone = Scorer(detector)
+    rows = list(score_files(paths, alone, readers=0))
+    assert [row["path"] for row in rows] == [str(path) for path in paths] and sum("error" in row for row in rows) == 1
+    for readers in (1, 2): assert list(score_files(paths, alone, readers)) == rows
+    together = replace(alone, batch_size=4)
+    batches = list(score_files(paths, together, readers=2))
+    assert batches == [row for path in paths for row in score_files([path], together)]
+    assert [row.get("logit") for row in batches] == pytest.approx([row.get("logit") for row in rows], abs=1e-4)
+
+
+def test_one_picture_that_a_detector_fails_on_costs_one_row_of_its_batch(tmp_path):
+    for i, value in enumerate((100, 200, 50)): Image.fromarray(np.full((SIDE, SIDE, 3), value, np.uint8)).save(tmp_path/f"{i}.png")
+    def score(images):
+        if (images == 200).flatten(1).all(1).any(): raise SystemExit("no such thing")
+        return images.float().mean((1, 2, 3)) - 128
+    detector = SimpleNamespace(name="Fickle", input_size=SIDE, score=score)
+    rows = list(score_files(find_files([tmp_path]), Scorer(detector, batch_size=8)))
+    assert [row.get("error") for row in rows] == [None, "Fickle: no such thing", None] and rows[2]["logit"] == pytest.approx(-78, abs=1)
+
+
+def test_a_reader_that_is_killed_ends_the_run_and_keeps_the_rows(tmp_path, monkeypatch):
+    "As by the system when memory runs out; `--resume` goes on."
+    for i in range(6): Image.fromarray(noise(i, SIDE, SIDE)).save(tmp_path/f"{i}.png")
+    paths, here, read = find_files([tmp_path]), os.getpid(), predicting.read_picture
+    def deadly(reader, source, name=None):
+        if os.getpid() != here and source.name == "4.png": os.kill(os.getpid(), signal.SIGKILL)
+        return read(reader, source, name)
+    monkeypatch.setattr(predicting, "read_picture", deadly)
+    with pytest.raises(RuntimeError, match="was killed.*--resume"): score_to_file(paths, stub(tmp_path), tmp_path/"preds.csv", readers=1)
+    assert part_of(tmp_path/"preds.csv").read_bytes().count(b"\n") >= 3
+    counts = score_to_file(paths, stub(tmp_path), tmp_path/"preds.csv", resume=True, readers=0)
+    assert counts["kept"] >= 3 and counts["error"] == 0 and len(list(read_scores(tmp_path/"preds.csv"))) == 6
 
 
 def same_row(before: pd.DataFrame, after: pd.DataFrame, name: str) -> bool:
@@ -413,8 +455,7 @@ def as_other(folder: Path, code: str) -> None:
     script = f"import os\nfrom types import SimpleNamespace\nfrom imaginet_nb.apps.predict import *\n{drop}\n" + textwrap.dedent(code)
     for parent in folder.parents:
         if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001: parent.chmod(parent.stat().st_mode | 0o011)
-    quiet = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env=quiet)
+    done = python(script, cwd=folder)
     assert done.returncode == 0, done.stderr
 
 

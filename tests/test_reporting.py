@@ -1,6 +1,7 @@
 """What leaves the repository as a table, figure or page: checked from outside, by reading the files back."""
 import json
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imaginet_nb.core import file_sha256, load_profile, repo_root
+from imaginet_nb.core import file_sha256, git_state, load_profile, repo_root
 from imaginet_nb.data.labels import CONTENT_TYPES, FAMILIES
 from imaginet_nb.reporting.figures import STYLES, plot_detection, save_figure
 from imaginet_nb.reporting.pages import report_index
@@ -108,6 +109,37 @@ def test_provenance_has_the_record_and_checksums(table, tmp_path):
     content = json.loads(record.read_text())
     assert content["seed"] == 7 and content["caption"].startswith("A caption.")
     assert content["outputs"] == {f.name: file_sha256(f) for f in (csv, md, tex)}
+
+
+def test_the_same_bytes_from_the_same_inputs_keep_their_record(table, tmp_path):
+    "Another machine, other versions and a later commit leave the file alone; another input, setting or value does not."
+    def saved(frame=table, **record) -> bytes: return save_table(frame, tmp_path/"t", "A caption.", record)[-1].read_bytes()
+    first = saved(git_commit="a", versions={"torch": "1"}, threads=1, device="cpu", inputs={"x": "1"}, settings={"seed": 0})
+    assert saved(git_commit="b", versions={"torch": "2"}, threads=8, device="cuda", inputs={"x": "1"}, settings={"seed": 0}) == first
+    changed = [saved(inputs={"x": "2"}, settings={"seed": 0}), saved(inputs={"x": "2"}, settings={"seed": 1}),
+               saved(table.head(1), inputs={"x": "2"}, settings={"seed": 1})]
+    assert len({first, *changed}) == 4
+
+
+def test_a_commit_of_reports_leaves_the_recorded_commit(tmp_path, monkeypatch):
+    "Otherwise committing a report would make the report out of date."
+    def git(*words):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=n@example.org", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    def commit(name: str) -> str:
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(f"lib_name = imaginet_nb\n{name}")
+        git("add", "-A")
+        git("commit", "-q", "-m", name)
+        return git("rev-parse", "HEAD")
+    git("init", "-q")
+    commit("settings.ini")
+    code = commit("profiles/demo.yaml")
+    commit("reports/demo/README.md")
+    monkeypatch.chdir(tmp_path)
+    assert git_state() == {"git_commit": code, "git_dirty": False}
+    (tmp_path/"profiles"/"demo.yaml").write_text("changed")
+    assert git_state() == {"git_commit": code, "git_dirty": True}
 
 
 def test_counts_stay_whole_and_group_na_stays_text(tmp_path):

@@ -93,7 +93,7 @@ def citation(
     "CITATION.cff with version, date and address; authors and the paper stay as they are written there."
     fields = {key: value for key, value in yaml.safe_load(text).items() if key != "repository-code"}
     fields |= dict(version=settings["version"], abstract=settings["description"], keywords=settings["keywords"].split())
-    released = re.search(r"^## \S+ \((\d{4}-\d\d-\d\d)\)$", changelog, flags=re.M)
+    released = re.search(r"^## [^,\n]+, (\d{4}-\d\d-\d\d)$", changelog, flags=re.M)
     if released: fields["date-released"] = released[1]
     url = published_address(settings["git_url"])
     if url: fields["repository-code"] = url

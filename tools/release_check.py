@@ -53,8 +53,8 @@ def check_versions(root: Path) -> list[str]:
     headings = re.findall(r"^## (.+)$", (root/"CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
     cited = yaml.safe_load((root/"CITATION.cff").read_text(encoding="utf-8"))["version"]
     problems = []
-    if not headings or not re.fullmatch(rf"{re.escape(version)} \(\d{{4}}-\d\d-\d\d\)", headings[0]):
-        problems.append(f"CHANGELOG.md: the first heading has to be `## {version} (YYYY-MM-DD)`, the version of settings.ini")
+    if not headings or not re.fullmatch(rf"{re.escape(version)}, \d{{4}}-\d\d-\d\d", headings[0]):
+        problems.append(f"CHANGELOG.md: the first heading has to be `## {version}, YYYY-MM-DD`, the version of settings.ini")
     if cited != version: problems.append(f"CITATION.cff: version {cited}, but settings.ini has {version}; run `make prepare`")
     return problems
 

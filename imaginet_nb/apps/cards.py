@@ -6,6 +6,7 @@
 __all__ = ['validate_card', 'code_line', 'data_card', 'model_card', 'write_cards']
 
 # %% ../../nbs/08_apps/03_cards.ipynb #6c93e176
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,20 @@ from ..audit.shortcuts import separated_groups
 from ..core import Profile, repo_root, repository_url, write_text
 from ..data.imaginet import HUB_DATASET
 from ..models.checkpoints import read_header, training_outcome
-from ..reporting.pages import profile_scope, render
+from ..reporting.pages import origin_text, profile_scope, render
 from ..reporting.tables import INTERVAL_NOTE, interval_text, markdown_table, reading_frame
 
 # %% ../../nbs/08_apps/03_cards.ipynb #76168b31
+def _beside(
+    result: Path, # table or figure of a report
+) -> str: # Markdown
+    "The file that a card shows, its provenance, and the command that makes it again."
+    place, record = result.parent.name, result.with_suffix(".provenance.json")
+    if not record.is_file(): return f"[{result.name}]({place}/{result.name})"
+    origin = origin_text(json.loads(record.read_text(encoding="utf-8")))
+    links = f"[{result.name}]({place}/{result.name}) · [provenance]({place}/{record.name})"
+    return f"{links} · {origin}" if origin else links
+
 def _rows(
     table: Path, # CSV of a report
     **only: str | Sequence[str], # column -> value, or values, to keep
@@ -44,7 +55,8 @@ def _table(
     rows = _rows(table, **only)
     if rows.empty: return f"Not run: `{table.parent.name}/{table.name}` is missing or has no such row."
     interval = any(str(column).endswith("_low") for column in rows)
-    return markdown_table(reading_frame(rows.drop(columns=list(drop)))) + (f"\n\n{INTERVAL_NOTE}" if interval else "")
+    notes = [*([INTERVAL_NOTE] if interval else []), _beside(table)]
+    return "\n\n".join([markdown_table(reading_frame(rows.drop(columns=list(drop)))), *notes])
 
 # %% ../../nbs/08_apps/03_cards.ipynb #bf8c9cfe
 _RULES = {"format": "the file's format", "content": "the type of content", "format+content": "both"} # the simplest first
@@ -104,11 +116,12 @@ def data_card(
     tables = {"structure": _table(folder/"dataset_structure.csv"), "overlap": _table(folder/"overlap.csv"),
               "duplicates": _table(folder/"duplicates.csv"),
               "classifier": _table(folder/"metadata_classifier.csv", group="all", track="detection")}
+    pictures = {report/"figures"/f"{name}.png": text for name, text in captions.items()}
     card = DatasetCard(render(
         "data_card.md", front_matter=_data_front_matter(profile).to_yaml(), code=code_line(repository_url()), profile=profile,
         scope=profile_scope(profile), tables=tables,
         sandbox=None if profile.data.source == "imaginet" else profile.sandbox, shortcuts=_shortcuts(folder/"metadata_baseline.csv"),
-        figures={f"figures/{name}.png": text for name, text in captions.items() if (report/"figures"/f"{name}.png").is_file()},
+        figures=[(f"figures/{path.name}", text, _beside(path)) for path, text in pictures.items() if path.is_file()],
         audit=Path(os.path.relpath(audit, report)).as_posix(), audit_shortcuts=_shortcuts(audit/"metadata_baseline.csv")))
     validate_card(card)
     return card

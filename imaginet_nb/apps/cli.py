@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -459,21 +459,41 @@ def predict(
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
     no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
     """
+    from imaginet_nb.apps.predict import Settings
+    build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo))
+    _predict_here(paths, out, html, resume, device, build)
+
+# %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
+def _scorers(
+    checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    settings: Any, # `predict.Settings`
+    device: str, # cpu, cuda, ...
+) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, warnings
+    "The scorer that the options of `predict` describe."
+    from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
-    from imaginet_nb.core import pick_device
     from imaginet_nb.models.fast import fast
-    from imaginet_nb.apps.predict import Scorer, Settings, check_out, read_scores
-    out = check_out(out)
-    files = _existing_files(paths, out, html)
-    place = str(pick_device(device))
-    loaded, identity, notes = _detector(checkpoint, detector, place, trust)
+    loaded, identity, notes = _detector(checkpoint, detector, device, trust)
     if calibration_of(loaded) is None:
         notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo), identity, place)
-    scored = _score(files, scorer if detector else replace(scorer, detector=fast(loaded)), out, resume)
-    if html is not None:
-        from imaginet_nb.apps.predict_page import write_page
-        write_page(read_scores(out), scorer, html, notes)
+    scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
+    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
+
+def _predict_here(paths: list[str], table: str | Path, html: Path | None, resume: bool, device: str, build: Callable) -> None:
+    "`predict` on this machine."
+    from imaginet_nb.apps.predict import check_out, read_scores
+    from imaginet_nb.core import pick_device
+    out = check_out(table)
+    files = _existing_files(paths, out, html)
+    scorer, quick, notes = build(str(pick_device(device)))
+    if html is None: scored = _score(files, quick, out, resume)
+    else:
+        from imaginet_nb.apps.predict_page import SIDE, Gallery, write_page
+        with Gallery(scorer) as gallery:
+            scored = _score(files, quick, out, resume, seen=gallery.add, thumbnail=SIDE)
+            write_page(read_scores(out), scorer, html, notes, gallery)
         typer.echo(f"{html}: report")
     if not scored: raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
 
@@ -499,11 +519,11 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
     return files
 
 # %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
-def _score(files: list[Path], scorer: Any, out: Path, resume: bool) -> int: # number of files that could be scored
+def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
     "Write the table and print the counts; when interrupted, print how to continue."
     from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
     if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
-    try: counts = score_to_file(files, scorer, out, resume)
+    try: counts = score_to_file(files, scorer, out, resume, **options)
     except KeyboardInterrupt:
         _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
         raise typer.Exit(130) from None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Block', 'KINDS', 'LONG_TABLE', 'html_inline', 'templates', 'render', 'table_blocks', 'render_page', 'Result',
-           'Chapter', 'profile_scope', 'report_index']
+           'origin_text', 'Chapter', 'profile_scope', 'report_index']
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #5e1ab024
 import json
@@ -83,12 +83,21 @@ class Result(NamedTuple):
     reading: pd.DataFrame | None # the table as a reader sees it
     links: dict[str, str] # what -> path relative to the report's folder
     missing: str # why it is not there; empty if it is
+    origin: str = "" # of `origin_text`
 
     @property
     def label(self) -> str:
         "What stands before the caption of a table."
         notes = self.reading["Note"] if self.reading is not None and "Note" in self.reading else pd.Series(dtype=str)
         return "Not run" if len(notes) and notes.str.startswith("not run").all() else "Measured"
+
+def origin_text(
+    record: Mapping[str, Any], # provenance of a result
+) -> str: # Markdown; empty if nothing is known
+    "Commit that a result was made with, and the command that makes it again."
+    stage, profile = record.get("stage"), record.get("profile")
+    commit = [f"commit `{record['git_commit'][:10]}`"] if record.get("git_commit") else []
+    return " · ".join([*commit, *([f"`imaginet notebook {stage} --profile {profile}`"] if stage and profile else [])])
 
 LONG_TABLE = 60 # longer tables are folded away on the page and only linked from the README
 
@@ -104,7 +113,7 @@ def _result(report: Path, kind: str, stem: str, notebook: str) -> Result:
         missing = f"not run: {first.relative_to(report).as_posix()} is missing; {notebook} writes it"
         return Result(stem, kind == "figures", "", None, {}, missing)
     reading = reading_frame(pd.read_csv(first, dtype=str, keep_default_na=False)) if kind == "tables" else None
-    return Result(stem, kind == "figures", caption, reading, links, "")
+    return Result(stem, kind == "figures", caption, reading, links, "", origin_text(record))
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #98fc92d6
 class Chapter(NamedTuple):
@@ -165,9 +174,10 @@ def report_index(
 ) -> list[Path]: # index.html, README.md
     "Write the page and the README of a report's folder."
     report = Path(report_dir)
+    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"}
     executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
     values = dict(title=f"ImagiNet: report of the profile {profile.name}", profile=profile, scope=profile_scope(profile),
                   cards=[name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()],
                   not_learned=_not_learned(report), chapters=_stated_once(_chapters(report), measured_on(profile), INTERVAL_NOTE),
-                  intervals=INTERVAL_NOTE, executed=executed, long=LONG_TABLE)
+                  intervals=INTERVAL_NOTE, executed=executed, notebooks=notebooks, long=LONG_TABLE)
     return [write_text(render(f"report.{form}", **values), report/name) for form, name in (("html", "index.html"), ("md", "README.md"))]
