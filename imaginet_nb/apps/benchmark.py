@@ -426,6 +426,7 @@ def plot_ratios(
     axes.grid(axis="y", visible=False)
     return finish(figure, "", axes)
 
+# %% ../../nbs/08_apps/06_benchmark.ipynb #667e776b
 @mpl.rc_context(STYLE)
 def plot_memory(
     memory: pd.DataFrame, # batch, chunk, network_mb
