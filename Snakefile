@@ -9,6 +9,7 @@
 import ast
 import hashlib
 import json
+from functools import cache
 from glob import glob
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def imports_of(source, package=()):
             if path.parts[0] == "imaginet_nb" and path.is_file(): yield path
 
 
+@cache # each is imported by most notebooks
+def module(path):
+    "Text of a file of the library, and the files that it imports."
+    text = path.read_text()
+    return text, set(imports_of(text, path.parent.parts))
+
+
 def code_of(notebook):
     "Hash of a pipeline notebook, of every library module that it imports, directly or not, and of the templates of pages."
     cells = json.loads(Path(f"nbs/pipelines/{notebook}.ipynb").read_text())["cells"]
@@ -42,9 +50,9 @@ def code_of(notebook):
     todo, seen = set(imports_of(text)), {}
     while todo:
         path = todo.pop()
-        seen[path] = path.read_text()
+        seen[path], imported = module(path)
         if path.match("reporting/pages.py"): seen |= {file: file.read_text() for file in path.parent.glob("templates/*")}
-        todo |= set(imports_of(seen[path], path.parent.parts)) - seen.keys()
+        todo |= imported - seen.keys()
     return hashlib.sha256("\n".join([text, *(seen[path] for path in sorted(seen))]).encode()).hexdigest()
 
 

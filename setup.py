@@ -26,6 +26,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"detectors": detectors, "heic": cfg["heic_requirements"].split(), "croissant": cfg["croissant_requirements"].split(),
                     "provenance": cfg["provenance_requirements"].split(),
-                    "dev": [*cfg["dev_requirements"].split(), *detectors]},
+                    "ray": cfg["ray_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *detectors]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -517,9 +517,9 @@ def rng(
 # %% ../nbs/00_core.ipynb #473a3ad1
 def seed_everything(
     seed: int,
-    deterministic: bool = False, # True = deterministic kernels; False = those that are measured to be fastest, on a GPU
+    deterministic: bool = False, # ask for deterministic kernels on a GPU; those of a CPU are deterministic anyway
 ) -> None:
-    "Seed python, numpy and torch, and choose how torch selects the kernels of a GPU. On a CPU the usual ones are deterministic."
+    "Seed python, numpy and torch."
     import torch
     random.seed(seed)
     np.random.seed(seed)
@@ -527,7 +527,6 @@ def seed_everything(
     if deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # cuBLAS needs this
     # `use_deterministic_algorithms` would first import a compiler, for two seconds
     torch.set_deterministic_debug_mode("warn" if deterministic else "default")
-    torch.backends.cudnn.benchmark = not deterministic
 
 # %% ../nbs/00_core.ipynb #495a2b82
 def pick_device(

@@ -95,7 +95,8 @@ def test_the_wheel_says_what_it_needs(wheel):
 
 def test_everything_that_the_library_imports_is_required():
     "Catches a package that is only there because something else, or a development tool, brought it."
-    kinds = ("requirements", "detectors_requirements", "heic_requirements", "croissant_requirements", "provenance_requirements")
+    extras = ("detectors", "heic", "croissant", "provenance", "ray")
+    kinds = ("requirements", *(f"{extra}_requirements" for extra in extras))
     declared = " ".join(SETTINGS["DEFAULT"][key] for key in kinds).split()
     declared = {canonicalize_name(Requirement(r).name) for r in declared}
     # these come with a package that is declared and cannot do without them

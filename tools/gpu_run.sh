@@ -4,7 +4,7 @@
 #     tools/gpu_run.sh WHEELS OUT
 #
 # WHEELS: folder filled by tools/gpu_wheels.py. OUT: folder for one archive, gpu-reports.tar.gz, under 16 MB.
-# First the GPU rows of the benchmark (stopped after four minutes), then `imaginet reproduce --profile gpu`. The archive holds their tables, figures
+# First the GPU rows of the benchmark (stopped after seven minutes; its tables are written as they are measured), then `imaginet reproduce --profile gpu`. The archive holds their tables, figures
 # and executed notebooks, with a log. It is packed every 30 seconds, and when this script ends or is stopped, so that
 # nothing is lost on a machine that is taken away. A second call on the same machine continues; to begin anew, delete
 # build/gpu and reports/gpu. Other profiles: BENCHMARK=name, PROFILE=name (or the path of a YAML file).
@@ -120,7 +120,7 @@ while IFS= read -r line; do say "$line"; done < "$work/machine.txt"
 
 done_mark=$work/${reports[0]#reports/}.done
 if [ -e "$done_mark" ]; then say "benchmark: done by an earlier call"
-elif part "benchmark" timeout 240 imaginet notebook p95_benchmark --profile "$benchmark"; then touch "$done_mark"
+elif part "benchmark" timeout 420 imaginet notebook p95_benchmark --profile "$benchmark"; then touch "$done_mark"
 else status=$?
 fi
 part "reproduce" imaginet reproduce --profile "$profile" || status=$?

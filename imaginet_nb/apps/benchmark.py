@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CPU', 'RATIO_COLUMNS', 'KINDS', 'WORDS', 'interleaved', 'device_name', 'compare', 'summary', 'matmul_peak',
            'copy_peak', 'operations', 'traffic', 'kept_bytes', 'allocated_bytes', 'predict_cost', 'mixed_files',
-           'PillowImages', 'loader_cases', 'container_cases', 'default_kernels', 'training_case', 'settled',
-           'logit_difference', 'feeding', 'plot_ratios', 'plot_memory', 'plot_inference']
+           'PillowImages', 'loader_cases', 'container_cases', 'training_case', 'settled', 'logit_difference', 'feeding',
+           'plot_ratios', 'plot_memory', 'plot_inference']
 
 # %% ../../nbs/08_apps/06_benchmark.ipynb #39d84af6
 import copy
@@ -156,20 +156,29 @@ def operations(
     with FlopCounterMode(display=False) as counter: call()
     return counter.get_total_flops()
 
+# %% ../../nbs/08_apps/06_benchmark.ipynb #5c0a1e33
 class _TrafficCounter(TorchDispatchMode):
-    "Sums the bytes that go into and out of matrix products and convolutions."
-    bytes = 0
+    "Sums the bytes that go into and out of operations; views move nothing."
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.fused, self.bytes = fused, 0
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        heavy = func.overloadpacket in flop_registry
+        if not heavy: # without gradients, a convolution comes as one that is still to be taken apart
+            with self: out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented: return out
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
+        if heavy or not (self.fused or func.is_view):
             self.bytes += sum(x.nbytes for x in tree_leaves((args, out)) if isinstance(x, Tensor))
         return out
 
 def traffic(
     call: Callable[[], object], # forward, or forward and backward
+    fused: bool = False, # of matrix products and convolutions alone, which is what is left if all else is fused into them
 ) -> int: # bytes
-    "Bytes read and written by the matrix products and convolutions in a call: what is left if all other layers are fused into them."
-    with _TrafficCounter() as counter: call()
+    "Bytes that the operations of a call read and write, each operation by itself."
+    with _TrafficCounter(fused) as counter: call()
     return counter.bytes
 
 # %% ../../nbs/08_apps/06_benchmark.ipynb #6e5ac7a0
@@ -329,14 +338,6 @@ def container_cases(
     return {name: partial(crops, way) for name, way in ways.items()}, {name: size/1e6 for name, size in sizes.items()}
 
 # %% ../../nbs/08_apps/06_benchmark.ipynb #843c3528
-def default_kernels(
-    call: Callable[[], object],
-) -> Callable[[], object]: # the same call
-    "Let cuDNN choose its algorithms as torch does without our settings; on a CPU nothing changes."
-    def once() -> object:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False): return call()
-    return once
-
 def training_case(
     network: SelfConNet | ImagiNetClassifier, # of stage 1 or of stage 2, whose backbone is frozen; not changed
     batch: Batch, # on the CPU
@@ -361,7 +362,7 @@ def training_case(
         loss = step(batch)["loss"]
         optimizer.step()
         return loss.detach()
-    return once if ours else default_kernels(once)
+    return once
 
 # %% ../../nbs/08_apps/06_benchmark.ipynb #e39105d7
 @torch.no_grad()

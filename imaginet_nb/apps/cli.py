@@ -45,7 +45,8 @@ def command(
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 with contextlib.ExitStack() as locks:
-                    for place in {kwargs[option] for option in alone} - {None}: locks.enter_context(only_run(place))
+                    places = {kwargs[option] for option in alone} - {None}
+                    for place in places: locks.enter_context(contextlib.nullcontext() if "://" in str(place) else only_run(place))
                     function(*args, **kwargs)
             except typer.Exit: raise # which is a RuntimeError as well
             except (ValueError, RuntimeError, OSError) as error:
@@ -443,7 +444,7 @@ def predict(
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
                                                       "or a linear probe (.safetensors).")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
-    out: Annotated[Path, typer.Option(help="Table to write: .csv, .parquet or .jsonl.")] = Path("preds.csv"),
+    out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
@@ -453,15 +454,19 @@ def predict(
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray cluster, such as auto; if not given, this machine.")] = None,
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
     no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
     """
+    if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
     from imaginet_nb.apps.predict import Settings
     build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo))
-    _predict_here(paths, out, html, resume, device, build)
+    if engine == "local": _predict_here(paths, out, html, resume, device, build)
+    else: _predict_with_ray(paths, out, html, resume, device, build, address)
 
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
@@ -481,7 +486,7 @@ def _scorers(
     scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
     return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
 
-def _predict_here(paths: list[str], table: str | Path, html: Path | None, resume: bool, device: str, build: Callable) -> None:
+def _predict_here(paths: list[str], table: str, html: Path | None, resume: bool, device: str, build: Callable) -> None:
     "`predict` on this machine."
     from imaginet_nb.apps.predict import check_out, read_scores
     from imaginet_nb.core import pick_device
@@ -496,6 +501,26 @@ def _predict_here(paths: list[str], table: str | Path, html: Path | None, resume
             write_page(read_scores(out), scorer, html, notes, gallery)
         typer.echo(f"{html}: report")
     if not scored: raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
+
+# %% ../../nbs/08_apps/09_cli.ipynb #d0e20002
+def _quick(build: Callable, device: str) -> Any:
+    "The faster scorer alone; a function with a name, which Ray can send to its actors."
+    return build(device)[1]
+
+def _predict_with_ray(
+    paths: list[str], out: str, html: Path | None, resume: bool, device: str, build: Callable, address: str | None,
+) -> None:
+    "`predict` on a Ray cluster, or on this machine by Ray."
+    from imaginet_nb.apps.predict import FORMATS_OUT
+    from imaginet_nb.apps.ray_engine import score_with_ray
+    if len(paths) != 1 or paths == ["-"]: raise ValueError("--engine ray takes one source: a folder, pattern, list, tar or address")
+    if html is not None: raise ValueError("--html shows the pictures of one machine; leave it out with --engine ray")
+    if Path(out).suffix in FORMATS_OUT: raise ValueError(f"--out {out}: --engine ray writes a folder of Parquet files; name a folder")
+    counts = score_with_ray(paths[0], partial(_quick, build), out, resume, address, device)
+    failed, words = counts.pop("error", 0), ", ".join(f"{number} {word}" for word, number in sorted(counts.items()))
+    scored = sum(counts.values())
+    typer.echo(f"{out}: {scored} scored in this run" + (f" ({words})" if words else "") + f"; {failed} with an error")
+    if failed and not scored: raise ValueError(f"none of {failed} pictures could be scored; see the column error in {out}")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #231208b5
 def _is_missing(path: Path) -> bool:

@@ -1,0 +1,100 @@
+"""`imaginet predict --engine ray` with two actors on the CPU: the local rows, though an actor is killed, or the run was."""
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.predict import read_scores
+from imaginet_nb.apps.ray_engine import parts_of
+from imaginet_nb.data.images import save
+
+ray = pytest.importorskip("ray")
+
+DETECTOR = """
+import os, signal
+class Meter:
+    name, input_size = "Meter", 16
+    def score(self, images):
+        if (images == 77).all() and os.path.exists("kill"):
+            os.unlink("kill")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return images.float().mean((1, 2, 3)) - 128
+"""
+PICTURES = 30
+
+
+def predict(*words) -> str:
+    result = CliRunner().invoke(app, ["predict", *map(str, words), "--detector", "ray_meter:Meter", "--no-views", "--device", "cpu"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return f"{result.exit_code} {result.output}"
+
+
+def rows(out: str | Path) -> list[dict]:
+    return sorted((row for part in parts_of(str(out)) for row in read_scores(part)), key=lambda row: row["path"])
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    "Pictures, one of them corrupt, in ten row groups of a list; a cluster of two cores."
+    folder, before = tmp_path_factory.mktemp("ray"), Path.cwd()
+    os.chdir(folder)
+    (folder/"ray_meter.py").write_text(DETECTOR)
+    for k in range(PICTURES): save(np.full((20, 20, 3), 70 + k, np.uint8), folder/"set"/f"{k:02d}.png")
+    (folder/"set"/"03.png").write_bytes(b"no picture")
+    pd.DataFrame({"path": [f"set/{k:02d}.png" for k in range(PICTURES)]}).to_parquet("list.parquet", row_group_size=3)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=80_000_000)
+    yield folder
+    ray.shutdown()
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def local(here) -> list[dict]:
+    predict("set", "--out", "local.csv")
+    return sorted(read_scores("local.csv"), key=lambda row: row["path"])
+
+
+@pytest.fixture(scope="module")
+def whole(here) -> str:
+    "What the command says of a run in which an actor is killed, which leaves `parts`."
+    (here/"kill").touch()
+    return predict("list.parquet", "--engine", "ray", "--out", "parts")
+
+
+def test_ray_gives_the_rows_of_the_local_engine_and_outlives_an_actor(here, local, whole):
+    assert whole.startswith("0 ") and f"{PICTURES - 1} scored" in whole and "1 with an error" in whole, whole
+    assert not (here/"kill").exists(), "no actor was killed"
+    assert rows("parts") == local and len(parts_of("parts")) == 10
+    again = predict("list.parquet", "--engine", "ray", "--out", "parts")
+    assert again.startswith("1 ") and "--resume keeps them" in again
+    assert "parts: 0 scored in this run; 0 with an error" in predict("list.parquet", "--engine", "ray", "--out", "parts", "--resume")
+
+
+def test_what_ray_does_not_do_is_said_before_it_starts(here):
+    for words, told in ((["set", "set"], "one source"), (["set", "--html", "a.html"], "--html"),
+                        (["set", "--out", "a.csv"], "name a folder"), (["set/none*.png"], "set/none*.png: no such file")):
+        output = predict(*words, "--engine", "ray", *([] if "--out" in words else ["--out", "other"]))
+        assert output.startswith("1 ") and told in output, output
+    assert predict("set", "--engine", "spark").startswith("2 ")
+
+
+def test_a_restart_scores_only_what_has_no_part(here, local, whole):
+    "What a killed run leaves: some parts, and a temporary file."
+    (here/"cut").mkdir()
+    kept = {}
+    for part in map(Path, parts_of("parts")[:6]):
+        shutil.copy(part, here/"cut")
+        kept[part.name] = os.stat(here/"cut"/part.name).st_mtime_ns
+    (here/"cut"/".part-0.0a1b2c3d.parquet").write_bytes(b"PAR1")
+    missing = PICTURES - sum(1 for part in parts_of("cut") for _ in read_scores(part))
+    output = predict("list.parquet", "--engine", "ray", "--out", "cut", "--resume")
+    done = sum(map(int, re.search(r"(\d+) scored in this run.*; (\d+) with an error", output).groups()))
+    assert output.startswith("0 ") and done == missing, output
+    assert rows("cut") == local and {name: os.stat(here/"cut"/name).st_mtime_ns for name in kept} == kept
