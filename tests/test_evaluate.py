@@ -117,6 +117,8 @@ def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
         heads = window.ask("[...document.querySelectorAll('.table')].map(t => [t.innerText.includes('Empirical FPR'), "
                            "t.scrollWidth - t.clientWidth])")
         assert [over for operating, over in heads if operating] == [0], heads
+        cues = window.ask("[...document.querySelectorAll('.table')].map(t => getComputedStyle(t).backgroundAttachment)")
+        assert set(cues) == {"local, local, scroll, scroll"} # a shadow at the side where a table goes on
         assert window.ask("document.documentElement.scrollWidth") <= width and window.errors == []
 
 
@@ -147,6 +149,11 @@ def test_a_family_that_is_not_ours_is_no_wrong_answer(pictures, tmp_path, recwar
     assert 0 < loss["n"].max() < 10 and loss["acc_clean"].eq(1).all() and rows["generator_family"].isin(["SD"]).sum() == 30
     assert not [w for w in recwarn if "invalid value" in str(w.message)]
     assert "do not rely on its verdicts" in (tmp_path/"out"/"index.html").read_text()
+    table = pd.read_csv(tmp_path/"out"/"tables"/"detection_by_generator.csv") # who passes on a row or a line passes on the warning
+    trained_here = ~table["detector"].str.startswith("Metadata")
+    assert table["note"].fillna("").str.contains("demo only").tolist() == trained_here.tolist()
+    told = [line for line in result.output.splitlines() if "balanced accuracy" in line or "metadata-only baseline" in line]
+    assert len(told) == 2 and all("- demo only: the detector was trained on stand-ins" in line for line in told), told
 
 
 @pytest.mark.parametrize("words, message", [
@@ -169,9 +176,64 @@ def test_faults_are_named_and_nothing_is_written(words, message, pictures):
 
 
 def test_a_rule_at_chance_tells_nothing_apart(pictures, monkeypatch):
-    "All pictures are PNG: where the detector is no better than that, nobody may conclude that the files give them away."
+    "All pictures are PNG of one size: where the detector is no better than that, nobody may conclude that the files give them away."
     monkeypatch.syspath_prepend(pictures)
     import meter  # type: ignore[import-not-found]
     blind = type("Blind", (meter.Meter,), {"score": lambda self, images: images.float().mean((1, 2, 3))*0 - 1})
     sentences = judge(blind(), read_custom_dataset(pictures/"set"), resamples=50, num_workers=0).sentences
-    assert "as much as the detector." in sentences[2] and "tell these pictures apart" not in sentences[2]
+    sentence, = (text for text in sentences if "metadata-only baseline" in text)
+    assert "no better than chance, so nothing follows from it" in sentence
+    assert not any(word in sentence for word in ("separate", "worse", "better than that", "cannot be told"))
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory) -> Path:
+    "Forty real images and forty synthetic ones; of these thirty-two are wider, which nothing but their size tells."
+    folder, draw = tmp_path_factory.mktemp("sizes"), np.random.default_rng(1)
+    for i in range(40):
+        for place, bright, wide in (("real", 92, 48), ("synthetic/Flux", 112, 48 if i % 5 == 0 else 56)):
+            save((draw.normal(bright, 12) + draw.normal(0, 9, (40, wide, 3))).clip(0, 255).astype(np.uint8), folder/place/f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("right, words", [(1.0, "is better than that"), (0.5, "is worse than that"),
+                                          (0.9, "cannot be told at this sample size")])
+def test_the_detector_is_compared_with_the_classifier_of_the_audit(sizes, right, words):
+    "By the paired interval; catches a baseline without sizes, and one with other numbers than the audit's."
+    from imaginet_nb.audit.files import read_properties
+    from imaginet_nb.audit.shortcuts import metadata_classifier
+    dataset, names = read_custom_dataset(sizes), iter(range(10**6))
+    synthetic = dataset.manifest["origin"].eq("synthetic").to_numpy()
+    hit = np.zeros(80, bool)
+    for kind in (synthetic, ~synthetic): hit[np.flatnonzero(kind)[:round(right*40)]] = True
+
+    class Told: # knows the label of a share of the images
+        name, input_size = "Told", 32
+        def score(self, images): return torch.tensor([1.0 if synthetic[i] == hit[i] else -1.0 for _, i in zip(images, names)])
+    found = judge(Told(), dataset, resamples=100, num_workers=0)
+    sentence, = (text for text in found.sentences if "metadata-only baseline" in text)
+    assert "(properties)" in sentence and words in sentence, sentence
+    audit = metadata_classifier(read_properties(dataset.manifest, sizes), rules=["properties"])
+    audit = audit.query("track == 'detection' and group == 'all'")
+    table, caption = found.tables["detection_by_generator"]
+    own = table[table["detector"].eq("Metadata: properties") & table["group"].eq("Flux")].iloc[0]
+    assert own["acc"] == pytest.approx(audit["balanced_accuracy"].iloc[0]) and own["auc"] == pytest.approx(audit["auc"].iloc[0])
+    assert "each against as many real images" in caption
+    ours = table[table["detector"].eq("Told") & table["group"].eq("Flux")].iloc[0]
+    if right == 1.0: # a perfect score is no certainty: exact for the accuracy, none for the AUC
+        assert ours["acc"] == ours["acc_high"] == 1 and 0.85 < ours["acc_low"] < 0.95
+        assert ours["auc"] == 1 and np.isnan(ours["auc_low"])
+
+
+def test_false_positives_are_in_the_summary(pictures):
+    "Share of the real images above the calibrated threshold, recomputed from the predictions; in the terminal and on the page."
+    listed = pd.read_csv(pictures/"list.csv").replace({"split": {"test": "calibration", "calibration": "test"}})
+    listed.to_csv(pictures/"flags.csv", index=False)
+    result = evaluate(pictures, "--manifest", "flags.csv", "--root", "set", "--detector", "meter:Meter", "--out", "flags", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    point = pd.read_csv(pictures/"flags"/"tables"/"operating_points.csv").iloc[0]
+    real = pd.read_csv(pictures/"flags"/"predictions.csv").query("origin == 'real'")
+    share = (real["probability"] > point["threshold"]).mean()
+    told = f"{100*share:.1f} % [{100*point['empirical_fpr_low']:.1f}, "
+    for text in (result.output, (pictures/"flags"/"index.html").read_text()):
+        assert told in text and f"of the {len(real)} real images were flagged" in text, text

@@ -18,9 +18,11 @@ import release_check
 import yaml
 from addresses import badges, citation, github, launch_links, read_settings, with_launch_cells, write_addresses, zenodo
 from huggingface_hub import DatasetCard, ModelCard
+from packaging.requirements import Requirement
 from render_documents import render_readme
 
 from imaginet_nb.apps.cards import validate_card
+from imaginet_nb.apps.info import EXTRAS
 from imaginet_nb.audit.croissant import IMAGINET, write_croissant
 from imaginet_nb.audit.report import audit_source, list_findings, list_tables
 from imaginet_nb.core import repo_root
@@ -224,6 +226,15 @@ def test_croissant_of_imaginet_is_made_from_its_lists(tmp_path):
     assert any("0.788" in sentence for sentence in data.metadata.data_biases)
     assert os.environ["IMAGINET_ANNOTATIONS"] not in written.read_text()
     assert [record["images/path"].decode() for record in data.records("images")] == source.manifest["path"].tolist()
+
+
+# info
+
+def test_info_names_every_extra_with_its_packages():
+    "Catches an extra that was added to settings.ini alone."
+    fields = {key.removesuffix("_requirements"): value for key, value in read_settings(ROOT).items() if key.endswith("_requirements")}
+    wanted = {name: {Requirement(word).name for word in words.split()} for name, words in fields.items() if name != "dev"}
+    assert {name: set(packages) for name, (packages, _) in EXTRAS.items()} == wanted
 
 
 # release check

@@ -7,7 +7,9 @@ import pytest
 from browser import browser, needs_browser
 from forks import imaginet
 from PIL import Image
+from typer.testing import CliRunner
 
+from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import Scorer, find_files, score_files, score_frame
 from imaginet_nb.core import seed_everything
 from imaginet_nb.evaluation.calibration import fit_calibration
@@ -137,3 +139,64 @@ def test_nothing_is_wider_than_a_phone(page, report, address):
     assert page.ask("document.documentElement.scrollWidth") <= 360
     targets = "[...document.querySelectorAll('a, button, select, input:not([type=checkbox])')]"
     assert page.ask(f"{targets}.filter(e => e.offsetParent && e.offsetHeight < 30).length") == 0 # large enough for a finger
+
+
+def test_the_share_that_is_expected_changes_the_number_and_not_the_verdict(page, report):
+    "Bayes' rule on the log-odds, recomputed here; back at the share of the calibration, every card is as it was."
+    cards = f"{VISIBLE}.filter(c => c.querySelector('.p')).map(c => [c.querySelector('.p').textContent, c.querySelector('b').textContent])"
+    before, rows = page.ask(cards), [row for row in page.ask(ROWS) if "probability" in row]
+    enter = "(f => {{f.value = '{}'; f.dispatchEvent(new Event('input', {{bubbles: true}}))}})(document.querySelector('#prior input'))"
+    page.ask(enter.format(5))
+    after = page.ask(cards)
+    assert [verdict for _, verdict in after] == [verdict for _, verdict in before]
+    for (text, _), row in zip(after, rows, strict=True):
+        odds = row["probability"]/(1 - row["probability"])*0.05/0.95 # calibrated on as many real as synthetic images
+        expected = odds/(1 + odds)
+        if expected < 0.005: assert text == "< 0.01"
+        elif expected > 0.995: assert text == "> 0.99"
+        else: assert float(text) == pytest.approx(expected, abs=0.0051)
+    assert after != before and "5 %" in page.ask("document.querySelector('#prior [role=status]').textContent")
+    page.ask(f"location.hash = '#{rows[0]['number']}'")
+    page.until("!!document.querySelector('#detail meter')")
+    assert page.ask("document.querySelector('#detail .verdict').textContent").endswith(after[0][0])
+    page.ask(enter.format(500)) # no share: nothing changes, and the page says so
+    assert page.ask(cards) == after and "between" in page.ask("document.querySelector('#prior [role=status]').textContent")
+    page.ask("document.querySelector('#prior button').click()")
+    page.until("document.querySelector('#prior [role=status]').textContent === ''")
+    assert page.ask(cards) == before
+
+
+def test_a_card_says_what_its_number_is_and_what_it_is_worth(page, report):
+    "A card is passed on alone, so the name of the number and the warning are on it; promises and thresholds are above all cards."
+    for text in page.ask(f"{VISIBLE}.map(c => c.innerText)"): assert "demo only: trained on stand-ins" in text
+    table, meaning = report[1], page.ask("document.getElementById('meaning').innerText")
+    assert page.ask(f"{VISIBLE}[0].innerText").count("P(synthetic)") == 1
+    assert "calibrated on 80 images, half of them synthetic" in meaning and "at most 5 % of the real ones are called synthetic" in meaning
+    assert table["note"].dropna().str.contains("demo only").all() and table["note"].notna().sum() == 12
+    assert "family" not in page.ask("document.getElementById('cards').innerText").lower()
+
+
+def test_squares_lie_where_the_detector_looked_and_families_are_folded(page, report):
+    row = next(row for row in page.ask(ROWS) if row.get("crops") == 5)
+    page.ask(f"location.hash = '#{row['number']}'")
+    page.until("document.querySelectorAll('#detail rect.above').length === 5")
+    box = "(r => [r.left, r.top, r.width, r.height])({}.getBoundingClientRect())"
+    left, top, width, height = page.ask(box.format("document.querySelector('#detail .frame img')"))
+    for i, (x, y, w, h) in enumerate(row["squares"]):
+        expected = [left + x*width/row["width"], top + y*height/row["height"], w*width/row["width"], h*height/row["height"]]
+        assert page.ask(box.format(f"document.querySelectorAll('#detail rect.above')[{i}]")) == pytest.approx(expected, abs=1)
+    text = page.ask("document.getElementById('detail').innerText")
+    assert "5 squares, outlined" in text and f"{100*row['share']:.0f} %" in text and "Esc" in text
+    assert not page.ask("[...document.querySelectorAll('#detail details')].some(d => d.open)")
+
+
+def test_without_demo_there_is_no_verdict(report):
+    "The table of a detector trained on stand-ins has one word for all pictures, and the terminal repeats it."
+    folder = report[0].parent
+    words = ["predict", folder/"pictures"/"00.png", "--checkpoint", folder/"net.safetensors", "--no-views", "--out", folder/"none.csv"]
+    result = CliRunner().invoke(app, [*map(str, words), "--html", str(folder/"none.html")])
+    assert result.exit_code == 0
+    assert "1 scored (1 demo only); 0 with an error; demo only: the detector was trained on stand-ins" in result.output
+    assert pd.read_csv(folder/"none.csv")["verdict"].tolist() == ["demo only"]
+    page = (folder/"none.html").read_text()
+    assert "so no verdict is given" in page and "<b>demo only</b>" in page and 'value="synthetic"' not in page

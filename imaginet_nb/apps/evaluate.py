@@ -15,23 +15,25 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data.labels import UNKNOWN, AnnotationError
-from ..evaluation.detection import metadata_rows
+from ..audit.files import read_properties
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
 from ..core import file_sha256, fingerprint, git_state, versions, write_text
 from ..detectors.predictions import predict, save_predictions
 from ..detectors.protocol import Detector
 from ..evaluation.calibration import calibrated
-from ..evaluation.detection import MEAN, detection_table
+from ..evaluation.detection import (
+    MEAN, Baseline, baseline_rows, detection_table, detection_values, group_by_generator, metadata_name, metadata_values)
 from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import read_labelled_folder, read_labelled_list
 from ..evaluation.calibration import Fits, fit_all
-from ..evaluation.bootstrap import has_score
+from ..evaluation.bootstrap import has_score, interval_cells, join_notes, mean_over_groups
 from ..evaluation.probabilities import OPERATING_COLUMNS, operating_table, plot_roc, plot_scores
 from ..reporting.figures import plot_detection, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
-from ..reporting.tables import reading_frame, save_table, text_frame
+from ..reporting.tables import interval_text, reading_frame, save_table, text_frame
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
+from .predict import STAND_IN_NOTE, trained_on_stand_ins
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #4f5e3a5f
 @dataclass(frozen=True)
@@ -115,11 +117,19 @@ def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     return [f"Not judged, because they are of the split {split}: {n:,} pictures; --split chooses another." for split, n in others.items()]
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #174c782e
-def _with_rules(table: pd.DataFrame, predictions: pd.DataFrame, by: str, options: dict[str, int]) -> pd.DataFrame:
+def _with_rules(
+    table: pd.DataFrame,
+    predictions: pd.DataFrame, # with a score
+    by: str, # grouping of the table
+    images: pd.DataFrame, # their properties
+    options: dict[str, int], # resamples, seed
+) -> tuple[pd.DataFrame, dict[str, Baseline]]:
     "A table followed by the metadata-only baselines, without groups that have no images."
-    both = pd.concat([table, metadata_rows(predictions, by, **options)], ignore_index=True)
-    return both[both["n_synthetic"].gt(0) & both["n_real"].gt(0)].reset_index(drop=True)
+    baselines = metadata_values(predictions, by, images=images, **options)
+    both = pd.concat([table, baseline_rows(predictions, by, options["seed"], baselines)], ignore_index=True)
+    return both[both["n_synthetic"].gt(0) & both["n_real"].gt(0)].reset_index(drop=True), baselines
 
+# %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30021
 def _robustness(
     detector: Any,
     dataset: CustomDataset,
@@ -141,6 +151,19 @@ def _robustness(
     corrupted = pd.concat(parts, ignore_index=True)
     shifts = shift_table(image_shifts(chosen, corrupted, fits), **options)
     return loss_table(chosen, corrupted, fits, **options), shifts[shifts["n"].gt(0)].reset_index(drop=True)
+
+# %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30023
+def _robustness_results(
+    loss: pd.DataFrame,
+    shifts: pd.DataFrame,
+    about: str, # detector, data set and origin of the probability
+) -> tuple[dict[str, tuple[pd.DataFrame, str]], dict[str, tuple[Figure, str]]]: # tables, figures
+    "Tables and figure of the corruptions, with their captions."
+    strengths = f"Strengths: {points_of(list(loss['perturbation']))}. {about}"
+    tables = {"robustness_loss": (loss, f"Accuracy lost under corruptions, split into score shift and loss of separability. {strengths}"),
+              "robustness_shift": (shifts, f"Mean shift of the log-odds of each class. {strengths}")}
+    figure = plot_shifts(shifts[shifts["track"] == "detection"])
+    return tables, {"shifts": (figure, f"Mean shift of the log-odds towards synthetic. {strengths}")}
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #2e9c291f
 @dataclass(frozen=True)
@@ -165,6 +188,34 @@ def _score_figures(
             "scores": (plot_scores(predictions, fits), f"Scores of {n}, and the decision thresholds. {about}")}
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0699d079
+def _detection(
+    predictions: pd.DataFrame,
+    properties: pd.DataFrame, # of the images with a score
+    about: str, # detector, data set and origin of the probability
+    note: str, # for the rows of the detector
+    options: dict[str, Any], # resamples, seed
+) -> tuple[dict[str, tuple[pd.DataFrame, str]], dict[str, Baseline]]: # tables with captions; baselines by generator
+    "Tables by generator and, where all content types are known, by content."
+    scored = predictions[predictions["error"].isna()].reset_index(drop=True)
+    made, kinds = {}, ["generator", *(["content"] if predictions["content_type"].ne(UNKNOWN).all() else [])]
+    for by in kinds:
+        table = detection_table(predictions, by, **options)
+        table["note"] = [join_notes(note, own) for own in table["note"]]
+        made[by] = _with_rules(table, scored, by, properties, options)
+    tables = {"detection_by_generator": (made["generator"][0], f"Detection by generator, {_balance(made['generator'][0])}. {about}")}
+    if "content" in made: tables["detection_by_content"] = made["content"][0], f"Detection by content. {about}"
+    return tables, made["generator"][1]
+
+def _balance(
+    table: pd.DataFrame, # by generator
+) -> str:
+    "How many real images a generator is compared with, as counted in the table."
+    rows = table[table["group"].ne(MEAN)]
+    if rows["n_real"].eq(rows["n_synthetic"]).all(): return "each against as many real images"
+    low, high = rows["n_real"].min(), rows["n_real"].max()
+    return f"each against {low:,} real images" if low == high else f"each against {low:,} to {high:,} real images"
+
+# %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30022
 def judge(
     detector: Detector,
     dataset: CustomDataset,
@@ -182,46 +233,83 @@ def judge(
     raw = predict(detector, _judged(dataset.manifest, split), dataset.root, transform, **reading)
     _refuse_one_kind(raw)
     predictions, fits, words = _thresholds(detector, dataset, raw, dict(transform=transform, **reading))
-    about = f"{detector.name} on {dataset.name}. Probability: {words}."
-    by_generator = _with_rules(detection_table(predictions, "generator", **options), predictions, "generator", options)
-    tables = {"detection_by_generator": (by_generator, f"Detection, each generator against as many real images. {about}")}
-    if predictions["content_type"].ne(UNKNOWN).all():
-        by_content = _with_rules(detection_table(predictions, "content", **options), predictions, "content", options)
-        tables["detection_by_content"] = by_content, f"Detection by content. {about}"
+    about, note = f"{detector.name} on {dataset.name}. Probability: {words}.", STAND_IN_NOTE if trained_on_stand_ins(detector) else ""
+    scored = predictions[predictions["error"].isna()].reset_index(drop=True)
+    tables, baselines = _detection(predictions, read_properties(scored[list(dataset.manifest)], dataset.root), about, note, options)
     if fits[detector.name]["platt"].n: tables["operating_points"] = operating_table(predictions, fits, "as they are", **options), (
         f"True-positive rate at chosen false-positive rates, and empirical rates at the calibrated thresholds. {about}")
+    by_generator = tables["detection_by_generator"][0]
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
     figures |= _score_figures(predictions, fits, about)
     if robustness:
         loss, shifts = _robustness(detector, dataset, predictions, fits, robustness, options, reading)
-        strengths = f"Strengths: {points_of(list(loss['perturbation']))}. {about}"
-        tables["robustness_loss"] = loss, f"Accuracy lost under corruptions, split into score shift and loss of separability. {strengths}"
-        tables["robustness_shift"] = shifts, f"Mean shift of the log-odds of each class. {strengths}"
-        moved = shifts[shifts["track"] == "detection"]
-        figures["shifts"] = plot_shifts(moved), f"Mean shift of the log-odds towards synthetic. {strengths}"
-    sentences = (*_sentences(by_generator, predictions, detector.name, words),
-                 *_swapped(by_generator, detector.name, fits[detector.name]["platt"].slope),
-                 *_not_judged(dataset.manifest, predictions), *dataset.remarks)
-    return Findings(predictions, tables, figures, sentences)
+        found = _robustness_results(loss, shifts, about)
+        tables, figures = tables | found[0], figures | found[1]
+    sentences = [*_sentences(by_generator, predictions, detector.name, words, tables.get("operating_points")),
+                 _against_metadata(scored, baselines, detector.name, options)]
+    sentences = [f"{STAND_IN_NOTE}. {sentence}" if note else sentence for sentence in sentences]
+    return Findings(predictions, tables, figures, (
+        *sentences, *_swapped(by_generator, detector.name, fits[detector.name]["platt"].slope),
+        *_not_judged(dataset.manifest, predictions), *dataset.remarks))
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #a39d3d67
-def _sentences(table: pd.DataFrame, predictions: pd.DataFrame, name: str, words: str) -> tuple[str, ...]:
+def _value(row: Mapping[Any, Any], name: str) -> str:
+    "A value of a table with its interval, if it has one."
+    cells = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
+    return interval_text(*("" if pd.isna(cell) else f"{cell:.4f}" for cell in cells))
+
+def _sentences(
+    table: pd.DataFrame, # by generator
+    predictions: pd.DataFrame,
+    name: str, # of the detector
+    words: str, # where the probability is from
+    operating: tuple[pd.DataFrame, str] | None, # table, caption
+) -> list[str]:
     "The result, in sentences."
-    mean = table[table["group"] == MEAN].set_index("detector")
-    ours, rules = mean.loc[name], mean.drop(index=name)
-    best = rules.sort_values("acc").iloc[-1]
-    rule, acc, low, high = str(best.name).removeprefix("Metadata: "), best["acc"], best["acc_low"], best["acc_high"]
+    ours = table[table["detector"].eq(name) & table["group"].eq(MEAN)].to_dict("records")[0]
     n = len(table[table["detector"] == name]) - 1
-    verdict = "."
-    if high >= ours["acc"]: verdict = ", as much as the detector."
-    if high >= ours["acc"] and low > 0.5: verdict = ", as much as the detector: file metadata alone separates these images."
-    found = [f"{name}: balanced accuracy {ours['acc']:.3f} [{ours['acc_low']:.3f}, {ours['acc_high']:.3f}], AUC {ours['auc']:.3f} "
-             f"[{ours['auc_low']:.3f}, {ours['auc_high']:.3f}], mean over {n} {'generator' if n == 1 else 'generators'}.",
-             f"Probability: {words}.",
-             f"The best metadata-only baseline ({rule}) has {acc:.3f} [{low:.3f}, {high:.3f}]{verdict}"]
+    found = [f"{name}: balanced accuracy {_value(ours, 'acc')}, AUC {_value(ours, 'auc')}, "
+             f"mean over {n} {'generator' if n == 1 else 'generators'}.", f"Probability: {words}."]
+    if operating is not None: found += _flagged(operating[0])
     lost = int(predictions["error"].notna().sum())
     if lost: found.append(f"{lost} of {len(predictions)} pictures could not be scored; the table of predictions says why.")
-    return tuple(found)
+    return found
+
+def _flagged(
+    operating: pd.DataFrame, # of `operating_table`
+) -> list[str]: # a sentence, or none without a threshold
+    "How often real images were flagged at the calibrated threshold, and whether this keeps its promise."
+    rows = operating[operating["threshold"].notna()].to_dict("records")
+    if not rows: return []
+    row, rate = rows[0], float(rows[0]["rate"].rstrip("%"))/100
+    fpr, tpr = ("{:.1f} % [{:.1f}, {:.1f}]".format(*(100*row[f"{name}{end}"] for end in ("", "_low", "_high")))
+                for name in ("empirical_fpr", "empirical_tpr"))
+    kept = "which is compatible with this promise"
+    if row["empirical_fpr_low"] > rate: kept = "which is more than promised"
+    return [f"At the threshold that promises at most {100*rate:g} % false positives, {fpr} of the {row['n_real']:,} real images "
+            f"were flagged, {kept}, and {tpr} of the {row['n_synthetic']:,} synthetic images."]
+
+# %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30024
+def _against_metadata(
+    scored: pd.DataFrame, # predictions of one detector, without errors
+    baselines: Mapping[str, Baseline], # on the same images, by generator
+    name: str, # of the detector
+    options: dict[str, int], # resamples, seed
+) -> str:
+    "The detector against the best metadata-only baseline, by the paired interval of the difference in balanced accuracy."
+    groups, strata = group_by_generator(scored, options["seed"])
+    own = mean_over_groups(detection_values(scored, groups, strata, **options))[0][0]
+    means = {rule: mean_over_groups(found.values)[0][0] for rule, found in baselines.items()}
+    best = max(means, key=lambda rule: means[rule][0])
+    rule, cells = best.removeprefix(metadata_name("")), interval_cells(acc=means[best], difference=own - means[best])
+    text = f"The best metadata-only baseline ({rule}) has {_value(cells, 'acc')}"
+    if cells["acc_low"] <= 0.5: return f"{text}: no better than chance, so nothing follows from it."
+    told = f"difference {_value(cells, 'difference')}"
+    if cells["difference_low"] > 0: return f"{text}: {name} is better than that ({told})."
+    if cells["difference_high"] < 0:
+        return f"{text}: {name} is worse than that ({told}). File metadata alone separate these images better than the detector."
+    return (f"{text}: whether {name} is better or worse cannot be told at this sample size ({told}). "
+            "Its accuracy may be due to file metadata.")
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e2
 def _swapped(
@@ -230,13 +318,12 @@ def _swapped(
     slope: float, # of the score calibration
 ) -> list[str]: # empty if there is no doubt
     "Questions that scores the wrong way round raise."
-    below = table[table["detector"].eq(name) & table["auc_high"].lt(0.5)]
+    below = table[table["detector"].eq(name) & table["auc"].lt(0.5) & ~table["auc_high"].ge(0.5)]
     if MEAN in set(below["group"]): below = below[below["group"] == MEAN]
     found = []
     for row in below.to_dict("records"):
         where = "mean over the generators" if row["group"] == MEAN else f"generator {row['group']}"
-        auc = f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
-        found.append(f"The AUC lies below 0.5 ({where}: {auc}), so real images have the higher scores. "
+        found.append(f"The AUC lies below 0.5 ({where}: {_value(row, 'auc')}), so real images have the higher scores. "
                      "Are the labels swapped?")
     if slope < 0:
         found.append("In the score calibration real images have the higher scores, so it reverses the order of all "

@@ -18,6 +18,7 @@ from ..core import git_state, read_yaml, repo_root, repository_url, shipped, ver
 EXTRAS = { # name in settings.ini -> packages, and what they are for
     "detectors": (("open_clip_torch", "timm", "onnxruntime", "onnx"), "LASTED's CLIP, linear probes, ONNX files"),
     "heic": (("pillow-heif",), "HEIC pictures"),
+    "provenance": (("c2pa-python",), "checking C2PA signatures"),
     "croissant": (("mlcroissant",), "imaginet audit --croissant")}
 
 def installed(

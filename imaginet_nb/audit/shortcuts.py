@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'FOLDS', 'Fit', 'BASELINE_COLUMNS', 'Groups', 'Score', 'PROPERTY_SETS', 'metadata_scores', 'audit_groups',
-           'mean_recall', 'metadata_baseline', 'separated_groups', 'metadata_classifier']
+           'mean_recall', 'metadata_baseline', 'separated_groups', 'classifier_scores', 'metadata_classifier']
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #97f7c011
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,8 +184,13 @@ def _features(images: pd.DataFrame, rule: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #b5489166
-def _classifier_scores(images: pd.DataFrame, target: str, rule: str, seed: int) -> pd.DataFrame:
-    "Cross-validated class scores of one set of properties."
+def classifier_scores(
+    images: pd.DataFrame, # of `read_properties`, of one group
+    target: str, # origin or generator_family
+    rule: str = "properties", # key of `PROPERTY_SETS`
+    seed: int = 0, # of folds and boosting
+) -> pd.DataFrame: # one row per image, one column per class that occurs; rows add up to 1
+    "Cross-validated score of each class, from the properties of the files alone."
     names = [m.label for m in LABELS[target] if m.label in set(images[target])]
     truth, features = images[target].map({name: k for k, name in enumerate(names)}).to_numpy(int), _features(images, rule)
     scores = np.full((len(images), len(names)), 1/max(len(names), 1))
@@ -208,6 +213,6 @@ def metadata_classifier(
 ) -> pd.DataFrame: # `BASELINE_COLUMNS`; rule is a key of `PROPERTY_SETS`
     "Balanced accuracy and AUC of a classifier on the properties of the files alone, in both tracks."
     parts = audit_groups(images, groups, seed)
-    scores = {rule: partial(_classifier_scores, rule=rule, seed=seed) for rule in rules}
+    scores = {rule: partial(classifier_scores, rule=rule, seed=seed) for rule in rules}
     rows = [row for rule in rules for row in _rows(images, parts, rule, "cross_validated", scores[rule])]
     return pd.DataFrame(rows, columns=list(BASELINE_COLUMNS)).sort_values("track", kind="stable", ignore_index=True)

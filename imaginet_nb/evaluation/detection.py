@@ -7,24 +7,24 @@ __all__ = ['Grouping', 'GROUPINGS', 'DETECTION_COLUMNS', 'MEAN', 'SWAPPED', 'ABL
            'group_labels', 'group_by_family', 'group_by_content', 'group_by_generator', 'grouping_of', 'reverses_order',
            'group_statistics', 'detection_statistics', 'detection_values', 'detection_row', 'detection_rows',
            'detection_frame', 'missing_rows', 'detection_table', 'difference_name', 'paired_frames', 'difference_rows',
-           'difference_sentences', 'metadata_name', 'source_images', 'metadata_rows', 'content_ablation_table',
-           'difference_words', 'content_ablation_sentences', 'worst_errors']
+           'difference_sentences', 'metadata_name', 'source_images', 'Baseline', 'metadata_values', 'baseline_rows',
+           'metadata_rows', 'content_ablation_table', 'difference_words', 'content_ablation_sentences', 'worst_errors']
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #993c8dc5
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from ..audit.shortcuts import RULES, metadata_scores
+from ..audit.shortcuts import RULES, classifier_scores, metadata_scores
 from ..data.labels import CONTENT_TYPES, FAMILIES, GENERATORS
 from ..data.splits import draw_real_images, family_groups
 from ..detectors.protocol import DETECTORS
-from .bootstrap import by_detector, estimates, first_value, has_score, interval_cells, join_notes, mean_over_groups
-from .bootstrap import of_detector, restrict, unscored_note
+from .bootstrap import by_detector, estimates, first_value, has_score, join_notes, mean_over_groups
+from .bootstrap import balanced_interval, interval_cells, metric_cells, of_detector, restrict, unscored_note
 from .metrics import Statistic, auc_statistic, balanced_accuracy_statistic
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #bd4ab99c
@@ -152,6 +152,7 @@ def detection_row(
     group: Group,
     values: np.ndarray, # `(2, 1 + R)`: ACC and AUC
     note: str = "",
+    flagged: np.ndarray | None = None, # booleans: which images of the group are classified as synthetic; None for differences
 ) -> dict[str, Any]: # `DETECTION_COLUMNS` without the detector
     "Cells of one group."
     scored, real = frame["error"].isna().to_numpy()[group.rows], frame["origin"].eq("real").to_numpy()[group.rows]
@@ -159,6 +160,8 @@ def detection_row(
     gap = {(True, True): "no images", (True, False): "no real images", (False, True): "no synthetic images"}
     note = join_notes(note or gap.get((not n_real, not n_synthetic)), unscored_note(int((~scored).sum())))
     cells = interval_cells(acc=values[0], auc=values[1])
+    if flagged is not None:
+        cells = metric_cells({"acc": balanced_interval(flagged[scored], ~real[scored])}, acc=values[0], auc=values[1])
     return dict(group=group.label) | cells | dict(n_real=n_real, n_synthetic=n_synthetic, note=note)
 
 def detection_rows(
@@ -166,12 +169,18 @@ def detection_rows(
     groups: Sequence[Group], # G
     values: np.ndarray, # `(G, 2, 1 + R)`
     note: str = "",
+    flagged: Sequence[np.ndarray] | None = None, # for each group, as for `detection_row`
 ) -> list[dict[str, Any]]:
     "Cells of every group, then of their mean."
     mean, gaps = mean_over_groups(values)
     everything = Group(MEAN, np.unique(np.concatenate([group.rows for group in groups])))
-    rows = [detection_row(frame, group, v, note) for group, v in zip(groups, values, strict=True)]
-    return [*rows, detection_row(frame, everything, mean, gaps or note)]
+    decisions = [None]*len(groups) if flagged is None else flagged
+    rows = [detection_row(frame, group, v, note, f) for group, v, f in zip(groups, values, decisions, strict=True)]
+    last = detection_row(frame, everything, mean, gaps or note)
+    if flagged is not None: # where all resamples agree, the mean of the groups' exact ends
+        ends = pd.DataFrame(rows)[["acc_low", "acc_high"]].mean()
+        last |= metric_cells({"acc": (float(ends.iloc[0]), float(ends.iloc[1]))}, acc=mean[0], auc=mean[1])
+    return [*rows, last]
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #4ce7c218
 def detection_frame(
@@ -203,8 +212,9 @@ def detection_table(
         values = detection_values(frame, groups, strata, resamples, seed)
         reverse = reverses_order(frame[frame["error"].isna()])
         note = "the calibration reverses the order of the scores" if reverse else ""
-        for row in detection_rows(frame, groups, values, note):
-            question = SWAPPED if row["auc_high"] < 0.5 else None
+        flagged = [frame["probability"].to_numpy(float)[group.rows] > 0.5 for group in groups]
+        for row in detection_rows(frame, groups, values, note, flagged):
+            question = SWAPPED if row["auc"] < 0.5 and not row["auc_high"] >= 0.5 else None
             rows.append(dict(detector=name) | row | dict(note=join_notes(row["note"], question)))
     labels, ran = list(dict.fromkeys(row["group"] for row in rows)), set(predictions["detector"])
     absent = missing_rows(labels, {name: note for name, note in missing.items() if name not in ran})
@@ -277,6 +287,49 @@ def source_images(
     return frame.assign(path=frame["source"]) if "source" in frame else frame
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #1c557954
+class Baseline(NamedTuple):
+    "A metadata-only baseline on the groups of a table."
+    values: np.ndarray # `(G, 2, 1 + R)`: ACC and AUC, on the images and on the resamples
+    flagged: list[np.ndarray] # for each group: which of its images are classified as synthetic
+
+def metadata_values(
+    predictions: pd.DataFrame, # of any detectors; only labels and paths are read
+    by: str | Grouping, # that of the table
+    resamples: int, # R
+    seed: int, # that of the table, so that groups and resamples agree
+    images: pd.DataFrame | None = None, # of `read_properties`, in the same order: adds the metadata classifier of the audit
+) -> dict[str, Baseline]: # name of the row -> values
+    "Measure the baselines by format, by content type, by both, and by all properties of the files."
+    first = next(by_detector(predictions))[1] # real images are assigned by the paths of the table
+    (groups, strata), frame, found = grouping_of(by)(first, seed), source_images(predictions), {}
+    synthetic = frame["origin"].eq("synthetic").to_numpy()
+    def scores(rule: str, rows: np.ndarray) -> np.ndarray:
+        if not synthetic[rows].any(): return np.full(len(rows), 0.5) # there is nothing to fit
+        if rule in RULES: return metadata_scores(frame.iloc[rows], "origin", rule)["synthetic"].to_numpy()
+        assert images is not None
+        return classifier_scores(images.iloc[rows], "origin", rule)["synthetic"].to_numpy()
+    for rule in [*RULES, *([] if images is None else ["properties"])]:
+        statistics, flagged = [], []
+        for group in groups:
+            score = scores(rule, group.rows)
+            flagged.append(score > 0.5)
+            statistics += group_statistics(group.rows, synthetic[group.rows], score, flagged[-1])
+        values = estimates(strata, statistics, resamples, seed).reshape(len(groups), 2, 1 + resamples)
+        found[metadata_name(rule)] = Baseline(values, flagged)
+    return found
+
+# %% ../../nbs/07_evaluation/03_detection.ipynb #b0d30011
+def baseline_rows(
+    predictions: pd.DataFrame, # those of `metadata_values`
+    by: str | Grouping, # that of the table
+    seed: int, # that of the table
+    baselines: Mapping[str, Baseline], # of `metadata_values`
+) -> pd.DataFrame: # `DETECTION_COLUMNS`, to be appended to the table
+    "The metadata-only baselines as rows of a table."
+    groups, frame = grouping_of(by)(next(by_detector(predictions))[1], seed)[0], source_images(predictions)
+    return detection_frame([dict(detector=name) | row for name, found in baselines.items()
+                            for row in detection_rows(frame, groups, found.values, flagged=found.flagged)])
+
 def metadata_rows(
     predictions: pd.DataFrame, # of any detectors; only labels and paths are read
     by: str | Grouping, # that of the table
@@ -284,19 +337,7 @@ def metadata_rows(
     seed: int, # that of the table, so that groups and resamples agree
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`, to be appended to the table
     "Detection by format, by content type, and by both."
-    first = next(by_detector(predictions))[1] # real images are assigned by the paths of the table
-    (groups, strata), frame, rows = grouping_of(by)(first, seed), source_images(predictions), []
-    synthetic = frame["origin"].eq("synthetic").to_numpy()
-    for rule in RULES:
-        statistics = []
-        for group in groups:
-            score = np.full(len(group.rows), 0.5) # without synthetic images there is nothing to fit
-            if synthetic[group.rows].any():
-                score = metadata_scores(frame.iloc[group.rows], "origin", rule)["synthetic"].to_numpy()
-            statistics += group_statistics(group.rows, synthetic[group.rows], score, score > 0.5)
-        values = estimates(strata, statistics, resamples, seed).reshape(len(groups), 2, 1 + resamples)
-        rows += [dict(detector=metadata_name(rule)) | row for row in detection_rows(frame, groups, values)]
-    return detection_frame(rows)
+    return baseline_rows(predictions, by, seed, metadata_values(predictions, by, resamples, seed))
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #a8388f57
 ABLATION_MODELS = ("except photos", "except paintings", "except faces", "all content types")
@@ -325,7 +366,8 @@ def content_ablation_table(
         frame = frames[model]
         groups, strata = _ablation_groups(frame, seed)
         values = detection_values(frame, groups, strata, resamples, seed)
-        rows += [dict(model=model) | detection_row(frame, group, v) for group, v in zip(groups, values, strict=True)]
+        rows += [dict(model=model) | detection_row(frame, group, v, flagged=frame["probability"].to_numpy(float)[group.rows] > 0.5)
+                 for group, v in zip(groups, values, strict=True)]
     return pd.DataFrame(rows, columns=list(ABLATION_COLUMNS))
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #a2b4cbdd

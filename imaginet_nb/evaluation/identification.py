@@ -17,7 +17,8 @@ from ..audit.shortcuts import RULES, metadata_scores
 from ..data.labels import FAMILIES
 from ..detectors.predictions import FAMILY_COLUMNS
 from ..detectors.protocol import DETECTORS
-from .bootstrap import by_detector, estimates, first_value, interval_cells, join_notes, mean_over_groups, unscored_note
+from .bootstrap import (
+    by_detector, estimates, exact_interval, first_value, interval_cells, join_notes, mean_over_groups, metric_cells, unscored_note)
 from .detection import MEAN, difference_name, metadata_name, paired_frames, source_images
 from .metrics import Statistic, macro_auc_statistic, recall_statistic
 
@@ -57,17 +58,26 @@ def identification_values(
 IDENTIFICATION_COLUMNS = ("detector", "setting", "group", "acc", "acc_low", "acc_high", "auc", "auc_low", "auc_high",
                           "n", "note")
 
+def _recall_interval(recall: float, n: int) -> tuple[float, float]:
+    "Exact interval of the recall on n images."
+    return exact_interval(round(recall*n), n) if np.isfinite(recall) else (np.nan, np.nan)
+
 def _rows(
     values: np.ndarray, # `(5, 1 + R)` recalls and macro AUC
     counts: list[int], # images of each family
     note: str,
+    differences: bool = False, # between two detectors
     **labels: str, # detector, setting
 ) -> list[dict[str, Any]]: # `IDENTIFICATION_COLUMNS`
     "Cells of the four families and of their mean."
     empty, (mean, gaps) = np.full(values.shape[1], np.nan), mean_over_groups(values[:-1])
-    rows = [labels | dict(group=family, n=n, note=note or ("" if n else "no images")) | interval_cells(acc=value, auc=empty)
-            for family, value, n in zip(FAMILIES, values, counts)]
-    return [*rows, labels | dict(group=MEAN, n=sum(counts), note=note or gaps) | interval_cells(acc=mean, auc=values[-1])]
+    rows = []
+    for family, value, n in zip(FAMILIES, values, counts):
+        cells = interval_cells(acc=value, auc=empty)
+        if not differences: cells = metric_cells({"acc": _recall_interval(value[0], n)}, acc=value, auc=empty)
+        rows.append(labels | dict(group=family, n=n, note=note or ("" if n else "no images")) | cells)
+    cells = (interval_cells if differences else metric_cells)(acc=mean, auc=values[-1])
+    return [*rows, labels | dict(group=MEAN, n=sum(counts), note=note or gaps) | cells]
 
 def identification_table(
     predictions: pd.DataFrame,
@@ -90,7 +100,7 @@ def identification_difference_rows(
 ) -> pd.DataFrame: # `IDENTIFICATION_COLUMNS`, to be appended to the table
     "Recall and macro AUC of the first detector minus those of the second, with paired bootstrap intervals."
     (first, counts, note), (second, _, other) = (identification_values(f, resamples, seed) for f in paired_frames(predictions, pair))
-    rows = _rows(first - second, counts, note or other, detector=difference_name(pair), setting=setting)
+    rows = _rows(first - second, counts, note or other, True, detector=difference_name(pair), setting=setting)
     return pd.DataFrame(rows, columns=list(IDENTIFICATION_COLUMNS))
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #f49da3a9

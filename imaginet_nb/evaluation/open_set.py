@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from ..data.datasets import Transform
 from ..detectors.predictions import embed, prediction_frame
 from ..reporting.figures import DARK, GREY, STYLE, error_arms, finish, label_styles, mark_groups, new_figure
-from .bootstrap import estimates, interval_cells, mean_over_groups, proportion_cells
+from .bootstrap import estimates, mean_over_groups, metric_cells, proportion_cells
 from .calibration import threshold_at
 from .detection import MEAN
 from .embedding import check_features
@@ -177,7 +177,7 @@ def _left_out_row(
     note = "" if threshold is not None else "no threshold: too few held-out images for 5 % false alarms"
     if threshold is None: rates = dict.fromkeys(rates, float("nan"))
     counts = dict(nominal=FALSE_ALARMS[0], n_known=int((~unknown).sum()), n_unknown=int(unknown.sum()), note=note)
-    return interval_cells(auroc=values[0], acc=values[1]) | rates | counts, values
+    return metric_cells(auroc=values[0], acc=values[1]) | rates | counts, values
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #230bb9c3
 def leave_one_generator_out(
@@ -209,7 +209,7 @@ def leave_one_generator_out(
             stacks.setdefault(name, []).append(values)
     for name, stack in stacks.items():
         (auroc, acc), note = mean_over_groups(np.stack(stack))
-        rows.append(dict(setting=setting, score=name, group=MEAN, note=note) | interval_cells(auroc=auroc, acc=acc))
+        rows.append(dict(setting=setting, score=name, group=MEAN, note=note) | metric_cells(auroc=auroc, acc=acc))
     table = pd.DataFrame(rows, columns=list(OPEN_SET_COLUMNS)).astype({"n_known": "Int64", "n_unknown": "Int64"})
     return table.sort_values("score", kind="stable", ascending=False, ignore_index=True)
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from .bootstrap import by_detector, estimates, has_score, interval_cells, join_notes, of_detector
+from .bootstrap import balanced_interval, by_detector, estimates, has_score, interval_cells, join_notes, metric_cells, of_detector
 from .bootstrap import proportion_cells, unscored_note
 from .calibration import FALSE_POSITIVE_RATES, METHODS, Calibration, Fits, Method
 from .metrics import average_statistic, balanced_accuracy_statistic, brier_values, ece_floor, ece_statistic
@@ -67,7 +67,7 @@ def _probability_row(
     values = estimates(usable["generator_family"], list(statistics.values()), resamples, seed)
     note = join_notes(_warning(values[:2], synthetic, z), unscored_note(lost))
     counts = dict(n_real=int((~synthetic).sum()), n_synthetic=int(synthetic.sum()))
-    cells = interval_cells(**dict(zip(statistics, values, strict=True)))
+    cells = metric_cells({"acc": balanced_interval(p > 0.5, synthetic)}, **dict(zip(statistics, values, strict=True)))
     return cells | counts | dict(ece_floor=ece_floor(p, bins), note=note)
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #a3ff53e0
@@ -174,7 +174,7 @@ def _operating_row(
     empirical |= proportion_cells("empirical_tpr", flagged[synthetic])
     if threshold is None: empirical = dict.fromkeys(empirical, np.nan)
     counts = dict(n_real=n_real, n_synthetic=int(synthetic.sum()), note=join_notes(*notes))
-    return dict(rate=f"{rate:.1%}", threshold=threshold) | interval_cells(tpr=values) | empirical | counts
+    return dict(rate=f"{rate:.1%}", threshold=threshold) | metric_cells(tpr=values) | empirical | counts
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #e14f9afb
 def operating_table(

@@ -19,7 +19,7 @@ from ..data.corruptions import UNITS, point_name
 from ..data.labels import FAMILIES
 from ..detectors.predictions import FAMILY_COLUMNS
 from ..reporting.figures import STYLE, finish, heat_map, new_figure
-from .bootstrap import by_detector, estimates, has_score, interval_cells, mean_over_groups, of_detector, unscored_note
+from .bootstrap import by_detector, estimates, has_score, interval_cells, mean_over_groups, metric_cells, of_detector, unscored_note
 from .calibration import Fits
 from .detection import Group, detection_row, detection_values
 from .identification import identification_values
@@ -45,11 +45,11 @@ def _robustness_rows(
     "Both tracks at one point."
     everything = Group("all", np.arange(len(frame)))
     values = detection_values(frame, [everything], frame["generator_family"], resamples, seed)
-    cells = detection_row(frame, everything, values[0])
+    cells = detection_row(frame, everything, values[0], flagged=frame["probability"].to_numpy(float) > 0.5)
     yield dict(track="detection", n=cells["n_real"] + cells["n_synthetic"]) | cells
     values, counts, note = identification_values(frame, resamples, seed)
     mean, gaps = mean_over_groups(values[:-1])
-    yield dict(track="identification", n=sum(counts), note=note or gaps) | interval_cells(acc=mean, auc=values[-1])
+    yield dict(track="identification", n=sum(counts), note=note or gaps) | metric_cells(acc=mean, auc=values[-1])
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #e2da5aa7
 def robustness_table(

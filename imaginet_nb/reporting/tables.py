@@ -188,7 +188,7 @@ def write_provenance(
     return write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", path)
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #12e13561
-INTERVAL_NOTE = "Brackets: 95 % bootstrap interval over images; the randomness of training is not in it."
+INTERVAL_NOTE = "Brackets: 95 % interval over images (bootstrap, or exact); the randomness of training is not in it."
 
 def save_table(
     frame: pd.DataFrame, # at least one row

@@ -1,7 +1,10 @@
 const $ = id => document.getElementById(id), form = $("filter"), list = $("cards"), detail = $("detail"), cards = [...list.children];
 const rows = cards.map(card => JSON.parse(card.dataset.row)), order = cards.map((card, i) => i);
-const views = JSON.parse($("views").textContent);
-let shown = order, last = null;
+const data = JSON.parse($("data").textContent), prior = $("prior");
+let shown = order, last = null, shift = 0; // of the log-odds, by the share of synthetic pictures that the reader expects
+const logOdds = p => Math.log(p / (1 - p)), sigmoid = z => 1 / (1 + Math.exp(-z));
+const posterior = p => sigmoid(logOdds(p) + shift);
+const probabilityText = p => p < 0.005 ? "< 0.01" : p > 0.995 ? "> 0.99" : p.toFixed(2); // as on the cards without a script
 function make(tag, text, attributes = {}) {
   const element = document.createElement(tag);
   if (text !== undefined) element.textContent = text;
@@ -13,8 +16,8 @@ const keys = {
   apart: row => -((row.probability_high ?? 0) - (row.probability_low ?? 0)) + (row.error ? 1 : 0),
 };
 function filter() {
-  const data = new FormData(form), words = data.getAll("verdict"), text = data.get("text").toLowerCase();
-  const family = data.get("family"), key = keys[data.get("sort")];
+  const chosen = new FormData(form), words = chosen.getAll("verdict"), text = chosen.get("text").toLowerCase();
+  const family = chosen.get("family"), key = keys[chosen.get("sort")];
   const keep = row => words.includes(row.verdict) && row.path.toLowerCase().includes(text) && (!family || row.family === family);
   const compare = (a, b) => key(rows[a]) < key(rows[b]) ? -1 : key(rows[a]) > key(rows[b]) ? 1 : a - b;
   const sorted = [...order].sort(compare);
@@ -22,71 +25,134 @@ function filter() {
   for (const i of sorted) { cards[i].hidden = !keep(rows[i]); list.append(cards[i]); }
   $("count").textContent = `${shown.length} of ${rows.length} shown`;
 }
+function expect() {
+  const field = prior.elements.share, status = prior.querySelector("[role=status]");
+  if (!field.checkValidity()) { status.textContent = "A number between 0.1 and 99.9, please."; return; }
+  shift = field.value === field.defaultValue ? 0 : logOdds(field.value / 100) - logOdds(data.share);
+  for (const i of order) if ("probability" in rows[i])
+    cards[i].querySelector(".p").textContent = probabilityText(posterior(rows[i].probability));
+  status.textContent = shift ? `${data.measure} is now for ${field.value} %. Verdicts do not change: they promise error rates within each class.` : "";
+  if (!detail.hidden) show(last);
+}
 function route() {
   const number = /^#\d+$/.test(location.hash) ? Number(location.hash.slice(1)) : -1, open = number >= 0 && number < rows.length;
   detail.hidden = !open;
   $("overview").hidden = open;
-  if (open) { last = number; show(number); }
+  if (open) {
+    last = number;
+    show(number);
+    detail.querySelector("h2").focus();
+    scrollTo(0, 0);
+  }
   else if (last !== null) { cards[last].firstElementChild.focus(); last = null; }
 }
 
-function scores(row) {
-  const table = make("table");
-  for (const [column, title] of views) if (column in row) {
-    const line = make("tr"), cell = make("td", row[column].toFixed(3) + " ");
-    cell.append(make("meter", undefined, {min: 0, max: 1, value: row[column], "aria-label": title}));
+function table(lines) {
+  const body = make("table");
+  for (const [title, ...cells] of lines) {
+    const line = make("tr"), cell = make("td");
+    cell.append(...cells);
     line.append(make("th", title, {scope: "row"}), cell);
-    table.append(line);
+    body.append(line);
   }
-  return table;
+  return body;
+}
+function scores(row) {
+  const known = data.views.filter(([column]) => column in row);
+  return table(known.map(([column, title]) => {
+    const p = posterior(row[column]);
+    return [title, probabilityText(p) + " ", make("meter", undefined, {min: 0, max: 1, value: p, "aria-label": title})];
+  }));
 }
 function facts(row) {
-  if (row.width) row.size = `${row.width} x ${row.height}`;
-  const table = make("table"), names = {reason: "why unsure", family: "family", family_probability: "its probability", logit: "logit",
-    crops: "crops", crop_spread: "spread of their logits", size: "size", format: "format", note: "note", error: "error", path: "file"};
-  for (const [key, name] of Object.entries(names)) if (key in row) {
-    const line = make("tr");
-    line.append(make("th", name, {scope: "row"}), make("td", row[key]));
-    table.append(line);
+  const values = {"why unsure": row.reason, "note": row.note, "size": row.width && `${row.width} x ${row.height} pixels`,
+    "format": row.format, "error": row.error, "file": row.path};
+  if (row.flat) values["kind"] = `Perhaps a screenshot, a diagram or text: ${Math.round(100 * row.flat)} % of what was looked at is flat. ` +
+    "ImagiNet has no such pictures, so the score may mean nothing.";
+  return table(Object.entries(values).filter(([, value]) => value));
+}
+function folded(title, ...content) {
+  const box = make("details");
+  box.append(make("summary", title), ...content);
+  return box;
+}
+function onRequest(row) {
+  const boxes = [];
+  if (row.family) boxes.push(folded("Family of the generator, a guess",
+    make("p", `${row.family}, nearest known family with ${probabilityText(row.family_probability)} of the score. ${data.family}`)));
+  if ("logit" in row) {
+    const numbers = [["logit", row.logit.toFixed(3)], ["squares", row.crops]];
+    if ("crop_spread" in row) numbers.push(["spread of their logits", row.crop_spread.toFixed(3)]);
+    boxes.push(folded("Numbers behind it", table(numbers)));
   }
-  return table;
+  return boxes;
+}
+
+function outlines(row) {
+  const make = (tag, attributes) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  };
+  const drawing = make("svg", {class: "squares", viewBox: `0 0 ${row.width} ${row.height}`, preserveAspectRatio: "none", "aria-hidden": "true"});
+  for (const kind of ["below", "above"]) for (const [x, y, width, height] of row.squares)
+    drawing.append(make("rect", {class: kind, x, y, width, height}));
+  return drawing;
 }
 function figure(row, image) {
   const figure = make("figure"), frame = make("div", undefined, {class: "frame"}), caption = make("figcaption");
   frame.append(make("img", undefined, {src: image.src, alt: row.path}));
   figure.append(frame, caption);
-  if (row.problem) caption.textContent = row.problem;
+  if (row.squares) {
+    const share = row.share > 0.995 ? "all" : `${Math.max(1, Math.round(100 * row.share))} %`, n = row.squares.length;
+    frame.append(outlines(row));
+    caption.append(make("p", `The detector looked at ${n === 1 ? "one part" : `${n} squares`}, outlined: ${share} of the picture. ` +
+      (share === "all" ? "" : "It knows nothing of the rest.")));
+  }
+  if (row.problem) caption.append(make("p", row.problem));
   if (!row.map) return figure;
   const over = make("img", undefined, {class: "over", src: row.map, alt: "class-activation map"});
-  const label = make("label", "Class-activation map");
-  const box = make("input", undefined, {type: "checkbox", id: "map", checked: ""});
-  box.addEventListener("change", () => over.hidden = !box.checked);
+  const label = make("label", "Class-activation map: which places raised or lowered the score");
+  const box = make("input", undefined, {type: "checkbox", id: "map", checked: ""}), scale = make("div", undefined, {class: "scale"});
+  box.addEventListener("change", () => over.hidden = scale.hidden = !box.checked);
   label.prepend(box);
   frame.append(over);
-  caption.append(label, make("br"), make("span", "", {class: "key s"}), " speaks for synthetic ", make("span", "", {class: "key r"}),
-    " for real ", make("span", "", {class: "key n"}), ` not looked at. Mean of the map ${row.mean}, logit ${row.logit.toFixed(4)}.`);
+  scale.append(make("span", `real \u2212${row.limit.toFixed(1)}`), make("span", undefined, {class: "bar"}),
+    make("span", `+${row.limit.toFixed(1)} synthetic`), make("span", "contribution to the logit; bare: none", {class: "unit"}));
+  caption.append(label, scale);
   return figure;
 }
 
 function show(number) {
   const row = rows[number], image = cards[number].querySelector("img"), at = shown.indexOf(number);
-  const nav = make("nav"), right = make("div"), title = make("h2", row.name, {tabindex: -1});
-  nav.append(make("a", "Back to all", {class: "back", href: "#"}));
-  if (at > 0) nav.append(make("a", "\u2190 Previous", {class: "back", href: `#${shown[at - 1]}`, id: "previous"}));
-  if (at >= 0 && at + 1 < shown.length) nav.append(make("a", "Next \u2192", {class: "back", href: `#${shown[at + 1]}`, id: "next"}));
-  const word = make("p", "Verdict: ");
+  const nav = make("nav"), right = make("div"), title = make("h2", row.name, {tabindex: -1}), link = (text, to, key, id) =>
+    make("a", text, {class: "back", href: `#${to}`, "aria-keyshortcuts": key, ...id && {id}});
+  nav.append(link("Back to all", "", "Escape"));
+  if (at > 0) nav.append(link("\u2190 Previous", shown[at - 1], "ArrowLeft", "previous"));
+  if (at >= 0 && at + 1 < shown.length) nav.append(link("Next \u2192", shown[at + 1], "ArrowRight", "next"));
+  nav.append(make("span", "Keys: \u2190 and \u2192 for the previous and the next picture, Esc for all.", {class: "keys"}));
+  const word = make("p", "Verdict: ", {class: "verdict"});
   word.append(make("b", row.verdict, {class: row.verdict}));
-  right.append(word, scores(row), facts(row));
+  if ("probability" in row) word.append(` ${data.measure} ${probabilityText(posterior(row.probability))}`);
+  right.append(word, ...row.tags.map(tag => make("p", tag, {class: "tag"})));
+  if ("probability" in row) right.append(make("p", `${data.measure} of the picture in these views:`), scores(row));
+  right.append(facts(row), ...onRequest(row));
   detail.replaceChildren(nav, title, image ? figure(row, image) : make("p", row.problem ?? "There is no picture to show."), right);
-  title.focus();
-  scrollTo(0, 0);
 }
 form.addEventListener("input", filter);
 form.addEventListener("reset", () => setTimeout(filter));
 form.addEventListener("submit", event => event.preventDefault());
+if (prior) {
+  prior.addEventListener("input", expect);
+  prior.querySelector("button").addEventListener("click", () => {
+    prior.reset();
+    expect();
+  });
+  prior.addEventListener("submit", event => event.preventDefault());
+}
 addEventListener("hashchange", route);
 addEventListener("keydown", event => {
-  if (detail.hidden || event.altKey || event.ctrlKey || event.metaKey) return;
+  if (detail.hidden || event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input, select")) return;
   const link = {ArrowLeft: $("previous"), ArrowRight: $("next")}[event.key];
   if (link) location.hash = link.hash;
   else if (event.key === "Escape") location.hash = "#";
