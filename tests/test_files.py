@@ -359,3 +359,32 @@ def test_a_place_for_a_manifest_is_no_manifest():
     segment = b"JP\0\1\0\0\0\1" + struct.pack(">I4sI4s", 40, b"jumb", 32, b"jumd") + b"another standard" + b"\3name\0"
     other = (plain := written("JPEG"))[:2] + b"\xff\xeb" + struct.pack(">H", len(segment) + 2) + segment + plain[2:]
     assert read_provenance(other) == Provenance("", ABSENT, "")
+
+
+# --- in `imaginet predict`
+
+class Mean:
+    name, input_size, tracks = "Mean", 24, ("detection",)
+    def score(self, images): return images.float().mean((1, 2, 3)) - 128
+
+
+def test_predict_says_what_a_file_says_and_does_not_judge_what_is_too_small(tmp_path):
+    # fails for: a score that metadata change, a verdict on a pixel
+    from imaginet_nb.apps import predict
+    contents = {"plain.png": written(), "says.png": text("parameters", SETTINGS), "large.png": LARGE["workflow"], "gain.jpg":
+                written("MPO", save_all=True, append_images=[PICTURE.resize((40, 30)).convert("L")]), "cut.jpg": written("JPEG")[:-700],
+                "dot.png": written(picture=PICTURE.crop((0, 0, 1, 1))), "line.png": written(picture=PICTURE.resize((3000, 2))),
+                "icon.png": written(picture=PICTURE.crop((0, 0, 16, 16))), "page.jpg": b"<html>404</html>"}
+    for name, content in contents.items(): (tmp_path/name).write_bytes(content)
+    scorer = predict.Scorer(Mean())
+    rows = dict(zip(contents, predict.score_files([tmp_path/name for name in contents], scorer, 0), strict=True))
+    assert rows["says.png"]["provenance"] == SAYS["parameters"][1] and rows["plain.png"]["provenance"] is None
+    assert rows["large.png"]["provenance"].startswith("PNG text workflow: ") and "too large to read: workflow" in rows["large.png"]["note"]
+    same = ("logit", "probability", "verdict", "reason", "width", "height", "format")
+    for name in ("says.png", "large.png"): assert [rows[name][key] for key in same] == [rows["plain.png"][key] for key in same]
+    assert rows["gain.jpg"]["format"] == "JPEG" and "gain map" in rows["gain.jpg"]["note"]
+    for name in ("dot.png", "line.png"):
+        assert rows[name]["verdict"] == "unsure" and "too small to judge" in rows[name]["reason"] and "family" not in rows[name]
+    assert rows["icon.png"]["verdict"] in ("real", "synthetic") and "too small" not in (rows["icon.png"]["reason"] or "")
+    assert "rows of pixels are missing" in rows["cut.jpg"]["error"] and "a web page" in rows["page.jpg"]["error"]
+    assert "provenance" in predict.SCORE_COLUMNS

@@ -102,9 +102,9 @@ def gpu_seconds(
     crop, side = profile.data.crop_size, profile.data.image_size
     step = "ours" if profile.pretrain.precision == "bfloat16" else "channels-last"
     eager = work(median("training_gpu", step, crop), median("inference_gpu", profile.evaluation.precision, side))
-    gain = {"pretrain": median("training_gpu", "compiled", crop)/median("training_gpu", "ours", crop),
-            "infer": median("inference_gpu", "compiled", side)/median("inference_gpu", "bfloat16", side)}
-    compiled = work(eager["pretrain"]*gain["pretrain"], eager["infer"]*gain["infer"])
+    shorter = median("training_gpu", "compiled", crop)/median("training_gpu", "ours", crop)
+    inference = median("inference_gpu", "compiled", side)/median("inference_gpu", "bfloat16", side)
+    compiled = work(eager["pretrain"]*shorter, eager["infer"]*(1.0 if pd.isna(inference) else inference)) # eager where that alone is known
     return {name: found for name, found in dict(eager=eager, compiled=compiled).items() if not pd.isna(list(found.values())).any()}
 
 # %% ../../nbs/08_apps/05_plan.ipynb #a94e6934
