@@ -68,6 +68,7 @@ PARSED_ONLY = {
     "accelerate launch": "eight GPUs; tests/test_distributed.py launches two processes",
     "srun bash -c": "a cluster",
     "snakemake --profile cluster/slurm": "a cluster; tests/test_distributed.py runs it dry and on this machine",
+    "imaginet predict 's3://": "a cluster; tests/test_ray.py runs it with two actors",
     "imaginet score crawl.csv": "a cluster's variables; tests/test_distributed.py scores slices",
     "pip ": "tests/test_wheel.py builds the wheel and installs it",
     "imaginet audit pictures/": "its notebook, which nbdev_test runs, calls the same function on such a folder",

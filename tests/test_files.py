@@ -388,3 +388,6 @@ def test_predict_says_what_a_file_says_and_does_not_judge_what_is_too_small(tmp_
     assert rows["icon.png"]["verdict"] in ("real", "synthetic") and "too small" not in (rows["icon.png"]["reason"] or "")
     assert "rows of pixels are missing" in rows["cut.jpg"]["error"] and "a web page" in rows["page.jpg"]["error"]
     assert "provenance" in predict.SCORE_COLUMNS
+    from imaginet_nb.apps.predict_page import card
+    shown = str(card(scorer, 0, {column: rows["says.png"].get(column) for column in predict.SCORE_COLUMNS}))
+    assert "can be removed or forged, unless verified" in shown and "Sampler" in shown

@@ -45,8 +45,8 @@ def command(
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 with contextlib.ExitStack() as locks:
-                    places = {kwargs[option] for option in alone} - {None}
-                    for place in places: locks.enter_context(contextlib.nullcontext() if "://" in str(place) else only_run(place))
+                    places = {str(kwargs[option]) for option in alone if kwargs[option] is not None}
+                    for place in places: locks.enter_context(contextlib.nullcontext() if "://" in place else only_run(place))
                     function(*args, **kwargs)
             except typer.Exit: raise # which is a RuntimeError as well
             except (ValueError, RuntimeError, OSError) as error:

@@ -149,6 +149,7 @@ def card_images(
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #a6d4e708
 STAND_IN_TAG, FLAT_TAG = "demo only: trained on stand-ins", "screenshot, diagram or text?"
+_SAYS = "the file itself says (can be removed or forged, unless verified)"
 
 def probability_name(
     detector: Any, # `Detector`
@@ -177,6 +178,7 @@ def card(
         except (ValueError, OSError): shown["problem"] = "The file cannot be read any more."
         except Exception as error: shown["problem"] = f"No map: {error}" # one image must not prevent the report
     tags = [tag for tag, holds in ((STAND_IN_TAG, trained_on_stand_ins(scorer.detector)), (FLAT_TAG, "flat" in shown)) if holds]
+    if row.get("provenance"): tags.insert(0, f"{_SAYS}: {row['provenance']}")
     score = "" if row["probability"] is None else probability_text(row["probability"])
     return Markup(templates().get_template("predict_card.html").render(
         picture=shown.pop("picture", None), row=json.dumps(shown | {"tags": tags}), number=number, verdict=shown["verdict"],

@@ -300,7 +300,10 @@ def plot_robustness(
     for axes, track in zip(panels, tracks, strict=True):
         for label, (colour, marker) in styles.items():
             rows = table[(table[name] == label) & (table["track"] == track)]
-            low, high = error_arms(rows, "acc")
+            low, high = arms = error_arms(rows, "acc")
+            if len(rows) < 4: # points, between which nothing was measured
+                axes.errorbar(rows[x], rows["acc"], arms, fmt=marker, color=colour, ms=4, lw=1.4, capsize=2, label=label)
+                continue
             axes.fill_between(rows[x], rows["acc"] - low, rows["acc"] + high, color=colour, alpha=0.18, lw=0)
             axes.plot(rows[x], rows["acc"], color=colour, marker=marker, ms=4, lw=1.6, label=label)
         axes.axhline(CHANCE.get(track, 0), color=GREY, ls="--", lw=1, label="chance")
