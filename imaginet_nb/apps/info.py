@@ -19,7 +19,8 @@ EXTRAS = { # name in settings.ini -> packages, and what they are for
     "detectors": (("open_clip_torch", "timm", "onnxruntime", "onnx"), "LASTED's CLIP, linear probes, ONNX files"),
     "heic": (("pillow-heif",), "HEIC pictures"),
     "provenance": (("c2pa-python",), "checking C2PA signatures"),
-    "croissant": (("mlcroissant",), "imaginet audit --croissant")}
+    "croissant": (("mlcroissant",), "imaginet audit --croissant"),
+    "ray": (("ray", "fsspec"), "imaginet predict --engine ray")}
 
 def installed(
     package: str, # name of a distribution
