@@ -34,8 +34,8 @@ test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, noteboo
 	$(BIN)/ruff check .
 	# mypy has one process: it runs beside the notebooks
 	$(BIN)/mypy & types=$$!; TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; notebooks=$$?; wait $$types && exit $$notebooks
-	# each file by name, since pytest would sort those of a folder: the longest first. A worker that crashes ends the run, since what it had left would wait for ever
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py)) -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
+	# each file by name, since pytest would sort those of a folder: the longest first. Three workers on two cores, since many tests wait. A worker that crashes ends the run, since what it had left would wait for ever
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py)) -n 3 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
 
 # the same content before and after: what is committed is what the notebooks say
 check-notebooks: setup
