@@ -280,7 +280,8 @@ def gather(folder: Path) -> None:
             (folder/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder/name)
     documents = [name for name in DOCUMENTS if (ROOT/name).is_file()]
-    for name in documents: write(folder/name, site_markdown(ROOT/name))
+    for name in documents: # the pages of the pipeline show the executed copies
+        write(folder/name, site_markdown(ROOT/name).replace("](notebooks/", "](../../nbs/pipelines/"))
     groups = notebooks("tutorials/*.ipynb"), library(), notebooks("pipelines/p*.ipynb")
     for path in itertools.chain(*groups): copy_notebook(path, folder/path.relative_to(ROOT))
     for path in library(): write(folder/"api"/f"{module_of(path)}.md", api_page(path))
@@ -299,7 +300,7 @@ def gather(folder: Path) -> None:
              "Library": ["0 Core <nbs/00_core.ipynb>", *(f"nbs/{name}/index.md" for name in about)],
              "Reference": ["api/index.md", "api/commands.md", "data/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
                            "genindex"]}
-    # a folder of notebooks has a page of its own here, and the pages of the pipeline show the executed copies
+    # a folder of notebooks has a page of its own here
     readme = (ROOT/"README.md").read_text(encoding="utf-8").replace("](reports/demo/notebooks)", "](nbs/pipelines)")
     readme = re.sub(r"\]\((nbs/\w+)\)", r"](\1/index.md)", readme)
     write(folder/"index.md", readme + "\n" + "\n".join(toctree(pages, caption) for caption, pages in parts.items()))
