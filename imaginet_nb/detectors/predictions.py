@@ -23,7 +23,8 @@ from ..core import progress, rng, write_csv
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
 from ..data.labels import FAMILIES
-from ..data.manifest import MANIFEST_COLUMNS, image_file
+from ..data.manifest import MANIFEST_COLUMNS
+from ..data.parquet import picture_source
 from .protocol import Detector
 from ..models.selfcon import PixelDetector
 from ..training.processes import gather_objects, rank_and_size
@@ -37,9 +38,10 @@ class _Files(Dataset):
     def __len__(self) -> int: return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
-        path = self.root
-        try: image = decode(path := image_file(self.root, self.paths[row]))
-        except ValueError as error: return row, str(error).replace(str(path), self.paths[row])
+        source: Path | bytes = self.root
+        try: image = decode(source := picture_source(self.root, self.paths[row]))
+        except ValueError as error:
+            return row, str(error).replace(f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source), self.paths[row])
         if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
         return row, torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
