@@ -64,7 +64,7 @@ def fit_pictures(
     return found
 
 # %% ../../nbs/08_apps/01_calibrate.ipynb #ca1b000d
-def _share(flagged: pd.Series) -> str:
+def _share(flagged: Any) -> str: # booleans, a value per picture
     "A share of pictures with its exact interval."
     low, high = exact_interval(int(flagged.sum()), len(flagged))
     return f"{flagged.sum()} of {len(flagged)} ({flagged.mean():.0%}; {low:.0%} to {high:.0%})"

@@ -552,10 +552,10 @@ def calibrate(
     from imaginet_nb.apps.predict import check_writable, find_files
     from imaginet_nb.core import pick_device
     check_writable(out)
-    files = [find_files(words) for words in (real, synthetic or [])]
     place = str(pick_device(device))
     loaded, identity, _ = _detector(checkpoint, detector, place, trust)
-    for sentence in fit(loaded, *files, out, identity, crops, place): typer.echo(f"- {sentence}")
+    sentences = fit(loaded, find_files(real), find_files(synthetic or []), out, identity, crops, place)
+    for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #231208b5
