@@ -119,6 +119,7 @@ def spec_boxes(
     side = round(min(height, width)*spec.size[0]/(spec.short_side or spec.size[0]))
     return [_middle(height, width, side)]
 
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0010
 def fit_picture(
     spec: InputSpec,
     picture: Picture, # `(H, W, 3)` uint8; a crop, where the specification cuts at full resolution
@@ -135,6 +136,7 @@ def fit_picture(
     top, left = (round((side - height)/2) for side in (tall, wide)) # half pixels as torchvision rounds them
     return np.ascontiguousarray(resized[top:top + height, left:left + height])
 
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0011
 def shown_images(
     spec: InputSpec,
     picture: Picture, # `(H, W, 3)` uint8
@@ -163,12 +165,14 @@ def _own_name(function: Callable) -> str:
     "A function's name, or the `repr` of an object, which holds its settings."
     return getattr(function, "__qualname__", "") or repr(function)
 
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0012
 def input_spec(
     detector: Any, # `Detector`
 ) -> InputSpec | None: # None = it states none
     "The specification that a detector states."
     return getattr(detector, "input_spec", None)
 
+# %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0013
 def default_spec(
     detector: Any, # `Detector`
 ) -> InputSpec:
