@@ -90,7 +90,9 @@ def data_parallel(
 ) -> nn.Module: # to be called in its place in training
     "The network, its weights those of the first process, its gradients averaged over the processes; alone, the network itself."
     if rank_and_size()[1] == 1: return network
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    shared = DistributedDataParallel(network)
+    shared.broadcast_buffers = False # set here, as the argument has another name since torch 2.15
+    return shared
 
 # %% ../../nbs/03_training/01_processes.ipynb #c65c1846
 class FrozenBatchNorm(nn.BatchNorm2d):
