@@ -85,7 +85,7 @@ def read_labelled_list(
     if Path(path).suffix.lower() == ".parquet": frame, listing, columns = read_parquet(path, COLUMNS)
     else:
         frame, listing = read_table(path)
-        columns = list(frame)
+        columns = frame.columns.tolist()
     return _with_labels(frame, listing, allow_duplicates), _columns_sentence(columns)
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e20000c
@@ -133,7 +133,7 @@ def _contents(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     makers = {row["generator"] for row in rows}
     kinds = {origin: {name for row in rows if row["origin"] == origin for name in row["names"]} for origin in ("real", "synthetic")}
     shared = (kinds["real"] & kinds["synthetic"]) - makers
-    several = defaultdict(set)
+    several: dict[str, set[str]] = defaultdict(set)
     for row in rows: several[row["generator"]] |= shared & set(row["names"])
     known = {name for name in shared if name.lower() in CONTENT_TYPES}
     chosen = shared if any(len(names) > 1 for maker, names in several.items() if maker != "real") else known
@@ -146,9 +146,9 @@ def _beside_real(rows: Sequence[Mapping[str, Any]], unlabelled: Sequence[str]) -
     places = {tuple(row["path"].split("/")[:label_place(row["path"].split("/")[:-1])]) for row in rows}
     for path in unlabelled:
         *folders, _ = path.split("/")
-        at = next((k for k in range(len(folders), -1, -1) if tuple(folders[:k]) in places), None)
+        at = next((k for k in range(len(folders) - 1, -1, -1) if tuple(folders[:k]) in places), None)
         row = _row(path, folders, at, "synthetic") if at is not None else None
-        if row and len(folders) > at and row["generator"] != UNKNOWN: yield row
+        if row and row["generator"] != UNKNOWN: yield row
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e20000d
 def read_labelled_folder(

@@ -71,7 +71,9 @@ def picture_file(
 # %% ../../nbs/01_data/03_parquet.ipynb #9a700009
 class _Place:
     "The last picture that this process read from a Parquet file, and those that follow."
-    def __init__(self) -> None: self.key, self.row, self.left = ("", 0, 0), 0, iter(())
+    def __init__(self) -> None:
+        self.key, self.row = ("", 0, 0), 0
+        self.left: Iterator[bytes] = iter(())
 
     def read(self, file: Path, group: int, row: int) -> bytes:
         "The picture of a row of a row group."
