@@ -190,11 +190,12 @@ def verdict_thresholds(
     calibration = calibration_of(detector)
     if calibration is None: return 0.5, 0.5
     key = f"{error_rate:g}"
-    high, low = calibration.thresholds.get(key), calibration.misses.get(key, error_rate)
+    high = calibration.thresholds.get(key)
+    low = high if calibration.real_only else calibration.misses.get(key, error_rate)
     if high is None or low is None:
         known = [rate for rate, t in calibration.thresholds.items() if t is not None and calibration.misses.get(rate, 0) is not None]
-        raise ValueError(f"no thresholds for an error rate of {key} in this checkpoint, which was calibrated on {calibration.n} images; "
-                         f"choose --error-rate {' or '.join(known) or 'of another checkpoint'}")
+        raise ValueError(f"no thresholds for an error rate of {key} of this detector, which was calibrated on {calibration.n} images; "
+                         f"choose --error-rate {' or '.join(known) or 'of another calibration'}")
     if low > high: low = high = float(np.median([low, 0.5, high]))
     return low, high
 
