@@ -45,6 +45,7 @@ def _beside(folder: str, path: str) -> str:
     if _is_remote(folder): return path if path.startswith("/") else folder + path
     return str(Path(folder)/text_path(path))
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d5
 def _local_copy(address: str, folder: str) -> str:
     "Path of a file, of its copy in the folder if it lies elsewhere."
     if not _is_remote(address): return address
@@ -82,6 +83,7 @@ def _pieces(address: str, folder: str) -> Iterator[dict[str, Any]]:
         for start in range(0, found.row_group(group).num_rows, ROWS):
             yield {"parquet": address, "folder": folder, "group": group, "start": start}
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d6
 def units_of(
     source: str, # folder, pattern, .csv, .parquet or .tar; local, or an address that fsspec knows
     done: Collection[str] = (), # paths that have a row already, as text
@@ -188,6 +190,7 @@ def parts_of(
     found = [path for path in (files.find(root) if files.exists(root) else []) if path.rpartition("/")[2].startswith("part-")]
     return [files.unstrip_protocol(path) if _is_remote(out) else path for path in sorted(found)]
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d7
 def missing_units(
     source: str,
     out: str,
