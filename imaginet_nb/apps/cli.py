@@ -442,7 +442,8 @@ def predict(
                                                    "or - for paths on standard input.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
-                                                      "or a linear probe (.safetensors).")] = None,
+                                                      "or a linear probe (.safetensors). The YAML's key fit says what it is "
+                                                      "shown: crop, crops, resize, squash or own.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
@@ -450,7 +451,7 @@ def predict(
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that may be misclassified; what lies between "
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the detector was calibrated.")] = 0.05,
-    crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
+    crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
     calibration: Annotated[Path | None, typer.Option(help="Written by `imaginet calibrate` for this detector; it replaces the "
                                                           "detector's own.")] = None,
