@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.apps.evaluate import judge
+from imaginet_nb.apps.evaluate import Contender, compare, judge, judge_all
 from imaginet_nb.core import seed_everything
 from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
@@ -238,3 +238,52 @@ def test_false_positives_are_in_the_summary(pictures):
     told = f"{100*share:.1f} % [{100*point['empirical_fpr_low']:.1f}, "
     for text in (result.output, (pictures/"flags"/"index.html").read_text()):
         assert told in text and f"of the {len(real)} real images were flagged" in text, text
+
+
+# --- several detectors --------------------------------------------------------------------------------------------------------------
+
+class Bright:
+    "Mean brightness, less by a fraction of the noise of the picture; counts what it is shown."
+    input_size, tracks = 32, ("detection",)
+    def __init__(self, name: str, noise: float): self.name, self.noise, self.seen = name, noise, 0
+    def score(self, images):
+        self.seen += len(images)
+        return (images.float().mean((1, 2, 3)) - 100)/10 - self.noise*images.float().std((1, 2, 3))
+
+
+def test_detectors_are_compared_in_pairs_on_the_same_images(pictures, tmp_path):
+    "Catches a difference of other images, intervals that are not paired, a picture that only one detector lost, a stale score."
+    dataset, two = read_custom_dataset(pictures/"set"), [Contender(Bright("A", 0), "a"), Contender(Bright("B", 0.01), "b")]
+    sentences = compare(two, dataset, tmp_path/"out", resamples=200, num_workers=0)
+    assert any("could not score them: 1 pictures" in text for text in sentences), sentences
+    rows, auc = pd.read_csv(tmp_path/"out"/"predictions.csv"), {}
+    assert len(rows) == 2*91 and rows["error"].notna().sum() == 2
+    for name, mine in rows[rows["error"].isna()].groupby("detector"):
+        parts = [mine[mine["generator"].isin([maker, "real"])] for maker in ("Flux", "SDXL v1.0")]
+        auc[name] = np.mean([roc_auc_score(part["origin"].eq("synthetic"), part["logit"]) for part in parts])
+    board = pd.read_csv(tmp_path/"out"/"tables"/"leaderboard.csv").set_index("detector")
+    assert board["auc"][["A", "B"]].to_numpy() == pytest.approx([auc["A"], auc["B"]], abs=6e-5)
+    assert board["difference_auc"]["B"] == pytest.approx(auc["B"] - auc["A"], abs=6e-5) and np.isnan(board["difference_auc"]["A"])
+    width = board["difference_auc_high"]["B"] - board["difference_auc_low"]["B"]
+    assert width < 0.5*(board["auc_high"]["B"] - board["auc_low"]["B"])            # scores of the same images move together
+    assert list(board.index[2:]) and board.index[2:].str.startswith("Metadata: ").all()
+    page = (tmp_path/"out"/"index.html").read_text()
+    assert page.startswith("<!") and all(text in page for text in ("Leaderboard", "B against A: AUC", "By generator", "2 detectors on set"))
+
+    seen = [contender.detector.seen for contender in two]
+    again = dict(resamples=20, num_workers=0, kept=tmp_path/"out"/"kept")
+    judge_all([*two, Contender(Bright("C", 0.1), "c")], dataset, **again)
+    assert [contender.detector.seen for contender in two] == seen == [90, 90]      # only the one that was added is run
+    os.utime(pictures/"set"/"real"/"0.png", (1, 1))
+    judge_all(two, dataset, **again)
+    assert [contender.detector.seen for contender in two] == [180, 180]            # a picture changed
+
+
+def test_two_detectors_in_the_terminal(pictures):
+    words = ("--root", "set", "--out", "pair", "--workers", 0, "--detector", "meter:Meter", "--detector", "meter:Meter")
+    result = evaluate(pictures, *words)
+    assert result.exit_code == 0, result.output
+    assert "Brightness meter (meter:Meter), 2 against Brightness meter (meter:Meter), 1" in result.output
+    assert result.output.index("set: 91 images") < result.output.index("balanced accuracy")
+    result = evaluate(pictures, *words, "--robustness", 8)
+    assert result.exit_code == 1 and "--robustness measures one detector" in result.output

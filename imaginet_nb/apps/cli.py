@@ -623,8 +623,10 @@ def evaluate(
                                                        "content_type and split are used where they are.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
                                                    "list, a folder of pictures or of Parquet files.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
+    checkpoint: Annotated[list[Path] | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`. Repeat "
+                                                               "it, or give --detector too, to compare detectors on one page.")] = None,
+    detector: Annotated[list[str] | None, typer.Option(help="Custom detector, as for predict; repeat it. The first checkpoint, or else the "
+                                                            "first of these, is what others are compared with.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     split: Annotated[str | None, typer.Option(help="Evaluate this split; if not given, test, or all that is not for training.")] = None,
     robustness: Annotated[int, typer.Option(min=0, help="Images for each corruption of the robustness grid, half real; 0 = no grid.")] = 0,
@@ -632,6 +634,9 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:
     """Measure a detector on labelled images: by generator and content, with intervals, beside metadata-only baselines.
+
+    Several detectors: a leaderboard, paired differences, tables by generator and source. Scores are kept in OUT/kept, so that one
+    that is added later is scored alone.
 
     Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
     out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
@@ -641,12 +646,18 @@ def evaluate(
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
-    from imaginet_nb.apps.evaluate import evaluate as measure
+    from imaginet_nb.apps.evaluate import Contender, compare, evaluate as measure
     from imaginet_nb.data.folders import read_custom_dataset
     pictures = read_custom_dataset(source, root if manifest else None)
     _show(pictures)
-    loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
-    found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
+    place, several = str(pick_device(device)), len(checkpoint or []) + len(detector or []) > 1
+    if several and robustness: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
+    asked: list[tuple[Path | None, str | None]] = [*((path, None) for path in checkpoint or []), *((None, name) for name in detector or [])]
+    chosen = [_detector(path, name, place, trust) for path, name in asked or [(None, None)]]
+    if several: found = compare([Contender(*one) for one in chosen], pictures, out, split=split, num_workers=workers)
+    else:
+        loaded, identity, notes = chosen[0]
+        found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
 
