@@ -146,12 +146,13 @@ def _chapters(report: Path) -> list[Chapter]:
 
 def profile_scope(
     profile: Profile,
-) -> str: # a sentence, or three for the sandbox
+) -> str: # one sentence, or several for the sandbox
     "What the numbers of a profile are about."
     if profile.data.source == "imaginet": return "Every number under “measured” was measured on ImagiNet."
     return ("Every number under “measured” was measured on the embedded sandbox. Its generators are small autoencoders, stand-ins that "
-            "bear the names of the paper's generators and are none of them. These numbers show that the pipeline runs; they say nothing "
-            "about ImagiNet and cannot be compared with the published ones.")
+            "bear the names of the paper's generators and are none of them. Its real images are drawn scenes and tiles of photographs that "
+            "come with scikit-image and scikit-learn; ImageNet, FFHQ and the other names of sources stand for their places in ImagiNet alone. "
+            "These numbers show that the pipeline runs; they say nothing about ImagiNet and cannot be compared with the published ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
 def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:
@@ -171,13 +172,13 @@ def _not_learned(report: Path) -> list[str]:
 def report_index(
     report_dir: str | Path, # `reports/<profile>`
     profile: Profile,
+    findings: Sequence[tuple[str, str]] = (), # for the top of the page: a question, and its answer, with `code`
 ) -> list[Path]: # index.html, README.md
     "Write the page and the README of a report's folder."
     report = Path(report_dir)
-    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"}
-    executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
+    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"} # which writes this and is not finished
     values = dict(title=f"ImagiNet: report of the profile {profile.name}", profile=profile, scope=profile_scope(profile),
                   cards=[name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()],
                   not_learned=_not_learned(report), chapters=_stated_once(_chapters(report), measured_on(profile), INTERVAL_NOTE),
-                  intervals=INTERVAL_NOTE, executed=executed, notebooks=notebooks, long=LONG_TABLE)
+                  intervals=INTERVAL_NOTE, findings=findings, notebooks=notebooks, long=LONG_TABLE)
     return [write_text(render(f"report.{form}", **values), report/name) for form, name in (("html", "index.html"), ("md", "README.md"))]
