@@ -227,8 +227,8 @@ def _flagged(
     name: str, # detector
 ) -> list[str]: # a sentence for each threshold and kind of test images
     "How often real images are flagged at the stored thresholds."
-    return [f"Threshold for {row['rate']} on {row['setting']} test images: {_percent(row, 'empirical_fpr')} of {row['n_real']} real images are "
-            f"flagged, {_against_nominal(row)}, and {_percent(row, 'empirical_tpr')} of {row['n_synthetic']} synthetic ones."
+    return [f"Threshold for {row['rate']} on {row['setting']} test images: "
+            f"{_percent(row, 'empirical_fpr')} of {row['n_real']} real images are flagged, {_against_nominal(row)}, and {_percent(row, 'empirical_tpr')} of {row['n_synthetic']} synthetic ones."
             for row in _measured_points(tables, detector=name)]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #ca4d0005
@@ -268,7 +268,8 @@ def model_card(
         "model_card.md", front_matter=_model_front_matter(name, profile, tables).to_yaml(), name=name, profile=profile,
         code=code_line(repository_url()), scope=profile_scope(profile),
         stand_ins=profile.data.source != "imaginet", facts=markdown_table(facts),
-        history=header.get("history"), outcome=training_outcome(header), fitted=header.get("probability"), methods=LABELS["method"], flagged=_flagged(tables, name),
+        history=header.get("history"), outcome=training_outcome(header), fitted=header.get("probability"),
+        methods=LABELS["method"], flagged=_flagged(tables, name),
         limits=[*_limits(tables, name), *_as_good(tables, name)],
         results={heading: _table(tables/f"{stem}.csv", drop=["detector"], detector=name) for heading, stem in stems.items()}))
     validate_card(card)
@@ -293,11 +294,13 @@ def _metadata_alone(table: pd.DataFrame) -> list[Finding]: # of detection by fam
     rule, best = rules.loc[rules["acc"].idxmax()], ours.loc[ours["acc"].idxmax()]
     verdict = "The best of them and the best detector cannot be told apart"
     if rule["acc_low"] > best["acc_high"]:
-        verdict = "The best of them is more accurate than any of our detectors, so on such files a high accuracy does not show that pixels were used"
+        verdict = ("The best of them is more accurate than any of our detectors, so on such files a high accuracy does not show that "
+                   "pixels were used")
     if rule["acc_high"] < best["acc_low"]:
         verdict = "Our best detector is more accurate than all of them"
-    return [("What do metadata alone achieve?", f"Without a pixel, rules on the original files have a balanced accuracy of {told}, mean over the "
-             f"families; chance is 0.5. {verdict} ({best.name}: {best['acc']:.3f}).")]
+    return [("What do metadata alone achieve?",
+             f"Without a pixel, rules on the original files have a balanced accuracy of {told}, mean over the families; chance is 0.5. "
+             f"{verdict} ({best.name}: {best['acc']:.3f}).")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #5f1d20ca
 def _synthetic_share(
@@ -314,8 +317,9 @@ def _flags(tables: Path) -> list[Finding]: # reports/<profile>/tables
     if not points: return []
     told = "; ".join(f"{row['detector']}, {row['setting']}: {_percent(row, 'empirical_fpr')}, {_against_nominal(row)}" for row in points)
     first = points[0]
-    found = [("How often is a real image flagged?", "An image is flagged if its probability exceeds the stored threshold, which was chosen on other "
-              f"real images so that 5 % of them are (the nominal rate). Measured on {first['n_real']} real test images: {told}.")]
+    found = [("How often is a real image flagged?",
+              "An image is flagged if its probability exceeds the stored threshold, which was chosen on other real images so that 5 % "
+              f"of them are (the nominal rate). Measured on {first['n_real']} real test images: {told}.")]
     if not float(first["empirical_fpr"]) + float(first["empirical_tpr"]): return found
     meaning = (f"Of the {first['setting']} images that {first['detector']} flags, {_synthetic_share(first, 0.5)} are synthetic "
                f"where half of all images are, as in this test set, and {_synthetic_share(first, 0.01)} where one in a hundred is. "
@@ -341,8 +345,9 @@ def findings(
         table = read_table(tables/"detection_by_family")
         found = [*_better(table), *_metadata_alone(table)]
     return [*found, *_flags(tables), ("What do the intervals contain?", _randomness(tables, profile)),
-            ("Where does each picture come from?", "The data card says it, and the sheet under Table 1 shows examples. Test images are perturbed "
-             "(cropped, resized, compressed) unless a row says “unperturbed”.")]
+            ("Where does each picture come from?",
+             "The data card says it, and the sheet under Table 1 shows examples. Test images are perturbed (cropped, resized, compressed) "
+             "unless a row says “unperturbed”.")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #1e2c5b9d
 def write_cards(

@@ -81,8 +81,8 @@ def _not_detected(
 ) -> list[str]: # a warning for each method that has one
     "Families that a network does not detect although it was trained with them: leaving them out cannot cost anything."
     seen = table[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5)]
-    return [f"Warning: {method} does not detect what it was trained with ({', '.join(rows['group'])}: the interval of the AUC with the family "
-            "reaches down to chance, 0.5, or lies below it). Its comparison of with and without says nothing about them."
+    return [f"Warning: {method} does not detect what it was trained with ({', '.join(rows['group'])}: the interval of the AUC with the "
+            "family reaches down to chance, 0.5, or lies below it). Its comparison of with and without says nothing about them."
             for method, rows in seen.groupby("detector", sort=False)]
 
 def generalisation_text(

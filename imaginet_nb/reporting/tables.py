@@ -98,7 +98,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
 
 def _fold_not_run(text: pd.DataFrame) -> pd.DataFrame:
-    "One row for a detector that was run on none of its groups, and for detectors with the same reason, in place of one per group and detector."
+    "One row for detectors that were run on none of their groups for the same reason, in place of one per group and detector."
     if not {"detector", "group", "note"} <= set(text): return text
     counts = [c for c in text if _is_count(str(c))]
     rest = [c for c in text if c != "group" and c not in counts]
