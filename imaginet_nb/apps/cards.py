@@ -228,7 +228,8 @@ def _flagged(
 ) -> list[str]: # a sentence for each threshold and kind of test images
     "How often real images are flagged at the stored thresholds."
     return [f"Threshold for {row['rate']} on {row['setting']} test images: "
-            f"{_percent(row, 'empirical_fpr')} of {row['n_real']} real images are flagged, {_against_nominal(row)}, and {_percent(row, 'empirical_tpr')} of {row['n_synthetic']} synthetic ones."
+            f"{_percent(row, 'empirical_fpr')} of {row['n_real']} real images are flagged, {_against_nominal(row)}, "
+            f"and {_percent(row, 'empirical_tpr')} of {row['n_synthetic']} synthetic ones."
             for row in _measured_points(tables, detector=name)]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #ca4d0005

@@ -152,7 +152,8 @@ def profile_scope(
     return ("Every number under “measured” was measured on the embedded sandbox. Its generators are small autoencoders, stand-ins that "
             "bear the names of the paper's generators and are none of them. Its real images are drawn scenes and tiles of photographs that "
             "come with scikit-image and scikit-learn; ImageNet, FFHQ and the other names of sources stand for their places in ImagiNet "
-            "alone. These numbers show that the pipeline runs; they say nothing about ImagiNet and cannot be compared with the published ones.")
+            "alone. These numbers show that the pipeline runs; they say nothing about ImagiNet and cannot be compared with the published "
+            "ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
 def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:

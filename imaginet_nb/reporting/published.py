@@ -77,7 +77,7 @@ PAPER_ITEMS += ( # and what is not printed in the paper
     PaperItem("Audit", "Shortcuts: file format, content type, file properties (not in the paper)", "p10_dataset",
               ("metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap"),
               ("metadata_baseline", "composition", "file_properties")),
-    PaperItem("Format-matched", "Detection on unperturbed images that have all passed one codec (not in the paper)", _BY, ("format_matched",)),
+    PaperItem("Format-matched", "Detection on unperturbed images after one codec for all (not in the paper)", _BY, ("format_matched",)),
     PaperItem("Grouping", "How real images are assigned to a family", "p20_testset", ("grouping_difference",)),
     PaperItem("Grouping effect", "Effect of matching real images by content", _BY, ("grouping_effect",)),
     PaperItem("Overlaps", "Images shared by score calibration, stage 2, anchors and test set", "p47_predict", ("calibration_overlap",)),
