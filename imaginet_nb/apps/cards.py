@@ -220,7 +220,8 @@ def _measured_points(
     rows = _rows(tables/"operating_points.csv", **only)
     if rows.empty: return []
     rates = rows["rate"].str.replace(r"(\.0)?%$", " %", regex=True)
-    return rows.assign(rate=rates)[rows["empirical_fpr"].ne("")].replace({"setting": LABELS["setting"]}).to_dict("records")
+    told = rows.assign(rate=rates)[rows["empirical_fpr"].ne("")].replace({"setting": LABELS["setting"]})
+    return [{str(column): str(cell) for column, cell in row.items()} for row in told.to_dict("records")]
 
 def _flagged(
     tables: Path, # reports/<profile>/tables
@@ -287,12 +288,12 @@ def _better(table: pd.DataFrame) -> list[Finding]: # of detection by family
 
 def _metadata_alone(table: pd.DataFrame) -> list[Finding]: # of detection by family
     "What the metadata-only baselines achieve, beside the best detector."
-    mean = table[table["group"].eq(MEAN) & table["acc"].notna()].set_index("detector")
-    rules = mean[mean.index.isin([metadata_name(rule) for rule in _RULES])]
-    ours = mean[mean.index.isin(DETECTORS)]
-    if rules.empty or ours.empty: return []
-    told = ", ".join(f"{acc:.3f} from {_RULES[name.removeprefix(metadata_name(''))]}" for name, acc in rules["acc"].items())
-    rule, best = rules.loc[rules["acc"].idxmax()], ours.loc[ours["acc"].idxmax()]
+    mean = {row["detector"]: row for row in table[table["group"].eq(MEAN) & table["acc"].notna()].to_dict("records")}
+    rules = {rule: mean[metadata_name(rule)] for rule in _RULES if metadata_name(rule) in mean}
+    ours = [mean[name] for name in DETECTORS if name in mean]
+    if not rules or not ours: return []
+    told = ", ".join(f"{row['acc']:.3f} from {_RULES[rule]}" for rule, row in rules.items())
+    rule, best = (max(rows, key=lambda row: row["acc"]) for rows in (rules.values(), ours))
     verdict = "The best of them and the best detector cannot be told apart"
     if rule["acc_low"] > best["acc_high"]:
         verdict = ("The best of them is more accurate than any of our detectors, so on such files a high accuracy does not show that "
@@ -301,7 +302,7 @@ def _metadata_alone(table: pd.DataFrame) -> list[Finding]: # of detection by fam
         verdict = "Our best detector is more accurate than all of them"
     return [("What do metadata alone achieve?",
              f"Without a pixel, rules on the original files have a balanced accuracy of {told}, mean over the families; chance is 0.5. "
-             f"{verdict} ({best.name}: {best['acc']:.3f}).")]
+             f"{verdict} ({best['detector']}: {best['acc']:.3f}).")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #5f1d20ca
 def _synthetic_share(

@@ -263,7 +263,7 @@ def plot_scores(
         for (label, threshold), line in zip(decision_thresholds(fit).items(), ("-", "--", "-.", ":"), strict=False):
             if threshold < 1: axes.axvline(float(logit(threshold)), color=DARK, lw=1.2, ls=line, label=label)
         rates = ", ".join(_measured_fpr(z, synthetic, threshold) for threshold in decision_thresholds(fit).values())
-        axes.set_title(f"{name}\nmeasured FPR at the thresholds: {rates}", fontsize=9)
+        axes.set_title(f"{name}\nmeasured FPR: {rates}", fontsize=9)
         axes.set_xlabel("log-odds of synthetic" if fit.n else "logit (the detector has no calibration)")
     panels[0].set_ylabel("share of the class")
     return finish(figure, title, panels[0], columns=2)

@@ -287,8 +287,8 @@ ACCURACY = {"detection": "balanced accuracy", "identification": "accuracy"}
 def _counted(track: str, rows: pd.DataFrame, name: str) -> str:
     "Heading of a panel: the track, and the number of images behind the points of each curve."
     if "n" not in rows: return track
-    counts = [f"{label} {n:,}" for label, n in rows.groupby(name, sort=False)["n"].max().items()]
-    return f"{track}\nimages: {', '.join(counts)}"
+    counts = rows.groupby(name)["n"].max()
+    return "\n".join([track, *(f"{label}: {counts[label]:,} images" for label in label_styles(rows[name], name))])
 
 @mpl.rc_context(STYLE)
 def plot_robustness(
@@ -313,7 +313,7 @@ def plot_robustness(
             axes.fill_between(rows[x], rows["acc"] - low, rows["acc"] + high, color=colour, alpha=0.18, lw=0)
             axes.plot(rows[x], rows["acc"], color=colour, marker=marker, ms=4, lw=1.6, label=label)
         axes.axhline(CHANCE.get(track, 0), color=GREY, ls="--", lw=1, label="chance")
-        axes.set_title(_counted(track, table[table["track"] == track], name), fontsize=9)
+        axes.set_title(_counted(track, table[table["track"] == track], name), fontsize=8.5)
         axes.set(xlabel=X_LABELS.get(kinds[0], str(kinds[0])), ylabel=ACCURACY.get(track, "accuracy"), ylim=(0, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     return finish(figure, title, panels[0])

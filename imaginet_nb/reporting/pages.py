@@ -84,6 +84,7 @@ class Result(NamedTuple):
     links: dict[str, str] # what -> path relative to the report's folder
     missing: str # why it is not there; empty if it is
     origin: str = "" # of `origin_text`
+    notes: tuple[str, ...] = () # what the table says, a sentence each
 
     @property
     def label(self) -> str:
@@ -113,7 +114,7 @@ def _result(report: Path, kind: str, stem: str, notebook: str) -> Result:
         missing = f"not run: {first.relative_to(report).as_posix()} is missing; {notebook} writes it"
         return Result(stem, kind == "figures", "", None, {}, missing)
     reading = reading_frame(pd.read_csv(first, dtype=str, keep_default_na=False)) if kind == "tables" else None
-    return Result(stem, kind == "figures", caption, reading, links, "", origin_text(record))
+    return Result(stem, kind == "figures", caption, reading, links, "", origin_text(record), tuple(record.get("notes", [])))
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #98fc92d6
 class Chapter(NamedTuple):

@@ -231,14 +231,16 @@ def save_table(
     stem = Path(stem)
     text = text_frame(frame, decimals)
     reading = reading_frame(text if len(text) <= readable_rows else text.head(20))
-    below = [*([INTERVAL_NOTE] if any(has_interval(text, str(c)) for c in text) else []), *notes]
+    explained = [INTERVAL_NOTE] if any(has_interval(text, str(c)) for c in text) else []
+    below = [*explained, *notes]
     excerpt = [f"The first 20 of {len(text):,} rows; all are in the CSV file."] if len(text) > readable_rows else []
     full_caption = " ".join([caption, *below])
     parts = [caption, markdown_table(reading), *below, *excerpt]
     contents = {"csv": csv_text(text), "md": "\n\n".join(parts) + "\n",
                 "tex": latex_table(reading, " ".join([full_caption, *excerpt]), stem.name)}
     paths = [write_text(content, stem.with_name(f"{stem.name}.{suffix}")) for suffix, content in contents.items()]
-    return [*paths, write_provenance(stem, paths, full_caption, provenance)]
+    record = {**(provenance or {}), "notes": list(notes)} if notes else provenance
+    return [*paths, write_provenance(stem, paths, " ".join([caption, *explained]), record)]
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #f1ce4a79
 def read_table(
