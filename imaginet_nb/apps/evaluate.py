@@ -487,7 +487,7 @@ def _compared_tables(
         pairs = [difference_rows(every, by, pair=(name, first), **options) for name in list(frames)[1:]]
         paired = pd.concat(pairs, ignore_index=True)
         tables[f"detection_by_{kind}"] = table, f"Detection by {kind}. {about}"
-        tables[f"differences_by_{kind}"] = paired, f"Differences by {kind}, with paired intervals. {about}"
+        tables[f"differences_by_{kind}"] = paired, f"Differences to {first} by {kind}, with paired intervals. {about}"
     return tables, by_generator
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00014
@@ -546,8 +546,20 @@ def judge_all(
     return Findings(every, tables, figures, (*sentences, *_not_judged(dataset.manifest, common), *dataset.remarks))
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00016
-_SECTIONS = {"Leaderboard": ("leaderboard",), "By generator": ("detection_by_generator", "differences_by_generator"),
-             "By source": ("detection_by_source", "differences_by_source"), "By content": ("detection_by_content", "differences_by_content")}
+_BOARD = [f"{name}{end}" for name in ("auc", "difference_auc", "acc", "difference_acc") for end in ("", "_low", "_high")]
+_DIFFERENCES = {"difference auc": "AUC, difference", "difference acc": "ACC, difference"}
+
+def _compared_blocks(
+    tables: Mapping[str, tuple[pd.DataFrame, str]], # of `judge_all`
+    kind: str, # generator, source or content
+) -> list[Block]:
+    "A section with the table of detectors and the one of differences, narrow enough for a page."
+    if f"detection_by_{kind}" not in tables: return []
+    paired, caption = tables[f"differences_by_{kind}"]
+    names = paired["detector"].str.removeprefix("difference: ").str.partition(" − ")[0]
+    shown = paired.assign(detector=names).drop(columns=["n_real", "n_synthetic", "note"])
+    return [("heading", f"By {kind}"), *table_blocks(tables, f"detection_by_{kind}", rows=60), ("text", caption),
+            ("table", reading_frame(text_frame(shown)))]
 
 def compare(
     contenders: Sequence[Contender], # two or more; others are compared with the first
@@ -562,10 +574,11 @@ def compare(
     identities = dict(zip(_names(contenders), (contender.identity for contender in contenders), strict=True))
     _save(found, dataset, out, {"detectors": identities, "settings": options})
     blocks: list[Block] = [("note", note) for note in dict.fromkeys(note for contender in contenders for note in contender.notes)]
-    for heading, stems in _SECTIONS.items():
-        if stems[0] in found.tables: blocks += [("heading", heading), *table_blocks(found.tables, *stems, rows=60)]
-        if heading == "Leaderboard": blocks += [("list", found.sentences)]
-        if heading == "By generator": blocks += [("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
-    blocks += [("heading", "Scores"), *(("figure", (stem, found.figures[stem][1])) for stem in ("roc", "scores")), *_file_blocks(found)]
+    board, caption = found.tables["leaderboard"]
+    blocks += [("heading", "Leaderboard"), ("text", caption)]
+    blocks += [("table", reading_frame(text_frame(board[["detector", *_BOARD]])).rename(columns=_DIFFERENCES)), ("list", found.sentences)]
+    for kind in ("generator", "source", "content"): blocks += _compared_blocks(found.tables, kind)
+    blocks += [("heading", "Figures"), ("figure", ("detection_by_generator", found.figures["detection_by_generator"][1]))]
+    blocks += [*(("figure", (stem, found.figures[stem][1])) for stem in ("roc", "scores")), *_file_blocks(found)]
     write_text(render_page(f"{len(contenders)} detectors on {dataset.name}", blocks), out/"index.html")
     return found.sentences
