@@ -109,7 +109,8 @@ def keeping(
 ) -> Callable[..., pd.DataFrame]: # with the arguments of `predict`
     "`predict`, which does not run a detector a second time on the same pictures."
     if not identity: return predict
-    def score(detector: Detector, manifest: pd.DataFrame, root: Path, transform: Any = None, stage: str = "test", **reading: Any) -> pd.DataFrame:
+    def score(detector: Detector, manifest: pd.DataFrame, root: Path, transform: Any = None, stage: str = "test",
+              **reading: Any) -> pd.DataFrame:
         made_from = (identity, detector.name, repr(transform), stage, manifest, _states(manifest, root), environment())
         file = folder/f"{fingerprint(*made_from)[:24]}.csv"
         if file.is_file(): return manifest.join(load_predictions(file)[list(PREDICTION_COLUMNS)])
@@ -421,7 +422,8 @@ def group_by_source(
     seed: int, # of the drawn images
 ) -> tuple[list[Group], pd.Series]: # groups, strata
     "All images of a source; with as many of the other kind, drawn from all sources, if it has real or synthetic images only."
-    source, synthetic, groups = frame["image_source"].replace("", UNKNOWN), frame["origin"].eq("synthetic").to_numpy(), []
+    source, synthetic = frame["image_source"].replace("", UNKNOWN), frame["origin"].eq("synthetic").to_numpy()
+    groups: list[Group] = []
     for name in sorted(set(source)):
         own = np.flatnonzero(source.eq(name))
         if len(set(synthetic[own])) == 1:
@@ -455,7 +457,8 @@ def _leaderboard(
     groups, strata = group_by_generator(next(iter(frames.values())), options["seed"])
     values = {name: detection_values(frame, groups, strata, **options) for name, frame in frames.items()}
     values |= {name: found.values for name, found in baselines.items()}
-    first, rows = next(iter(frames)), []
+    first = next(iter(frames))
+    rows: list[dict[Any, Any]] = []
     for row in table[table["group"].eq(MEAN)].drop(columns="group").to_dict("records"):
         acc, auc = mean_over_groups(values[row["detector"]] - values[first])[0]
         own = {f"difference_{name}{end}": np.nan for name in ("acc", "auc") for end in ("", "_low", "_high")}
@@ -475,8 +478,9 @@ def _compared_tables(
 ) -> tuple[dict[str, tuple[pd.DataFrame, str]], dict[str, Baseline]]: # file stem -> table, caption; baselines by generator
     "Leaderboard, and tables by generator, by source and by content: detectors, differences to the first, baselines."
     first, every = next(iter(frames)), pd.concat(frames.values(), ignore_index=True)
-    one, tables, by_generator = frames[first], {}, {}
-    kinds: dict[str, str | Grouping] = {"generator": "generator"}
+    one, kinds = frames[first], dict[str, str | Grouping](generator="generator")
+    tables: dict[str, tuple[pd.DataFrame, str]] = {}
+    by_generator: dict[str, Baseline] = {}
     if "image_source" in one and one["image_source"].nunique() > 1: kinds["source"] = group_by_source
     if one["content_type"].ne(UNKNOWN).all(): kinds["content"] = "content"
     for kind, by in kinds.items():
@@ -499,9 +503,11 @@ def _compared_sentences(
     options: dict[str, int], # resamples, seed
 ) -> list[str]:
     "The result, in sentences: each detector, each against the first, each against the baselines, and what is in doubt."
-    first, by_generator, found = next(iter(frames)), tables["detection_by_generator"][0], []
+    first, by_generator = next(iter(frames)), tables["detection_by_generator"][0]
+    found: list[str] = []
     for name, (_, fits, words) in scored.items():
-        found += [" ".join(_sentences(by_generator, frames[name], name, words, None)), *_swapped(by_generator, name, fits[name]["platt"].slope)]
+        found.append(" ".join(_sentences(by_generator, frames[name], name, words, None)))
+        found += _swapped(by_generator, name, fits[name]["platt"].slope)
     paired = tables["differences_by_generator"][0]
     means = paired[paired["group"].eq(MEAN)]
     for name, (_, row) in zip(list(frames)[1:], means.iterrows(), strict=True):
