@@ -448,11 +448,14 @@ def predict(
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
-    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that may be misclassified; what lies between "
-                                                   "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
+    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that is misclassified, on average: with 160 "
+                                                   "calibration images of each kind 0.05 is 2.5 to 8.1 %. What lies between is unsure. "
+                                                   "0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
+    max_megapixels: Annotated[float | None, typer.Option(min=0.001, help="Largest picture that is read, width times height in millions; if "
+                                                                         "not given, 250, or IMAGINET_MAX_PIXELS.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",
     address: Annotated[str | None, typer.Option(help="Ray cluster, such as auto; if not given, this machine.")] = None,
@@ -464,7 +467,8 @@ def predict(
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
     from imaginet_nb.apps.predict import Settings
-    build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo))
+    settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
+    build = partial(_scorers, checkpoint, detector, trust, settings, round(1e6*max_megapixels) if max_megapixels else None)
     if engine == "local": _predict_here(paths, out, html, resume, device, build)
     else: _predict_with_ray(paths, out, html, resume, device, build, address)
 
@@ -474,17 +478,19 @@ def _scorers(
     detector: str | None,
     trust: bool,
     settings: Any, # `predict.Settings`
+    max_pixels: int | None, # width times height of the largest picture that is read
     device: str, # cpu, cuda, ...
-) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, warnings
+) -> tuple[Any, Any]: # scorer, the same with a faster detector
     "The scorer that the options of `predict` describe."
     from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.models.fast import fast
-    loaded, identity, notes = _detector(checkpoint, detector, device, trust)
+    loaded, identity, _ = _detector(checkpoint, detector, device, trust)
     if calibration_of(loaded) is None:
-        notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
-    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
+        _warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5.")
+    batch = None if device == "cpu" or loaded.input_size is None else BATCH
+    scorer = Scorer(loaded, settings, identity, device, batch, max_pixels)
+    return scorer, scorer if detector else replace(scorer, detector=fast(loaded))
 
 def _predict_here(paths: list[str], table: str, html: Path | None, resume: bool, device: str, build: Callable) -> None:
     "`predict` on this machine."
@@ -492,13 +498,13 @@ def _predict_here(paths: list[str], table: str, html: Path | None, resume: bool,
     from imaginet_nb.core import pick_device
     out = check_out(table)
     files = _existing_files(paths, out, html)
-    scorer, quick, notes = build(str(pick_device(device)))
+    scorer, quick = build(str(pick_device(device)))
     if html is None: scored = _score(files, quick, out, resume)
     else:
         from imaginet_nb.apps.predict_page import SIDE, Gallery, write_page
         with Gallery(scorer) as gallery:
             scored = _score(files, quick, out, resume, seen=gallery.add, thumbnail=SIDE)
-            write_page(read_scores(out), scorer, html, notes, gallery)
+            write_page(read_scores(out), scorer, html, gallery=gallery)
         typer.echo(f"{html}: report")
     if not scored: raise ValueError(f"none of {len(files)} files could be scored; see the column error of {out}")
 
@@ -546,7 +552,8 @@ def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path
 # %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
 def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
     "Write the table and print the counts; when interrupted, print how to continue."
-    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
+    from imaginet_nb.apps.predict import (DEMO_ONLY, FLAT_NOTE, STAND_IN_NOTE, TOO_SMALL_NOTE, error_promise, part_of, score_to_file,
+                                          trained_on_stand_ins, verdict_words)
     if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
     try: counts = score_to_file(files, scorer, out, resume, **options)
     except KeyboardInterrupt:
@@ -555,8 +562,10 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: A
     words = verdict_words(scorer.detector, scorer.settings)
     scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
     notes = [f"{counts['kept']} rows kept"] if resume else []
+    notes += [f"{counts[note]} {note}" for note in (TOO_SMALL_NOTE, FLAT_NOTE) if note in counts]
     if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
     typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
+    if DEMO_ONLY not in words: typer.echo(error_promise(scorer.detector, scorer.settings.error_rate))
     return scored
 
 # %% ../../nbs/08_apps/09_cli.ipynb #52779b86
