@@ -33,6 +33,7 @@ from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import (DEMO_ONLY, FLAT, FLAT_NOTE, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL, TOO_SMALL_NOTE, VIEWS, Prepared,
                                       Scorer, error_promise, flat_share, looked_at, looked_text, prepare, trained_on_imaginet,
                                       trained_on_stand_ins, verdict_words)
+from ..detectors.protocol import default_spec
 from ..reporting.pages import templates
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #075f9bc5
@@ -112,7 +113,7 @@ def card_images(
     prepared: Prepared | None = None, # of the picture, with a thumbnail; None = the file is read
 ) -> dict[str, Any]: # picture, squares, and map and its mean, or a problem
     "Picture, squares and map of a row; no map if there can be none."
-    if prepared is None: prepared = prepare(decode(text_path(row["path"]), scorer.max_pixels), scorer.detector.input_size,
+    if prepared is None: prepared = prepare(decode(text_path(row["path"]), scorer.max_pixels), default_spec(scorer.detector),
                                             scorer.settings.crops, ("original",), SIDE)
     if prepared.thumbnail is None: raise ValueError(f"{row['path']}: prepared without a thumbnail")
     found: dict[str, Any] = {"picture": _data_url(prepared.thumbnail)}
@@ -132,8 +133,9 @@ _NO_VERDICT = (TOO_SMALL_NOTE, FLAT_NOTE)
 def probability_name(
     detector: Any, # `Detector`
 ) -> str:
-    "What the number on a card is called: without a calibration it is no probability."
-    return "P(synthetic)" if calibration_of(detector) else "score"
+    "What the number on a card is called: without a calibration on both classes it is no probability."
+    calibration = calibration_of(detector)
+    return "P(synthetic)" if calibration and not calibration.real_only else "score"
 
 def probability_text(
     p: float, # 0 to 1
@@ -200,7 +202,11 @@ def page_promises(
         found.append("The score is the sigmoid of the logit. This detector has no calibration, so the score is no probability, "
                      "and no error rate is promised.")
     found.append(_verdict_rule(scorer))
-    if calibration:
+    if calibration and calibration.real_only:
+        found += [error_promise(scorer.detector, scorer.settings.error_rate),
+                  "The score is the sigmoid of the logit. It is no probability, since the calibration held "
+                  f"{calibration.n:,} real images and no synthetic one."]
+    elif calibration:
         synthetic = calibration.n - calibration.n_real
         part = "half" if 2*synthetic == calibration.n else f"{synthetic/calibration.n:.0%}"
         found += [error_promise(scorer.detector, scorer.settings.error_rate),

@@ -24,38 +24,43 @@ from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
 from ..data.labels import FAMILIES
 from ..data.manifest import MANIFEST_COLUMNS, image_file
-from .protocol import Detector
+from .protocol import Detector, InputSpec, input_spec, shown_images
 from ..models.selfcon import PixelDetector
 from ..training.processes import gather_objects, rank_and_size
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #f5227363
 class _Files(Dataset):
-    "Pixels, or the reason why there are none, for every row of a manifest."
-    def __init__(self, paths: list[str], root: str | Path, transform: Transform | None, seed: int, stage: str, first_row: int):
+    "What the detector is shown, or the reason why there is nothing, for every row of a manifest."
+    def __init__(self, paths: list[str], root: str | Path, transform: Transform | None, seed: int, stage: str, first_row: int,
+                 spec: InputSpec | None): # None = the image, as the transform makes it
         self.paths, self.root, self.transform, self.seed, self.stage, self.first_row = paths, Path(root), transform, seed, stage, first_row
+        self.spec = spec
 
     def __len__(self) -> int: return len(self.paths)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, row: int) -> tuple[int, list[Tensor] | str]:
         path = self.root
         try: image = decode(path := image_file(self.root, self.paths[row]))
         except ValueError as error: return row, str(error).replace(str(path), self.paths[row])
         if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
-        return row, torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        try: shown = shown_images(self.spec, image) if self.spec else [image]
+        except Exception as error: return row, f"preprocessing failed: {error_text(error)}" # of the detector's own: anything
+        return row, [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in shown]
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #1f5851e5
 class _Batch(NamedTuple):
-    "One batch: stacks of images of one shape with their rows, and the rows that have none."
+    "One batch: stacks of images of one shape with their rows (a row has several crops, or one image), and the rows that have none."
     stacks: list[tuple[list[int], Tensor]]
     errors: list[tuple[int, str]]
 
-def _collate(items: list[tuple[int, Tensor | str]]) -> _Batch:
+def _collate(items: list[tuple[int, list[Tensor] | str]]) -> _Batch:
     "Put images of one shape together."
-    by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
     errors = []
     for row, content in items:
         if isinstance(content, str): errors.append((row, content))
-        else: by_shape.setdefault(tuple(content.shape), []).append((row, content))
+        else:
+            for image in content: by_shape.setdefault((image.dtype, *image.shape), []).append((row, image))
     return _Batch([([row for row, _ in some], torch.stack([image for _, image in some])) for some in by_shape.values()], errors)
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #99dd6b94
@@ -71,7 +76,7 @@ def _batches(
     first_row: int = 0, # of the whole manifest, where this is a part of it
 ) -> Iterator[_Batch]:
     "All images of a manifest, in batches, with a progress bar."
-    files = _Files(manifest["path"].tolist(), root, transform, seed, stage, first_row)
+    files = _Files(manifest["path"].tolist(), root, transform, seed, stage, first_row, input_spec(detector))
     workers = default_workers(len(files)) if num_workers is None else num_workers
     loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=_collate, generator=torch.Generator().manual_seed(seed))
     yield from progress(loader, f"{detector.name}, {stage}") if rank_and_size()[0] == 0 else loader
@@ -141,14 +146,14 @@ def prediction_frame(
 # %% ../../nbs/04_detectors/01_predictions.ipynb #861458c1
 def _score(
     detector: Detector,
-    rows: list[int], # of the images
-    images: Tensor, # `(B, 3, H, W)`, uint8
-    outputs: Tensor, # `(N, 5)`, filled in
+    rows: list[int], # of the images; the same one for several crops
+    images: Tensor, # `(B, 3, H, W)`, as the detector is shown them
+    outputs: Tensor, # `(N, 5)`, sums over crops, filled in
     errors: dict[int, str], # row -> what is wrong, filled in
 ) -> None:
     "Score images of one size; if the detector fails, score each alone, so that only those it fails on have the error."
     try:
-        outputs[rows] = detector_outputs(detector, images)
+        outputs.index_add_(0, torch.tensor(rows), detector_outputs(detector, images))
     except (Exception, SystemExit) as error: # a custom detector can raise anything
         if len(rows) == 1:
             text = error_text(error)
@@ -170,17 +175,21 @@ def predict(
     first_row: int = 0, # number of the first row, where the manifest is a slice of a larger one
     all_may_fail: bool = False, # True = no error where the detector fails on every image
 ) -> pd.DataFrame: # columns of the manifest, then `PREDICTION_COLUMNS`; rows in the order of the manifest
-    """Score every image of a manifest.
+    """Score every image of a manifest, as the detector's `input_spec` shows it, or as the transform makes it where it has none.
 
     An image that cannot be read, or on which the detector raises an exception, has a row with the error. Raises `ValueError`
     where the detector fails on every image that could be read: then the error is the detector's."""
     own, errors, unread = _own_rows(manifest, batch_size), dict[int, str](), 0
-    outputs, part = torch.full((len(own), 1 + len(FAMILIES)), torch.nan), manifest.iloc[own.start:own.stop]
+    outputs, part = torch.zeros(len(own), 1 + len(FAMILIES)), manifest.iloc[own.start:own.stop]
+    shown = torch.zeros(len(own), 1) # crops of each image
     for batch in _batches(detector, part, root, transform, batch_size, seed, stage, num_workers, first_row + own.start):
         for rows, images in batch.stacks:
             _score(detector, rows, images, outputs, errors)
+            shown.index_add_(0, torch.tensor(rows), torch.ones(len(rows), 1))
         errors.update(batch.errors)
         unread += len(batch.errors)
+    outputs[list(errors)] = torch.nan
+    outputs /= shown # 0/0, not a number, where nothing was scored
     labels = part.drop(columns=[c for c in PREDICTION_COLUMNS if c in manifest]).reset_index(drop=True)
     parts = gather_objects((labels.join(prediction_frame(detector, outputs, errors)), len(errors) - unread))
     frame, failed = pd.concat([p for p, _ in parts if len(p)], ignore_index=True), sum(n for _, n in parts)
@@ -204,15 +213,16 @@ def embed(
     "Features of every image. Raises `ImageError` for a file that cannot be read, ValueError if the detector has no `embed`."
     if not hasattr(detector, "embed"): raise ValueError(f"{detector.name} has no `embed`")
     own = _own_rows(manifest, batch_size)
-    features: list[Any] = [None]*len(own)
+    features: list[list[np.ndarray]] = [[] for _ in own] # of the crops of each image
     part = manifest.iloc[own.start:own.stop]
     for batch in _batches(detector, part, root, transform, batch_size, seed, stage, num_workers, own.start):
         for row, error in batch.errors:
             raise ImageError(f"manifest row {own.start + row}: {error}; remove it from the manifest")
         for rows, images in batch.stacks:
             for row, feature in zip(rows, detector.embed(images).detach().cpu().float().numpy(), strict=True):
-                features[row] = feature
-    return np.stack(list(itertools.chain(*gather_objects(features))))
+                features[row].append(feature)
+    means = [crops[0] if len(crops) == 1 else np.mean(crops, 0) for crops in features]
+    return np.stack(list(itertools.chain(*gather_objects(means))))
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #4a77fad2
 _TEXT = (*MANIFEST_COLUMNS, "detector", "predicted_family", "error", "group", "perturbed_path", "perturbation")
