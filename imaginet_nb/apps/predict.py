@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'TOO_SMALL', 'FLAT', 'SMALL_SHARE', 'TOO_SMALL_NOTE', 'FLAT_NOTE', 'SCORE_COLUMNS', 'DEMO_ONLY',
-           'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'find_files', 'Prepared', 'shrink', 'prepare', 'looked_at',
-           'flat_share', 'cautions', 'looked_text', 'verdict_thresholds', 'error_promise', 'verdict', 'Settings',
-           'environment', 'trained_on_stand_ins', 'trained_on_imaginet', 'verdict_words', 'Reader', 'Scorer',
-           'score_pictures', 'read_picture', 'default_readers', 'read_pictures', 'score_prepared', 'score_files',
-           'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of', 'refuse_other',
-           'without_results', 'score_to_file']
+           'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'is_list', 'read_list', 'find_files', 'Prepared', 'shrink',
+           'prepare', 'looked_at', 'flat_share', 'cautions', 'looked_text', 'verdict_thresholds', 'error_promise',
+           'verdict', 'Settings', 'environment', 'trained_on_stand_ins', 'trained_on_imaginet', 'verdict_words',
+           'Reader', 'Scorer', 'score_pictures', 'read_picture', 'default_readers', 'read_pictures', 'score_prepared',
+           'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of',
+           'refuse_other', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import contextlib
@@ -34,15 +34,42 @@ from PIL import features
 from pydantic import ConfigDict, ValidationError, create_model
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.labels import FAMILIES
+from ..data.labels import FAMILIES, AnnotationError
+from ..data.manifest import RowSource, read_table
 from ..evaluation.calibration import calibrated_probability, calibration_of, rate_interval
-from ..core import atomic_path, file_sha256, fingerprint, link_target, path_text, progress, write_csv
+from ..core import atomic_path, file_sha256, fingerprint, link_target, path_text, progress, text_path, write_csv
 from ..detectors.predictions import detector_outputs, error_text
 from ..detectors.protocol import Box, InputSpec, default_spec, fit_picture, spec_boxes, spec_words
 from ..data.images import Decoded, ImageError, read_image, walk
 from ..data.provenance import read_provenance
 from ..evaluation.open_set import NearestKnown, open_set_of
 from ..data.augmentation import center_crop, compress, pad_to
+
+# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1d1
+def is_list(
+    word: str | Path,
+) -> bool:
+    "Whether a path is a table that lists pictures: an existing file that ends in .csv or .parquet."
+    return str(word).endswith((".csv", ".parquet")) and os.path.isfile(word)
+
+def read_list(
+    table: str | Path, # .csv or .parquet with a column `path`, written as by `path_text`
+    root: str | Path | None = None, # folder that its paths are relative to; None = that of the table
+) -> pd.DataFrame: # all columns; `path` as in the rows of `predict`, so that labels can be joined to them
+    "A list of pictures. Raises `AnnotationError` with file and line."
+    if str(table).endswith(".csv"): frame, listing = read_table(table)
+    else:
+        try: frame, listing = pd.read_parquet(table), RowSource(str(table))
+        except (OSError, ValueError) as error: raise AnnotationError(f"{table}: not a Parquet table ({error}); write it anew") from None
+    if "path" not in frame: raise AnnotationError(f"{table}: no column path, only {', '.join(map(str, frame.columns))}; name one, or "
+                                                  "use --engine ray if the pictures are inside")
+    named = [isinstance(text, str) and text != "" for text in frame["path"]]
+    listing.refuse(~np.array(named, bool), frame["path"], "no path:", "name the picture or delete the line")
+    folder, paths = Path(table).parent if root is None else Path(root), list[str]()
+    for row, text in enumerate(frame["path"]):
+        try: paths.append(path_text(folder/text_path(text)))
+        except ValueError: raise listing.error(row, f"backslash in path {text!r}", "write it twice, or as path_text does") from None
+    return frame.assign(path=paths)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f46ffe74
 def _matches(pattern: str) -> list[str]:
@@ -71,12 +98,13 @@ def _short(lines: Iterable[str]) -> Iterator[str]:
         yield line.removeprefix("\ufeff") if number == 1 else line # a byte-order mark
 
 def find_files(
-    words: Iterable[str | Path], # files, folders, patterns, or - for the list
-    listed: Iterable[str] = (), # lines of the list that - names; empty ones are skipped
+    words: Iterable[str | Path], # files, folders, patterns, tables with a column `path`, or - for the lines
+    listed: Iterable[str] = (), # lines that - names; empty ones are skipped
+    root: str | Path | None = None, # as for `read_list`
 ) -> list[Path]: # each once
-    "Files to score. Raises `ValueError` for a line of more than 65,536 characters."
+    "Files to score. Raises `ValueError` for a line of more than 65,536 characters, and as `read_list`."
     def expand(word: str) -> Iterable[Path]:
-        if word != "-": return _reached(word)
+        if word != "-": return map(text_path, read_list(word, root)["path"]) if is_list(word) else _reached(word)
         return itertools.chain.from_iterable(map(_reached, filter(str.strip, map(_line_name, _short(listed)))))
     return list(dict.fromkeys(itertools.chain.from_iterable(expand(str(word)) for word in words)))
 
