@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'TOO_SMALL', 'FLAT', 'SMALL_SHARE', 'TOO_SMALL_NOTE', 'FLAT_NOTE', 'SCORE_COLUMNS', 'DEMO_ONLY',
            'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'is_list', 'read_list', 'find_files', 'Prepared', 'shrink',
-           'prepare', 'looked_at', 'flat_share', 'cautions', 'looked_text', 'verdict_thresholds', 'error_promise',
-           'verdict', 'Settings', 'environment', 'trained_on_stand_ins', 'trained_on_imaginet', 'verdict_words',
+           'prepare', 'looked_at', 'flat_share', 'cautions', 'looked_text', 'verdict_thresholds', 'verdict',
+           'error_promise', 'Settings', 'environment', 'trained_on_stand_ins', 'trained_on_imaginet', 'verdict_words',
            'Reader', 'Scorer', 'score_pictures', 'read_picture', 'default_readers', 'read_pictures', 'score_prepared',
            'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of',
            'refuse_other', 'without_results', 'score_to_file']
@@ -192,7 +192,7 @@ def flat_share(
     same = (rows[:, 1:] == rows[:, :-1]).all(2)
     return float(same.mean()) if same.size else 0.0
 
-# %% ../../nbs/08_apps/00_predict.ipynb #5e77a1d1
+# %% ../../nbs/08_apps/00_predict.ipynb #9a6e0d01
 TOO_SMALL = 16 # pixels; a picture with a shorter side is less than two blocks of JPEG wide, and nothing can be said of it
 FLAT = 0.5 # share of flat pixels from which a picture is perhaps no photograph or painting
 SMALL_SHARE = 0.25 # of the area; a row says if less was looked at
@@ -232,6 +232,19 @@ def verdict_thresholds(
     if low > high: low = high = float(np.median([low, 0.5, high]))
     return low, high
 
+def verdict(
+    probabilities: dict[str, float], # view -> probability; the picture as it is comes first
+    low: float, # real up to here
+    high: float, # synthetic above
+) -> tuple[str, str | None]: # real, synthetic or unsure; why it is unsure
+    "The verdict on an image: that of the original, unless another view contradicts it."
+    verdicts = {view: "synthetic" if p > high else "real" if p <= low else "unsure" for view, p in probabilities.items()}
+    (first, own), *others = verdicts.items()
+    if own == "unsure": return own, f"probability between {low:.3g} and {high:.3g}"
+    against = [VIEWS[view][0] for view, word in others if word not in (own, "unsure")]
+    return ("unsure", f"{VIEWS[first][0]} {own}, but not {' nor '.join(against)}") if against else (own, None)
+
+# %% ../../nbs/08_apps/00_predict.ipynb #9a6e0d02
 def error_promise(
     detector: Any, # with or without a stored calibration
     error_rate: float, # as for `verdict_thresholds`
@@ -248,18 +261,6 @@ def error_promise(
     if not calibration.real_only: parts[1] = called(calibration.n - calibration.n_real, "synthetic", "real")
     return (f"On pictures like those of the calibration, {', and '.join(parts)}. The range holds for 95 % of the calibration sets of this "
             "size. On other pictures the rate can be far higher.")
-
-def verdict(
-    probabilities: dict[str, float], # view -> probability; the picture as it is comes first
-    low: float, # real up to here
-    high: float, # synthetic above
-) -> tuple[str, str | None]: # real, synthetic or unsure; why it is unsure
-    "The verdict on an image: that of the original, unless another view contradicts it."
-    verdicts = {view: "synthetic" if p > high else "real" if p <= low else "unsure" for view, p in probabilities.items()}
-    (first, own), *others = verdicts.items()
-    if own == "unsure": return own, f"probability between {low:.3g} and {high:.3g}"
-    against = [VIEWS[view][0] for view, word in others if word not in (own, "unsure")]
-    return ("unsure", f"{VIEWS[first][0]} {own}, but not {' nor '.join(against)}") if against else (own, None)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #1e57840b
 SCORE_COLUMNS = {"path": str, "logit": float, "probability": float, "verdict": str, "family": str, "error": str, # then what is behind them
