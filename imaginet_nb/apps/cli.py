@@ -461,16 +461,13 @@ def predict(
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
-    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that is misclassified, on average: with 160 "
-                                                   "calibration images of each kind 0.05 is 2.2 to 8.8 %. What lies between is unsure. "
-                                                   "0.05, 0.01 or 0.001, as far as the detector was calibrated.")] = 0.05,
+    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
+                                                   "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
-    calibration: Annotated[Path | None, typer.Option(help="Written by `imaginet calibrate` for this detector; it replaces the "
-                                                          "detector's own.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Of `imaginet calibrate`, for this detector.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
-    max_megapixels: Annotated[float | None, typer.Option(min=0.001, help="Largest picture that is read, width times height in millions; if "
-                                                                         "not given, 250, or IMAGINET_MAX_PIXELS.")] = None,
+    max_megapixels: Annotated[float | None, typer.Option(help="Largest picture that is read; else 250, or IMAGINET_MAX_PIXELS.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",
     root: Annotated[str | None, typer.Option(help="Folder that the paths of a table are relative to, if not that of the table.")] = None,
@@ -489,7 +486,7 @@ def predict(
     from imaginet_nb.apps.calibrate import read_calibration
     stored = read_calibration(calibration) if calibration else None
     settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
-    build = partial(_scorers, checkpoint, detector, trust, settings, stored, round(1e6*max_megapixels) if max_megapixels else None)
+    build = partial(_scorers, checkpoint, detector, trust, settings, stored, max_megapixels)
     if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
     else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
 
@@ -500,7 +497,7 @@ def _scorers(
     trust: bool,
     settings: Any, # `predict.Settings`
     stored: Any, # `calibrate.StoredCalibration`; None = the detector's own calibration, if it has one
-    max_pixels: int | None, # width times height of the largest picture that is read
+    max_megapixels: float | None, # of the largest picture that is read
     device: str, # cpu, cuda, ...
 ) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, notes for the page
     "The scorer that the options of `predict` describe."
@@ -513,7 +510,7 @@ def _scorers(
     if calibration_of(loaded) is None:
         _warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5.")
     batch = None if device == "cpu" or loaded.input_size is None else BATCH
-    scorer = Scorer(loaded, settings, identity, device, batch, max_pixels)
+    scorer = Scorer(loaded, settings, identity, device, batch, None if max_megapixels is None else round(1e6*max_megapixels))
     return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), [stored.note] if stored else []
 
 def _predict_here(

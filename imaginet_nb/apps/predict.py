@@ -359,7 +359,6 @@ class Scorer:
 
     @cached_property
     def limits(self) -> tuple[float, float]: return verdict_thresholds(self.detector, self.settings.error_rate)
-
     @cached_property
     def nearest(self) -> NearestKnown | None:
         "Features of known images, if the detector has any and a threshold for the rate of false alarms."
@@ -375,7 +374,6 @@ class Scorer:
                  "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
                  "code": (here["code"], list(SCORE_COLUMNS))}
         return {part: fingerprint(value)[:8] for part, value in parts.items()}
-
     @cached_property
     def fingerprint(self) -> str: # such as `detector 0a1b2c3d calibration ...`
         "Equal in two rows only if both were made in the same way; a column of the table."
@@ -750,7 +748,7 @@ def without_results(
         return "\0" not in str(file) and bool(re.fullmatch(names, file.name)) and os.path.realpath(file.parent) in folders
     return [file for file in files if not is_result(file)]
 
-# %% ../../nbs/08_apps/00_predict.ipynb #b21e696d
+# %% ../../nbs/08_apps/00_predict.ipynb #9a6e0d03
 def _in_order(part: Path, order: Iterable[str]) -> Iterator[dict[str, Any]]:
     "Rows of a part in the order of the files; only the offsets of the lines are in memory."
     places: dict[str, int] = {}
@@ -763,6 +761,7 @@ def _in_order(part: Path, order: Iterable[str]) -> Iterator[dict[str, Any]]:
             file.seek(places[text])
             yield json.loads(file.readline())
 
+# %% ../../nbs/08_apps/00_predict.ipynb #b21e696d
 def score_to_file(
     paths: Sequence[Path], # each once
     scorer: Scorer,

@@ -150,6 +150,7 @@ def has_number(
     "Whether something follows from the probability of a row, so that it stands on its card and pictures are sorted by it."
     return row["probability"] is not None and row["verdict"] != DEMO_ONLY and row.get("reason") not in _NO_VERDICT
 
+# %% ../../nbs/08_apps/01_predict_page.ipynb #9a6e0d04
 def card_tags(
     row: Mapping[str, Any], # columns of `SCORE_COLUMNS`
     images: Mapping[str, Any], # by `card_images`
@@ -167,6 +168,7 @@ def card_tags(
         tags.append(f"the file says ({checked}): {says}")
     return tags
 
+# %% ../../nbs/08_apps/01_predict_page.ipynb #9a6e0d05
 def card(
     scorer: Scorer,
     number: int, # in the page's address
