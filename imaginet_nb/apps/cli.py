@@ -484,9 +484,8 @@ def predict(
         raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
     from imaginet_nb.apps.predict import Settings
     from imaginet_nb.apps.calibrate import read_calibration
-    stored = read_calibration(calibration) if calibration else None
     settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
-    build = partial(_scorers, checkpoint, detector, trust, settings, stored, max_megapixels)
+    build = partial(_scorers, checkpoint, detector, trust, settings, calibration and read_calibration(calibration), max_megapixels)
     if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
     else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
 
