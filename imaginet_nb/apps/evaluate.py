@@ -123,7 +123,7 @@ def keeping(
 def _with_rules(
     table: pd.DataFrame,
     predictions: pd.DataFrame, # with a score
-    by: str, # grouping of the table
+    by: str | Grouping, # that of the table
     images: pd.DataFrame, # their properties
     options: dict[str, int], # resamples, seed
 ) -> tuple[pd.DataFrame, dict[str, Baseline]]:
@@ -474,7 +474,7 @@ def _compared_tables(
     frames: Mapping[str, pd.DataFrame], # detector -> predictions of the same images, all scored
     properties: pd.DataFrame, # of these images
     about: str, # detectors and data set
-    options: dict[str, int], # resamples, seed
+    options: dict[str, Any], # resamples, seed
 ) -> tuple[dict[str, tuple[pd.DataFrame, str]], dict[str, Baseline]]: # file stem -> table, caption; baselines by generator
     "Leaderboard, and tables by generator, by source and by content: detectors, differences to the first, baselines."
     first, every = next(iter(frames)), pd.concat(frames.values(), ignore_index=True)
