@@ -211,7 +211,7 @@ class Settings:
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c1
 _LIBRARIES = ("numpy", "scipy", "pillow", "pillow-heif", "opencv-python-headless", "opencv-python", "torch", "torchvision", "onnx",
-              "onnxruntime", "onnxruntime-gpu", "timm", "open_clip_torch")
+              "onnxruntime", "onnxruntime-gpu", "timm", "open_clip_torch", "transformers")
 _CODECS = ("libjpeg_turbo", "jpg", "jpg_2000", "webp", "avif", "libtiff", "zlib") # Pillow may be linked with others than its wheels bring
 
 @cache
@@ -290,14 +290,15 @@ class Scorer:
         return nearest if nearest and nearest.thresholds.get(f"{self.settings.false_alarms:g}") is not None else None
 
     @cached_property
-    def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits
-        "What a row depends on besides the image: a hash for each of five parts."
+    def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits, or a commit
+        "What a row depends on besides the image: a hash for each of five parts, and the commit of a detector from a repository."
         header, here = getattr(self.detector, "header", {}), environment(self.device)
         parts = {"detector": (self.identity, self.detector.name, spec_words(default_spec(self.detector))),
                  "calibration": (calibration_of(self.detector), header.get("open_set")),
                  "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
                  "code": (here["code"], list(SCORE_COLUMNS))}
-        return {part: fingerprint(value)[:8] for part, value in parts.items()}
+        revision = getattr(self.detector, "revision", "") # commit of a repository, in full
+        return {part: fingerprint(value)[:8] for part, value in parts.items()} | ({"revision": revision} if revision else {})
 
     @cached_property
     def fingerprint(self) -> str: # such as `detector 0a1b2c3d calibration ...`
