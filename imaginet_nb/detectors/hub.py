@@ -90,6 +90,7 @@ class HubProcessor:
         settings = " ".join(self.processor.to_json_string().split())
         return f"{type(self.processor).__name__} of transformers {self.version}: {settings}"
 
+# %% ../../nbs/04_detectors/06_hub.ipynb #6b00001c
 class HubDetector:
     "An image classifier of transformers as a detector."
     tracks = ("detection",)
@@ -214,6 +215,29 @@ def _identity(name: str, folder: Path, revision: str, about: Sequence[str]) -> s
     digest = fingerprint([(path.name, file_sha256(path)) for path in files])
     return ", ".join([f"hf:{name}" + (f"@{revision}" if revision else ""), f"files {digest[:16]}", *about])
 
+# %% ../../nbs/04_detectors/06_hub.ipynb #6b000017
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225] # of ImageNet
+
+def _timm_form(known: NamedDetector, folder: Path, device: str, identity: str, revision: str) -> FileDetector:
+    "A network of timm with one output, whose weights lie under the prefix `vit.`."
+    try: import timm
+    except ImportError: raise DetectorError(f"{known.address}: needs timm: pip install imaginet_nb[hub]") from None
+    path, place = folder/"model.safetensors", pick_device(device)
+    with torch.random.fork_rng(devices=[]): model = timm.create_model(known.timm, pretrained=False, num_classes=1).eval()
+    tensors = {name.removeprefix("vit."): tensor for name, tensor in load_file(path).items()}
+    fill(model, tensors, path, f"it should hold the weights of {known.timm} with one output")
+    model.to(place)
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.inference_mode(): return [model(images.to(place)).cpu().clone()]
+    settings = FileSettings(name=known.address.removeprefix("hf:"), input_size=known.side, range=[0, 1], mean=_MEAN, std=_STD,
+                            output="logit", fit="resize", short_side=known.short_side)
+    detector: Any = FileDetector(Network(run), settings, path)
+    detector.identity, detector.revision = identity, revision
+    check_detector(detector, known.address)
+    return detector
+
+# %% ../../nbs/04_detectors/06_hub.ipynb #6b00001d
 def load_hub_detector(
     spec: str, # hf:FOLDER, hf:OWNER/NAME or hf:OWNER/NAME@REVISION
     device: str = "cpu", # auto, cpu, cuda, ...
@@ -238,26 +262,4 @@ def load_hub_detector(
     detector = HubDetector(model.to(pick_device(device)), processor, name, _prepared_size(processor, spec), classes,
                            _identity(name, folder, revision, about), revision)
     check_detector(detector, spec)
-    return detector
-
-# %% ../../nbs/04_detectors/06_hub.ipynb #6b000017
-_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225] # of ImageNet
-
-def _timm_form(known: NamedDetector, folder: Path, device: str, identity: str, revision: str) -> FileDetector:
-    "A network of timm with one output, whose weights lie under the prefix `vit.`."
-    try: import timm
-    except ImportError: raise DetectorError(f"{known.address}: needs timm: pip install imaginet_nb[hub]") from None
-    path, place = folder/"model.safetensors", pick_device(device)
-    with torch.random.fork_rng(devices=[]): model = timm.create_model(known.timm, pretrained=False, num_classes=1).eval()
-    tensors = {name.removeprefix("vit."): tensor for name, tensor in load_file(path).items()}
-    fill(model, tensors, path, f"it should hold the weights of {known.timm} with one output")
-    model.to(place)
-
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.inference_mode(): return [model(images.to(place)).cpu().clone()]
-    settings = FileSettings(name=known.address.removeprefix("hf:"), input_size=known.side, range=[0, 1], mean=_MEAN, std=_STD,
-                            output="logit", fit="resize", short_side=known.short_side)
-    detector: Any = FileDetector(Network(run), settings, path)
-    detector.identity, detector.revision = identity, revision
-    check_detector(detector, known.address)
     return detector
