@@ -266,6 +266,12 @@ class Reader:
         views = tuple(VIEWS) if self.settings.views else ("original",)
         return prepare(picture, self.spec, self.settings.crops, views, self.thumbnail)
 
+# %% ../../nbs/08_apps/00_predict.ipynb #5e1a0401
+def _revision(detector: Any) -> dict[str, str]: # empty for a detector that is not from a repository
+    "The commit of a detector's repository, in full."
+    commit = getattr(detector, "revision", "")
+    return {"revision": commit} if commit else {}
+
 # %% ../../nbs/08_apps/00_predict.ipynb #d0e00005
 @dataclass(frozen=True)
 class Scorer:
@@ -297,8 +303,7 @@ class Scorer:
                  "calibration": (calibration_of(self.detector), header.get("open_set")),
                  "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
                  "code": (here["code"], list(SCORE_COLUMNS))}
-        revision = getattr(self.detector, "revision", "") # commit of a repository, in full
-        return {part: fingerprint(value)[:8] for part, value in parts.items()} | ({"revision": revision} if revision else {})
+        return {part: fingerprint(value)[:8] for part, value in parts.items()} | _revision(self.detector)
 
     @cached_property
     def fingerprint(self) -> str: # such as `detector 0a1b2c3d calibration ...`
