@@ -59,6 +59,21 @@ def command(
         return function
     return register
 
+# %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
+def _warn(sentence: str) -> str:
+    "Print a warning, and return it."
+    typer.secho(sentence, err=True, fg="yellow")
+    return sentence
+
+def _show(
+    dataset: Any, # with `understood`, `columns` and `remarks`
+) -> None:
+    "Print how a data set was read, what was left out and which labels are in doubt, before anything is computed."
+    doubts = [sentence for sentence in dataset.remarks if "contradict" in sentence]
+    for line in dataset.understood:
+        if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
+        else: typer.echo(line.replace("`", ""))
+
 # %% ../../nbs/08_apps/09_cli.ipynb #1a83428d
 @command(app, "reproduce")
 def reproduce(
@@ -384,21 +399,6 @@ def weights_list(
     for row in weights_table(out or weights_folder()).itertuples():
         state = "imported" if row.imported else "missing"
         typer.echo(f"{row.weights:20}{state:10}{row.detector}: {row.published}, {row.page} ({row.licence})")
-
-# %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
-def _warn(sentence: str) -> str:
-    "Print a warning, and return it."
-    typer.secho(sentence, err=True, fg="yellow")
-    return sentence
-
-def _show(
-    dataset: Any, # with `understood`, `columns` and `remarks`
-) -> None:
-    "Print how a data set was read, what was left out and which labels are in doubt, before anything is computed."
-    doubts = [sentence for sentence in dataset.remarks if "contradict" in sentence]
-    for line in dataset.understood:
-        if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
-        else: typer.echo(line.replace("`", ""))
 
 # %% ../../nbs/08_apps/09_cli.ipynb #0327212d
 def _trained_here() -> Path:
