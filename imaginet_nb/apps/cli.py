@@ -489,6 +489,43 @@ def predict(
     if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
     else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
 
+# %% ../../nbs/08_apps/09_cli.ipynb #231208b5
+def _is_missing(path: Path) -> bool:
+    "Whether a file is certainly missing; in a folder without permission it may exist."
+    try: os.stat(path)
+    except PermissionError: return False
+    except (OSError, ValueError): return True
+    return False
+
+def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
+    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
+    from imaginet_nb.apps.predict import check_writable, find_files, without_results
+    results = [out, *([] if html is None else [html])]
+    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
+    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
+    files = without_results(find_files(words, listed, root), results)
+    if all(map(_is_missing, files)):
+        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
+        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
+    for result in results: check_writable(result) # before hours of work
+    return files
+
+# %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
+def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
+    "Write the table and print the counts; when interrupted, print how to continue."
+    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
+    if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
+    try: counts = score_to_file(files, scorer, out, resume, **options)
+    except KeyboardInterrupt:
+        _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
+        raise typer.Exit(130) from None
+    words = verdict_words(scorer.detector, scorer.settings)
+    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
+    notes = [f"{counts['kept']} rows kept"] if resume else []
+    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
+    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
+    return scored
+
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
     checkpoint: Path | None,
@@ -576,43 +613,6 @@ def calibrate(
     sentences = fit(loaded, find_files(real), find_files(synthetic or []), out, identity, crops, place)
     for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
-
-# %% ../../nbs/08_apps/09_cli.ipynb #231208b5
-def _is_missing(path: Path) -> bool:
-    "Whether a file is certainly missing; in a folder without permission it may exist."
-    try: os.stat(path)
-    except PermissionError: return False
-    except (OSError, ValueError): return True
-    return False
-
-def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
-    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
-    from imaginet_nb.apps.predict import check_writable, find_files, without_results
-    results = [out, *([] if html is None else [html])]
-    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
-    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
-    files = without_results(find_files(words, listed, root), results)
-    if all(map(_is_missing, files)):
-        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
-        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
-    for result in results: check_writable(result) # before hours of work
-    return files
-
-# %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
-def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
-    "Write the table and print the counts; when interrupted, print how to continue."
-    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
-    if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
-    try: counts = score_to_file(files, scorer, out, resume, **options)
-    except KeyboardInterrupt:
-        _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
-        raise typer.Exit(130) from None
-    words = verdict_words(scorer.detector, scorer.settings)
-    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
-    notes = [f"{counts['kept']} rows kept"] if resume else []
-    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
-    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
-    return scored
 
 # %% ../../nbs/08_apps/09_cli.ipynb #52779b86
 @command(app, "evaluate", "out")
