@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pandas as pd
 import pytest
 from forks import imaginet, server
@@ -59,9 +60,8 @@ def edited(tmp_path: Path, old: str, new: str, name: str = "smoke") -> Path:
 
 @pytest.fixture(scope="module")
 def report() -> Path:
-    words = ["imaginet", "reproduce", "--profile", "smoke", "--force"]
-    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    "Everything, once. Its programs and kernels fork: real ones are those of the run that is killed and of tests/test_gpu_run.py."
+    forks.reproduce("smoke", force=True)
     return ROOT/"reports"/"smoke"
 
 
@@ -207,8 +207,7 @@ def test_a_notebook_that_runs_again_stores_the_same_bytes(report):
     result = imaginet("notebook", "p61_content_ablation", "--profile", "profiles/smoke.yaml", cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
     assert path.read_bytes() == before
-    result = imaginet("reproduce", "--profile", "smoke", cwd=ROOT) # what reads its results is older now
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    forks.reproduce("smoke") # what reads its results is older now
 
 
 def test_cards_are_of_this_run(report):
