@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 from forks import imaginet, server
 
-from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.apps.plan import estimate
 from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import fingerprint, load_profile, repo_root
@@ -265,9 +264,9 @@ def test_a_second_run_does_nothing(report):
                                           "p62_robustness", "p90_summary"}),
 ], ids=["umap", "grid", "speed", "stage 2"])
 def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, monkeypatch, capfd, old, new, expected):
-    "The command's function in this process, without its estimate of hours, which times steps of the networks for seconds."
+    "The command in this process, without its estimate of hours, which times steps of the networks for seconds."
     monkeypatch.setattr("imaginet_nb.apps.plan.plan_text", lambda profile: "")
-    reproduce(str(edited(tmp_path, old, new)), dry_run=True)
+    forks.reproduce(str(edited(tmp_path, old, new)), dry_run=True)
     assert listed("".join(capfd.readouterr())) == expected
 
 
