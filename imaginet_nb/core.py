@@ -440,6 +440,7 @@ class Profile(Section):
     exclusive: bool                            # a notebook that trains has the machine to itself
     deterministic: bool = False                # on a GPU, deterministic kernels, which are slower
     compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, in runs long enough to earn it back
+    batchnorm: Literal["synchronized", "local", "frozen"] = "synchronized" # of the backbone in training, see `set_batchnorm`
     data: DataConfig
     sandbox: SandboxConfig | None
     model: ModelConfig
@@ -605,9 +606,11 @@ def _relative(path: str | Path) -> str:
 # %% ../nbs/00_core.ipynb #8ed48076
 def versions() -> dict[str, str]:
     "Versions of Python and of the packages that can affect a result."
+    import imaginet_nb
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
+    found["imaginet_nb"] = imaginet_nb.__version__ # what an editable installation was called when it was made may be older
     return found
 
 CODE = ("imaginet_nb", "nbs/pipelines", "profiles", "Snakefile") # whatever a result is computed by

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'reproduce', 'notebook', 'sandbox', 'download',
            'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'cards', 'info', 'trace', 'convert',
-           'weights_import', 'weights_list', 'predict', 'evaluate', 'score', 'merge', 'main']
+           'weights_import', 'weights_list', 'predict', 'calibrate', 'evaluate', 'main']
 
 # %% ../../nbs/08_apps/09_cli.ipynb #1503cd57
 import contextlib
@@ -58,6 +58,21 @@ def command(
         group.command(name)(guarded)
         return function
     return register
+
+# %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
+def _warn(sentence: str) -> str:
+    "Print a warning, and return it."
+    typer.secho(sentence, err=True, fg="yellow")
+    return sentence
+
+def _show(
+    dataset: Any, # with `understood`, `columns` and `remarks`
+) -> None:
+    "Print how a data set was read, what was left out and which labels are in doubt, before anything is computed."
+    doubts = [sentence for sentence in dataset.remarks if "contradict" in sentence]
+    for line in dataset.understood:
+        if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
+        else: typer.echo(line.replace("`", ""))
 
 # %% ../../nbs/08_apps/09_cli.ipynb #1a83428d
 @command(app, "reproduce")
@@ -283,9 +298,9 @@ def external(
 # %% ../../nbs/08_apps/09_cli.ipynb #4fda56db
 @command(app, "audit", "out")
 def audit(
-    source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="Manifest (CSV), list or folder of lists of the authors, "
-                                                                              "or a folder with subfolders real and fake (label "
-                                                                              "words as for evaluate).")],
+    source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="As for evaluate: a list (CSV, TSV, Parquet), a list or "
+                                                                              "folder of lists of the authors, a folder of "
+                                                                              "pictures or of Parquet files.")],
     out: Annotated[Path, typer.Option(help="Folder for the page, the tables and the figures.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the images; if not given, looked for beside the lists.")] = None,
     max_distance: Annotated[int, typer.Option(help="Bits of 64 by which near duplicates may differ in their perceptual hash.")] = 4,
@@ -295,13 +310,16 @@ def audit(
 
     Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
+    Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
     """
     from imaginet_nb.audit.croissant import croissant_library, write_croissant
     from imaginet_nb.audit.report import audit as write_audit, audit_source
     if croissant: croissant_library() # before the work, not after it
-    findings = write_audit(source, out, root=root, max_distance=max_distance)
+    found = audit_source(source, root)
+    _show(found)
+    findings = write_audit(found, out, max_distance=max_distance)
     for sentence in findings: typer.echo(f"- {sentence.replace('`', '')}")
-    if croissant: typer.echo(f"Croissant: {write_croissant(audit_source(source, root), findings, out)}")
+    if croissant: typer.echo(f"Croissant: {write_croissant(found, findings, out)}")
     typer.echo(f"Page: {out/'index.html'}")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #a1cabd56
@@ -382,13 +400,6 @@ def weights_list(
         state = "imported" if row.imported else "missing"
         typer.echo(f"{row.weights:20}{state:10}{row.detector}: {row.published}, {row.page} ({row.licence})")
 
-# %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
-def _warn(sentence: str) -> str:
-    "Print a warning once, and return it."
-    from imaginet_nb.training.processes import rank_and_size
-    if rank_and_size()[0] == 0: typer.secho(sentence, err=True, fg="yellow")
-    return sentence
-
 # %% ../../nbs/08_apps/09_cli.ipynb #0327212d
 def _trained_here() -> Path:
     "The checkpoint that `make reproduce` writes."
@@ -439,34 +450,84 @@ def _detector(checkpoint: Path | None, detector: str | None, device: str, trust:
 # %% ../../nbs/08_apps/09_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, or - for paths on standard input.")],
+    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
+                                                   "or - for paths on standard input.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
-                                                      "or a linear probe (.safetensors).")] = None,
+                                                      "or a linear probe (.safetensors). The YAML's key fit says what it is "
+                                                      "shown: crop, crops, resize, squash or own.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
-    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that may be misclassified; what lies between "
-                                                   "is unsure. 0.05, 0.01 or 0.001, as far as the checkpoint was calibrated.")] = 0.05,
-    crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
+    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
+                                                   "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
+    crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
+    calibration: Annotated[Path | None, typer.Option(help="Of `imaginet calibrate`, for this detector.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
+    max_megapixels: Annotated[float | None, typer.Option(help="Largest picture that is read; else 250, or IMAGINET_MAX_PIXELS.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",
+    root: Annotated[str | None, typer.Option(help="Folder that the paths of a table are relative to, if not that of the table.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster, such as auto; if not given, this machine.")] = None,
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
     no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
+    Labels of a table are joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
+    if root and not any(path.endswith((".csv", ".parquet")) for path in paths):
+        raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
     from imaginet_nb.apps.predict import Settings
-    build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo))
-    if engine == "local": _predict_here(paths, out, html, resume, device, build)
-    else: _predict_with_ray(paths, out, html, resume, device, build, address)
+    from imaginet_nb.apps.calibrate import read_calibration
+    settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
+    build = partial(_scorers, checkpoint, detector, trust, settings, calibration and read_calibration(calibration), max_megapixels)
+    if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
+    else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
+
+# %% ../../nbs/08_apps/09_cli.ipynb #231208b5
+def _is_missing(path: Path) -> bool:
+    "Whether a file is certainly missing; in a folder without permission it may exist."
+    try: os.stat(path)
+    except PermissionError: return False
+    except (OSError, ValueError): return True
+    return False
+
+def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
+    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
+    from imaginet_nb.apps.predict import check_writable, find_files, without_results
+    results = [out, *([] if html is None else [html])]
+    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
+    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
+    files = without_results(find_files(words, listed, root), results)
+    if all(map(_is_missing, files)):
+        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
+        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
+    for result in results: check_writable(result) # before hours of work
+    return files
+
+# %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
+def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
+    "Write the table and print the counts; when interrupted, print how to continue."
+    from imaginet_nb.apps.predict import (DEMO_ONLY, FLAT_NOTE, STAND_IN_NOTE, TOO_SMALL_NOTE, error_promise, part_of, score_to_file,
+                                          trained_on_stand_ins, verdict_words)
+    if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
+    try: counts = score_to_file(files, scorer, out, resume, **options)
+    except KeyboardInterrupt:
+        _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
+        raise typer.Exit(130) from None
+    words = verdict_words(scorer.detector, scorer.settings)
+    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
+    notes = [f"{counts['kept']} rows kept"] if resume else []
+    notes += [f"{counts[note]} {note}" for note in (TOO_SMALL_NOTE, FLAT_NOTE) if note in counts]
+    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
+    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
+    if DEMO_ONLY not in words: typer.echo(error_promise(scorer.detector, scorer.settings.error_rate))
+    return scored
 
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
@@ -474,24 +535,31 @@ def _scorers(
     detector: str | None,
     trust: bool,
     settings: Any, # `predict.Settings`
+    stored: Any, # `calibrate.StoredCalibration`; None = the detector's own calibration, if it has one
+    max_megapixels: float | None, # of the largest picture that is read
     device: str, # cpu, cuda, ...
-) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, warnings
+) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, notes for the page
     "The scorer that the options of `predict` describe."
+    from imaginet_nb.apps.calibrate import calibrated_detector
     from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.models.fast import fast
-    loaded, identity, notes = _detector(checkpoint, detector, device, trust)
+    loaded, identity, _ = _detector(checkpoint, detector, device, trust)
+    if stored: loaded = calibrated_detector(stored, loaded, identity, settings.crops)
     if calibration_of(loaded) is None:
-        notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
-    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
+        _warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5.")
+    batch = None if device == "cpu" or loaded.input_size is None else BATCH
+    scorer = Scorer(loaded, settings, identity, device, batch, None if max_megapixels is None else round(1e6*max_megapixels))
+    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), [stored.note] if stored else []
 
-def _predict_here(paths: list[str], table: str, html: Path | None, resume: bool, device: str, build: Callable) -> None:
+def _predict_here(
+    paths: list[str], root: str | None, table: str, html: Path | None, resume: bool, device: str, build: Callable,
+) -> None:
     "`predict` on this machine."
     from imaginet_nb.apps.predict import check_out, read_scores
     from imaginet_nb.core import pick_device
     out = check_out(table)
-    files = _existing_files(paths, out, html)
+    files = _existing_files(paths, root, out, html)
     scorer, quick, notes = build(str(pick_device(device)))
     if html is None: scored = _score(files, quick, out, resume)
     else:
@@ -508,7 +576,7 @@ def _quick(build: Callable, device: str) -> Any:
     return build(device)[1]
 
 def _predict_with_ray(
-    paths: list[str], out: str, html: Path | None, resume: bool, device: str, build: Callable, address: str | None,
+    paths: list[str], root: str | None, out: str, html: Path | None, resume: bool, device: str, build: Callable, address: str | None,
 ) -> None:
     "`predict` on a Ray cluster, or on this machine by Ray."
     from imaginet_nb.apps.predict import FORMATS_OUT
@@ -516,57 +584,48 @@ def _predict_with_ray(
     if len(paths) != 1 or paths == ["-"]: raise ValueError("--engine ray takes one source: a folder, pattern, list, tar or address")
     if html is not None: raise ValueError("--html shows the pictures of one machine; leave it out with --engine ray")
     if Path(out).suffix in FORMATS_OUT: raise ValueError(f"--out {out}: --engine ray writes a folder of Parquet files; name a folder")
-    counts = score_with_ray(paths[0], partial(_quick, build), out, resume, address, device)
+    counts = score_with_ray(paths[0], partial(_quick, build), out, resume, address, device, root)
     failed, words = counts.pop("error", 0), ", ".join(f"{number} {word}" for word, number in sorted(counts.items()))
     scored = sum(counts.values())
     typer.echo(f"{out}: {scored} scored in this run" + (f" ({words})" if words else "") + f"; {failed} with an error")
     if failed and not scored: raise ValueError(f"none of {failed} pictures could be scored; see the column error in {out}")
 
-# %% ../../nbs/08_apps/09_cli.ipynb #231208b5
-def _is_missing(path: Path) -> bool:
-    "Whether a file is certainly missing; in a folder without permission it may exist."
-    try: os.stat(path)
-    except PermissionError: return False
-    except (OSError, ValueError): return True
-    return False
+# %% ../../nbs/08_apps/09_cli.ipynb #ca1bc002
+@command(app, "calibrate", "out")
+def calibrate(
+    real: Annotated[list[str], typer.Option(help="Folder, pattern or file of real pictures; repeat it. 19 allow 5 % false positives, "
+                                                 "99 1 %, 999 0.1 %.")],
+    synthetic: Annotated[list[str] | None, typer.Option(help="The same for synthetic pictures; they allow probabilities, too.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
+    out: Annotated[Path, typer.Option(help="File to write, for predict --calibration.")] = Path("calibration.json"),
+    crops: Annotated[int, typer.Option(min=1, max=5, help="Crops of a large picture, as for predict.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Fit a detector's thresholds on your own pictures, so that no more real ones than you allow are flagged.
 
-def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path]:
-    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
-    from imaginet_nb.apps.predict import check_writable, find_files, without_results
-    results = [out, *([] if html is None else [html])]
-    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
-    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
-    files = without_results(find_files(words, listed), results)
-    if all(map(_is_missing, files)):
-        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
-        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
-    for result in results: check_writable(result) # before hours of work
-    return files
-
-# %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
-def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
-    "Write the table and print the counts; when interrupted, print how to continue."
-    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
-    if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
-    try: counts = score_to_file(files, scorer, out, resume, **options)
-    except KeyboardInterrupt:
-        _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
-        raise typer.Exit(130) from None
-    words = verdict_words(scorer.detector, scorer.settings)
-    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
-    notes = [f"{counts['kept']} rows kept"] if resume else []
-    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
-    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
-    return scored
+    Prints what the thresholds promise, and how many real pictures were flagged before.
+    """
+    from imaginet_nb.apps.calibrate import calibrate as fit
+    from imaginet_nb.apps.predict import check_writable, find_files
+    from imaginet_nb.core import pick_device
+    check_writable(out)
+    place = str(pick_device(device))
+    loaded, identity, _ = _detector(checkpoint, detector, place, trust)
+    sentences = fit(loaded, find_files(real), find_files(synthetic or []), out, identity, crops, place)
+    for sentence in sentences: typer.echo(f"- {sentence}")
+    typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #52779b86
 @command(app, "evaluate", "out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
-    manifest: Annotated[Path | None, typer.Option(help="CSV with the columns path and label (real/synthetic or 0/1); generator, "
+    manifest: Annotated[Path | None, typer.Option(help="CSV, TSV or Parquet with the columns path (or pictures inside) and "
+                                                       "label (real/synthetic or 0/1); generator, model, source, "
                                                        "content_type and split are used where they are.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the CSV; or, without a "
-                                                   "CSV, a folder with real/ and synthetic/<generator>/.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
+                                                   "list, a folder of pictures or of Parquet files.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
@@ -577,74 +636,22 @@ def evaluate(
 ) -> None:
     """Measure a detector on labelled images: by generator and content, with intervals, beside metadata-only baselines.
 
-    Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
+    Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
+    out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
     Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
     """
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
-    from imaginet_nb.apps.evaluate import evaluate as measure, read_custom_dataset
+    from imaginet_nb.apps.evaluate import evaluate as measure
+    from imaginet_nb.data.folders import read_custom_dataset
     pictures = read_custom_dataset(source, root if manifest else None)
+    _show(pictures)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
-
-# %% ../../nbs/08_apps/09_cli.ipynb #5260c69f
-@command(app, "score")
-def score(
-    manifest: Annotated[Path, typer.Argument(help="CSV with a column path; other columns, such as labels, are passed on.")],
-    root: Annotated[Path, typer.Option(help="Folder that the paths are relative to.")],
-    out: Annotated[Path, typer.Option(help="CSV to write; slices get names of their own beside it.")] = Path("preds.csv"),
-    slice_: Annotated[str, typer.Option("--slice", help="NUMBER/OF, such as 3/16: score this slice of the manifest alone.")] = "1/1",
-    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
-    size: Annotated[int | None, typer.Option(help="Score the middle of each image, this wide in pixels; if not given, the whole.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
-) -> None:
-    """Score the images of a manifest; corrupt files get a row with their error.
-
-    Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
-    what the predictions were made from.
-    """
-    from imaginet_nb.core import pick_device
-    from imaginet_nb.detectors.slices import score_manifest, slice_path
-    from imaginet_nb.training.processes import joined, rank_and_size
-    from imaginet_nb.apps.predict import environment
-    from imaginet_nb.data.augmentation import CenterCrop
-    number, slices = _slice(slice_)
-    with joined(pick_device(device)) as place, contextlib.ExitStack() as locks:
-        if rank_and_size()[0] == 0: locks.enter_context(only_run(slice_path(out, number, slices))) # for all that share the work
-        scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
-        rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
-                              identified_by=identity, **environment(str(place)))
-        failed = int(rows["error"].notna().sum())
-        if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
-        if failed == len(rows):
-            raise ValueError(f"none of {failed} pictures could be scored; the first, {rows['path'].iloc[0]}: {rows['error'].iloc[0]}")
-
-def _slice(text: str) -> tuple[int, int]:
-    "3/16 as numbers."
-    number, _, slices = text.partition("/")
-    if not (number.isdecimal() and slices.isdecimal()): raise ValueError(f"--slice {text}: write NUMBER/OF, such as 3/16")
-    return int(number), int(slices)
-
-# %% ../../nbs/08_apps/09_cli.ipynb #0d76f035
-@command(app, "merge", "out")
-def merge(
-    out: Annotated[Path, typer.Argument(help="CSV to write, as given to score; its slices lie beside it.")],
-) -> None:
-    """Put the slices that score wrote together, in order.
-
-    The result is byte for byte that of one run. A missing slice is an error; so is one of another detector, or with other files,
-    settings or versions, and the message names the difference.
-    """
-    from imaginet_nb.detectors.slices import merge_slices
-    typer.echo(f"{out}: {merge_slices(out)} rows")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #03c653ab
 def main() -> None:
