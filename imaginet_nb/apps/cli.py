@@ -695,7 +695,9 @@ def evaluate(
     place, several = str(pick_device(device)), len(checkpoint or []) + len(detector or []) > 1
     if several and robustness: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
     asked: list[tuple[Path | None, str | None]] = [*((path, None) for path in checkpoint or []), *((None, name) for name in detector or [])]
-    chosen = [_detector(path, name, place, trust, synthetic_label if name else None) for path, name in asked or [(None, None)]]
+    hub = any(name and name.startswith("hf:") for _, name in asked) # then --synthetic-label is for these alone
+    def labels(name: str | None) -> list[str] | None: return None if hub and not (name and name.startswith("hf:")) else synthetic_label
+    chosen = [_detector(path, name, place, trust, labels(name)) for path, name in asked or [(None, None)]]
     if several: found = compare([Contender(*one) for one in chosen], pictures, out, split=split, num_workers=workers)
     else:
         loaded, identity, notes = chosen[0]
