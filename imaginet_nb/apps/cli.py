@@ -655,13 +655,26 @@ def calibrate(
     for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 
+# %% ../../nbs/08_apps/09_cli.ipynb #e7a00021
+def _detectors(
+    checkpoints: list[Path],
+    names: list[str], # as for --detector
+    device: str, # cpu, cuda, ...
+    trust: bool,
+    labels: list[str] | None, # if there are detectors from the hub, for these alone
+) -> list[tuple[Any, str, list[str]]]: # each as of `_detector`, the checkpoints first; without any, that of `make reproduce`
+    "The detectors that the options name."
+    asked: list[tuple[Path | None, str | None]] = [*((path, None) for path in checkpoints), *((None, name) for name in names)]
+    from_hub = any(name.startswith("hf:") for name in names)
+    def mine(name: str | None) -> list[str] | None: return None if from_hub and not (name or "").startswith("hf:") else labels
+    return [_detector(path, name, device, trust, mine(name)) for path, name in asked or [(None, None)]]
+
 # %% ../../nbs/08_apps/09_cli.ipynb #52779b86
 @command(app, "evaluate", "out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
-    manifest: Annotated[Path | None, typer.Option(help="CSV, TSV or Parquet with the columns path (or pictures inside) and "
-                                                       "label (real/synthetic or 0/1); generator, model, source, "
-                                                       "content_type and split are used where they are.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="CSV, TSV or Parquet: path (or pictures inside) and label; generator, "
+                                                       "model, source, content_type, split if there.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
                                                    "list, a folder of pictures or of Parquet files.")] = None,
     checkpoint: Annotated[list[Path] | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`. Repeat "
@@ -677,9 +690,7 @@ def evaluate(
 ) -> None:
     """Measure a detector on labelled images: by generator and content, with intervals, beside metadata-only baselines.
 
-    Several detectors: a leaderboard, paired differences, tables by generator and source. Scores are kept in OUT/kept, so that one
-    that is added later is scored alone.
-
+    Several detectors: a leaderboard, paired differences. Scores are kept in OUT/kept, so that one that is added is scored alone.
     Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
     out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
@@ -692,16 +703,11 @@ def evaluate(
     from imaginet_nb.data.folders import read_custom_dataset
     pictures = read_custom_dataset(source, root if manifest else None)
     _show(pictures)
-    place, several = str(pick_device(device)), len(checkpoint or []) + len(detector or []) > 1
+    several = len(checkpoint or []) + len(detector or []) > 1
     if several and robustness: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
-    asked: list[tuple[Path | None, str | None]] = [*((path, None) for path in checkpoint or []), *((None, name) for name in detector or [])]
-    hub = any(name and name.startswith("hf:") for _, name in asked) # then --synthetic-label is for these alone
-    def labels(name: str | None) -> list[str] | None: return None if hub and not (name and name.startswith("hf:")) else synthetic_label
-    chosen = [_detector(path, name, place, trust, labels(name)) for path, name in asked or [(None, None)]]
+    chosen = _detectors(checkpoint or [], detector or [], str(pick_device(device)), trust, synthetic_label)
     if several: found = compare([Contender(*one) for one in chosen], pictures, out, split=split, num_workers=workers)
-    else:
-        loaded, identity, notes = chosen[0]
-        found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
+    else: found = measure(chosen[0][0], pictures, out, *chosen[0][1:], split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
 

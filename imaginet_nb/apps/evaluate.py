@@ -220,7 +220,7 @@ def _balance(
     low, high = rows["n_real"].min(), rows["n_real"].max()
     return f"each against {low:,} real images" if low == high else f"each against {low:,} to {high:,} real images"
 
-# %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30022
+# %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00020
 class Scored(NamedTuple):
     "Predictions of a detector, with probabilities."
     predictions: pd.DataFrame
@@ -241,6 +241,7 @@ def _scored(
     _refuse_one_kind(raw)
     return Scored(*_thresholds(detector, dataset, raw, dict(transform=transform, **reading), score))
 
+# %% ../../nbs/08_apps/02_evaluate.ipynb #b0d30022
 def judge(
     detector: Detector,
     dataset: CustomDataset,
