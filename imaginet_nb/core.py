@@ -440,6 +440,7 @@ class Profile(Section):
     exclusive: bool                            # a notebook that trains has the machine to itself
     deterministic: bool = False                # on a GPU, deterministic kernels, which are slower
     compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, in runs long enough to earn it back
+    batchnorm: Literal["synchronized", "local", "frozen"] = "synchronized" # of the backbone in training, see `set_batchnorm`
     data: DataConfig
     sandbox: SandboxConfig | None
     model: ModelConfig

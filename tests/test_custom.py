@@ -14,6 +14,8 @@ from forks import python
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from imaginet_nb.apps.evaluate import judge, read_custom_dataset
+from imaginet_nb.apps.predict import Scorer, Settings, score_files
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.custom import DetectorError, load_custom_detector, read_settings, weights_sha256
@@ -367,3 +369,52 @@ def test_weights_count_in_whatever_a_detector_keeps_them(tmp_path, monkeypatch):
         Path("w.json").write_text(f'{{"factor": {value}}}')
         for name in ("Array", "Deep", "Text"): found.setdefault(name, []).append(weights_sha256(load_custom_detector(f"keeper:{name}")))
     assert all(first == second != third for first, second, third in found.values())
+
+
+# what a detector is shown of a picture
+
+def square_score(tmp_path: Path, **keys) -> tuple[float, float]:
+    "Logits, through `predict` and `evaluate`, of a white picture with a black square: a network that gives 8*mean - 4 of its input."
+    mean = helper.make_node("ReduceMean", ["x"], ["m"], axes=[1, 2, 3], keepdims=0)
+    scale = [numpy_helper.from_array(np.float32(value), name) for name, value in (("eight", 8.0), ("four", 4.0))]
+    nodes = [mean, helper.make_node("Mul", ["m", "eight"], ["s"]), helper.make_node("Sub", ["s", "four"], ["y"])]
+    side = keys["input_size"]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("B", 3, side, keys.get("width", side)))]
+    graph = helper.make_graph(nodes, "mean", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], scale)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path/"mean.onnx")
+    write_yaml(tmp_path/"mean.onnx", **dict(mean=[0, 0, 0], std=[1, 1, 1]) | keys)
+    picture = np.full((1000, 1000, 3), 255, np.uint8)
+    picture[300:700, 300:700] = 0
+    for name in ("real/a.png", "synthetic/gan/b.png"): save(picture, tmp_path/"pictures"/name)
+    detector = load_custom_detector(str(tmp_path/"mean.onnx"))
+    scorer = Scorer(detector, Settings(views=False))
+    row, = score_files([tmp_path/"pictures"/"real"/"a.png"], scorer)
+    pictures = read_custom_dataset(tmp_path/"pictures")
+    if detector.settings.fit == "resize": found = judge(detector, pictures, resamples=10, num_workers=0).predictions
+    else: found = predict(detector, pictures.manifest, pictures.root, num_workers=0) # without the tables, to save time
+    return row["logit"], float(found["logit"].iloc[0])
+
+
+# 16 % of the picture are black, so the mean is 0.84; a crop of 224 pixels lies in the square, those at the corners outside it
+@pytest.mark.parametrize("keys, mean", [
+    (dict(input_size=224), 0.0), (dict(input_size=224, fit="crops"), 0.8), (dict(input_size=224, fit="resize"), 0.84),
+    (dict(input_size=224, fit="resize", short_side=448), 0.36), (dict(input_size=200, width=300, fit="squash"), 0.84),
+    (dict(input_size=None, fit="own"), 0.84)], ids=lambda value: value.get("fit", "crop") if isinstance(value, dict) else "")
+def test_predict_and_evaluate_show_what_the_yaml_says(tmp_path, keys, mean):
+    assert square_score(tmp_path, **keys) == pytest.approx([8*mean - 4]*2, abs=0.05)
+
+
+def test_no_grid_of_squares_for_a_detector_that_is_shown_the_whole_picture(net, tmp_path):
+    write_yaml(write_onnx(tmp_path/"net.onnx", net), fit="squash")
+    for name in ("real/a.png", "synthetic/gan/b.png"): save(np.zeros((20, 30, 3), np.uint8), tmp_path/"pictures"/name)
+    with pytest.raises(ValueError, match="shown the whole picture"):
+        detector, pictures = load_custom_detector(str(tmp_path/"net.onnx")), read_custom_dataset(tmp_path/"pictures")
+        judge(detector, pictures, robustness=2, resamples=10, num_workers=0)
+
+
+def test_what_is_shown_belongs_to_the_fingerprint(net, tmp_path):
+    "The same network with another `fit`: other rows."
+    def fingerprint(**keys):
+        write_yaml(write_onnx(tmp_path/"net.onnx", net), **keys)
+        return Scorer(load_custom_detector(str(tmp_path/"net.onnx"))).made_with["detector"]
+    assert len({fingerprint(**keys) for keys in ({}, {"fit": "resize"}, {"fit": "squash"}, {"fit": "squash", "antialias": False})}) == 4

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from imaginet_nb.core import Profile, load_profile, repo_root, seed_everything
 from imaginet_nb.data.corruptions import Perturb
@@ -43,10 +45,13 @@ def make_images(root: Path, n: int = 47) -> pd.DataFrame:
 
 
 def small_profile(epochs: int = 1, learning_rate: float = 1.0, **pretrain) -> Profile:
-    "With plain gradient descent at rate 1, one step moves each weight by its gradient."
+    """With plain gradient descent at rate 1, one step moves each weight by its gradient.
+
+    BatchNorm is frozen: torch synchronises it on GPUs only."""
     smoke, sgd = load_profile("smoke"), dict(epochs=epochs, batch_size=16, optimizer="sgd", learning_rate=learning_rate,
                                              weight_decay=0.0, precision="float32")
     return smoke.model_copy(update=dict(
+        batchnorm="frozen",
         data=smoke.data.model_copy(update=dict(crop_size=24, image_size=28)),
         pretrain=smoke.pretrain.model_copy(update=sgd | dict(warmup_epochs=0, temperature=0.5, chunk_size=None) | pretrain),
         calibrate=smoke.calibrate.model_copy(update=sgd)))
@@ -100,22 +105,27 @@ def both(root: Path, manifest: pd.DataFrame, folder: Path) -> dict:
 
 def dies_in_third_epoch(root: Path, manifest: pd.DataFrame, states: Path) -> None:
     "The second process ends without a word in its fifth step, the first of the third epoch."
-    average, steps = loop.average_gradients, []
+    steps = []
 
-    def count(model):
+    def count(*_):
         steps.append(1)
         if len(steps) == 5 and rank_and_size()[0] == 1: os._exit(9)
-        average(model)
-    loop.average_gradients = count
+    register_optimizer_step_pre_hook(count)
     whole_run(root, manifest, states/"left_by_two.pt")
 
 
 def process(rank: int, port: int, folder: Path, images: tuple[Path, pd.DataFrame]) -> None:
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-    with joined(CPU):
-        torch.save(both(*images, folder), folder/f"{rank}.result")
-        dies_in_third_epoch(*images, folder/"states")
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        with joined(CPU):
+            torch.save(both(*images, folder), folder/f"{rank}.result")
+            dies_in_third_epoch(*images, folder/"states")
+    except RuntimeError as error:
+        (folder/f"{rank}.error").write_text(str(error))
+        sys.exit(1)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +144,9 @@ def alone(images) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(images, tmp_path_factory) -> Path:
-    "What two processes, started anew and joined over gloo, leave behind: their results, and, as one of them dies at last, a state."
+    """What two processes, joined over gloo, leave behind: their results, and, as one of them dies at last, a state.
+
+    They are forked, which saves their imports, and nobody ends the one that survives but itself."""
     folder = tmp_path_factory.mktemp("together")
 
     class Killed(Exception): pass
@@ -149,7 +161,11 @@ def folder(images, tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)): mp.spawn(process, (port, folder, images), nprocs=2)
+    processes = mp.start_processes(process, (port, folder, images), nprocs=2, join=False, start_method="fork").processes
+    for started in processes: started.join(120)
+    try: assert [started.exitcode for started in processes] == [1, 9]
+    finally:
+        for started in processes: started.kill()
     return folder
 
 
@@ -160,8 +176,8 @@ def together(folder) -> list[dict]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_loss_and_gradients_of_two_processes_are_those_of_one(alone, together, stage):
-    """BatchNorm in training mode, in float32. Catches a contrast within each process alone, losses averaged over unequal numbers
-    of synthetic images, BatchNorm or its running statistics of one process, dropout that differs, gradients summed or not shared."""
+    """BatchNorm frozen, in float32. Catches a contrast within each process alone, losses averaged over unequal numbers
+    of synthetic images, the heads' BatchNorm of one process, dropout that differs, gradients summed or not shared."""
     before = (selfcon() if "selfcon" in stage else classifier().backbone if stage == "baseline" else classifier()).state_dict()
     (loss,), after = alone[stage]
     largest = max((after[name] - before[name]).abs().max() for name in before if after[name].is_floating_point())
@@ -192,6 +208,12 @@ def test_one_process_goes_on_where_two_died(alone, images, folder):
     losses, weights = whole_run(*images, left)
     assert losses == pytest.approx(alone["run"][0], rel=1e-9)
     for name in weights: assert torch.allclose(weights[name], alone["run"][1][name], rtol=1e-8, atol=1e-9), name
+
+
+def test_the_survivor_says_why_it_ends(folder):
+    error = (folder/"0.error").read_text()
+    assert "another of the processes that train together has ended" in error and "start all of them again" in error
+    assert not (folder/"1.error").exists()
 
 
 def test_predictions_of_two_processes_are_those_of_one(alone, together):

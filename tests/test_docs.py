@@ -67,9 +67,9 @@ PARSED_ONLY = {
     "papermill nbs/pipelines": "needs the predictions of a whole run; tests/test_pipeline.py runs one by hand",
     "accelerate launch": "eight GPUs; tests/test_distributed.py launches two processes",
     "srun bash -c": "a cluster",
+    "srun ray symmetric-run": "a cluster",
     "snakemake --profile cluster/slurm": "a cluster; tests/test_distributed.py runs it dry and on this machine",
     "imaginet predict 's3://": "a cluster; tests/test_ray.py runs it with two actors",
-    "imaginet score crawl.csv": "a cluster's variables; tests/test_distributed.py scores slices",
     "pip ": "tests/test_wheel.py builds the wheel and installs it",
     "imaginet audit pictures/": "its notebook, which nbdev_test runs, calls the same function on such a folder",
     "imaginet evaluate --root pictures/": "see audit; tests/test_evaluate.py runs the command",
@@ -115,7 +115,7 @@ def parse(line: str) -> None:
         options = dict(zip(rest[::2], rest[1::2], strict=True))
         assert module == "imaginet_nb.training.stages" and options.keys() == {"--profile", "--stage"} and options["--stage"] in STAGES
         load_profile(options["--profile"])
-    elif program == "srun": parse(words[2])
+    elif program == "srun": parse(shlex.join(words[words.index("--") + 1:]) if words[0] == "ray" else words[2])
     elif program.startswith(".venv/bin/"):
         assert shutil.which(Path(program).name, path=PATH), program
         assert all((ROOT/word).is_file() for word in words if word.endswith((".py", ".ipynb")))

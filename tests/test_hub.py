@@ -8,12 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.predict import Scorer, Settings, read_scores, score_files
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import CheckpointError, fetch_checkpoint, load_detector, read_header, save_checkpoint
 from imaginet_nb.models.resnet import create_backbone
@@ -131,16 +130,13 @@ def test_a_checkpoint_is_sent_once_agreed_and_is_the_same_when_it_comes_back(hub
     (commit, files), = model.commits.items()
     assert model.private and files["model.safetensors"] == checkpoint.read_bytes()
     assert files["README.md"].decode().splitlines()[-1] == f"t {read_header(checkpoint)['sha256']}"
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    save(picture, tmp_path/"a.png")
-    (tmp_path/"list.csv").write_text("path\na.png\n")
-    scored = run("score", tmp_path/"list.csv", "--root", tmp_path, "--out", tmp_path/"scores.csv", "--device", "cpu", "--workers", 0,
-                 "--checkpoint", "hf:someone/detector")
+    save(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), tmp_path/"a.png")
+    scored = run("predict", tmp_path/"a.png", "--out", tmp_path/"a.csv", "--device", "cpu", "--no-views", "--checkpoint", "hf:someone/detector")
     assert scored.exit_code == 0, scored.output
-    expected = load_detector(checkpoint).score(torch.from_numpy(picture).permute(2, 0, 1)[None]).item()
-    assert pd.read_csv(tmp_path/"scores.csv")["logit"].item() == pytest.approx(expected, abs=1e-6)
-    facts = [path.read_text() for path in tmp_path.glob("scores*.json")]
-    assert f"someone/detector@{commit}, sha256 {read_header(checkpoint)['sha256']}" in facts[0]
+    identity = f"someone/detector@{commit}, sha256 {read_header(checkpoint)['sha256']}"
+    local = Scorer(load_detector(checkpoint), Settings(views=False), identity)
+    found, expected = next(read_scores(tmp_path/"a.csv")), next(score_files([tmp_path/"a.png"], local))
+    assert found["settings"] == local.fingerprint and found["logit"] == pytest.approx(expected["logit"], abs=1e-5)
 
 
 def test_revisions_are_commits_and_the_cache_serves_without_a_network(hub, checkpoint, monkeypatch):

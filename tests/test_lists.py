@@ -1,7 +1,6 @@
-"""`imaginet score`, `merge`, `evaluate` and `audit` on bad lists, odd folders and detectors that fail: one message, no lost row."""
+"""`imaginet predict`, `evaluate` and `audit` on bad lists, odd folders and detectors that fail: one message, no lost row."""
 import csv
 import importlib
-import json
 import os
 import sys
 import tempfile
@@ -14,11 +13,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.core import only_run, text_path
+from imaginet_nb.apps.predict import read_list
+from imaginet_nb.core import only_run, text_path, write_csv
 from imaginet_nb.data.folders import read_labelled_folder
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import AnnotationError
-from imaginet_nb.data.manifest import image_file, read_manifest_csv, table_rows
+from imaginet_nb.data.manifest import image_file, read_manifest_csv, read_table, table_rows
 from imaginet_nb.data.splits import read_annotations
 from imaginet_nb.detectors.predictions import predict
 
@@ -77,18 +77,23 @@ def run(*words, code: int | None = None) -> Result:
     return result
 
 
-def score(*words, detector: str = "Meter", code: int | None = 0) -> Result:
-    return run("score", "list.csv", "--root", "set", "--detector", f"lists_detectors:{detector}", "--workers", 0, *words, code=code)
+def score(detector: str = "Meter") -> pd.DataFrame:
+    "Predictions for the list, as `evaluate` and the pipeline make them."
+    meter = getattr(importlib.import_module("lists_detectors"), detector)()
+    return predict(meter, read_table("list.csv")[0], "set", num_workers=0)
+
+
+def judge(*words, detector: str = "Meter", code: int | None = 0) -> Result:
+    return run("predict", "list.csv", "--root", "set", "--detector", f"lists_detectors:{detector}", "--no-views", *words, code=code)
 
 
 # --- detectors that fail ------------------------------------------------------------------------------------------------------------
 
 def test_a_detector_that_fails_on_one_picture_costs_one_row(here):
     "Its batch is asked again one by one: the other rows have the very scores they would have had."
-    score("--out", "whole.csv")
+    whole = score().set_index("path")
     save(np.full((40, 48, 3), 255, np.uint8), here/"set/real/4.png")
-    score("--out", "preds.csv", detector="Picky")
-    rows, whole = pd.read_csv("preds.csv").set_index("path"), pd.read_csv("whole.csv").set_index("path")
+    rows = score("Picky").set_index("path")
     assert rows["error"].dropna().to_dict() == {"real/4.png": "Brightness meter: KeyError: 'too bright'"}
     kept = rows.index != "real/4.png"
     assert rows.loc[kept, "logit"].tolist() == pytest.approx(whole.loc[kept, "logit"].tolist(), rel=1e-6)
@@ -97,65 +102,39 @@ def test_a_detector_that_fails_on_one_picture_costs_one_row(here):
 def test_whatever_a_detector_raises_or_gives_is_a_row_with_the_error(here):
     "It ends the program, says what no file can hold, or cannot say anything; gives whole numbers, which would round scores of a batch."
     for k, value in enumerate((255, 254, 253)): save(np.full((40, 48, 3), value, np.uint8), here/f"set/real/{2*k}.png")
-    score("--out", "preds.csv", detector="Odd")
-    errors = pd.read_csv("preds.csv").set_index("path")["error"].dropna()
+    errors = score("Odd").set_index("path")["error"].dropna()
     assert list(errors) == [f"Brightness meter: {said}" for said in ("SystemExit: 3", r"ValueError: half \ud800\n", "Mute: Mute")]
     run("predict", "set", "--detector", "lists_detectors:Odd", "--no-views", "--out", "all.csv", code=0)
     assert pd.read_csv("all.csv").set_index("path")["error"].dropna().to_dict() == {
         "set/real/0.png": "Brightness meter: 3", "set/real/2.png": r"Brightness meter: half \ud800\n",
         "set/real/4.png": "Brightness meter: Mute"}
-    score("--out", "whole.csv", detector="Whole")
-    rows = pd.read_csv("whole.csv")
+    rows = score("Whole")
     assert rows["error"].str.contains("score gave torch.int64, floats are needed").sum() == 3
     assert (rows["logit"].dropna() % 1 != 0).all()
 
 
 def test_a_detector_that_fails_on_every_picture_is_one_message(here):
-    result = score("--out", "preds.csv", detector="Never", code=1)
-    assert "none of 12 pictures could be scored" in result.output and result.output.count("no memory") == 1
+    assert "none of 12 files could be scored; see the column error of preds.csv" in judge(detector="Never", code=1).output
+    assert pd.read_csv("preds.csv")["error"].str.contains("no memory").sum() == 12
     result = run("evaluate", "--root", "set", "--detector", "lists_detectors:Never", "--out", "out", "--workers", 0, code=1)
     assert "failed on all 12 images" in result.output and "RuntimeError: no memory" in result.output
     assert not (here/"out").exists()
 
 
-def test_slices_of_two_detectors_or_of_a_changed_one_are_not_merged(here):
-    score("--out", "cut.csv", "--slice", "1/2", "--batch-size", 4)
-    score("--out", "cut.csv", "--slice", "2/2", "--batch-size", 4, "--size", 32)
-    assert "(transform differ)" in run("merge", "cut.csv", code=1).output
-    score("--out", "cut.csv", "--slice", "2/2", "--batch-size", 4, detector="Picky")
-    assert "(identified_by differ)" in run("merge", "cut.csv", code=1).output
+def test_rows_of_two_detectors_or_of_a_changed_one_are_not_mixed(here):
+    judge()
+    before = (here/"preds.csv").read_bytes()
+    assert "(detector changed)" in judge("--resume", detector="Picky", code=1).output
     (here/"lists_detectors.py").write_text(DETECTORS + "# another version\n")
-    score("--out", "cut.csv", "--slice", "2/2", "--batch-size", 4)
-    assert "(identified_by differ)" in run("merge", "cut.csv", code=1).output
+    assert "(detector changed)" in judge("--resume", code=1).output
+    assert (here/"preds.csv").read_bytes() == before
     (here/"lists_detectors.py").write_text(DETECTORS)
-    score("--out", "cut.csv", "--slice", "2/2", "--batch-size", 4)
-    record = json.loads((here/"cut.2-of-2.json").read_text())
-    (here/"cut.2-of-2.json").write_text(json.dumps(record | {"versions": record["versions"] | {"torch": "0.1"}}))
-    assert "(versions.torch differ)" in run("merge", "cut.csv", code=1).output
-    (here/"cut.2-of-2.json").write_text("[1]")
-    assert "cut.2-of-2.json: not the record of a slice" in run("merge", "cut.csv", code=1).output
-    assert not (here/"cut.csv").exists()
+    assert "; 12 rows kept" in judge("--resume").output
 
 
-def test_a_second_score_or_merge_of_one_table_is_refused_before_it_begins(here):
-    with only_run("preds.csv"):
-        assert "another run is at work" in score("--out", "preds.csv", detector="NoSuch", code=1).output
-        assert "another run is at work" in run("merge", "preds.csv", code=1).output
-        score("--out", "preds.csv", "--slice", "1/2", "--batch-size", 4) # slices are made side by side
-    assert sorted(path.name for path in here.glob("*preds*")) == ["preds.1-of-2.csv", "preds.1-of-2.json"]
-
-
-def test_a_slice_that_is_not_the_one_its_record_describes_is_not_merged(here):
-    "Cut off on its way from another machine, or another run's: its rows would be missing, and counted all the same."
-    for k in (1, 2): score("--out", "cut.csv", "--slice", f"{k}/2", "--batch-size", 4)
-    whole = (here/"cut.2-of-2.csv").read_bytes()
-    for content in (b"", whole[:-40], whole.rstrip(b"\n"), (here/"cut.1-of-2.csv").read_bytes()):
-        (here/"cut.2-of-2.csv").write_bytes(content)
-        assert "cut.2-of-2.csv: not the file that cut.2-of-2.json describes" in run("merge", "cut.csv", code=1).output
-        assert not (here/"cut.csv").exists()
-    (here/"cut.2-of-2.csv").write_bytes(whole)
-    run("merge", "cut.csv", code=0)
-    assert len(pd.read_csv("cut.csv")) == 12
+def test_a_second_run_for_one_table_is_refused_before_it_begins(here):
+    with only_run("preds.csv"): assert "another run is at work" in judge(detector="NoSuch", code=1).output
+    assert not list(here.glob("*preds*"))
 
 
 # --- lists --------------------------------------------------------------------------------------------------------------------------
@@ -170,7 +149,7 @@ BAD = {b"path,path\na.png,b.png\n": "line 1: a column name occurs twice",
 def test_a_bad_list_is_one_message_with_file_and_line_in_every_command(content, message, here):
     (here/"list.csv").write_bytes(content)
     evaluated = run("evaluate", "--manifest", "list.csv", "--root", "set", "--detector", "lists_detectors:Meter", "--out", "out", code=1)
-    for result in (score("--out", "preds.csv", code=1), run("audit", "list.csv", "--out", "out", code=1), evaluated):
+    for result in (judge(code=1), run("audit", "list.csv", "--out", "out", code=1), evaluated):
         assert f"list.csv, {message}" in result.output and len(result.output) < 500, result.output
     assert not (here/"preds.csv").exists() and not (here/"out").exists()
 
@@ -276,19 +255,21 @@ def test_any_name_is_one_row_that_leads_back_to_its_file(here, command):
     assert len({text_path(p) for p in table["path"]}) == len(table)
 
 
-def test_cells_with_line_breaks_pass_through_score(here):
+def test_cells_with_line_breaks_are_joined_to_the_rows_of_predict(here):
     notes = ["a\rb", "c\nd", 'e"f', "g\u2028h", "i\x85j", "=k", "l", "m", "n", "o", "p", "q"]
     frame = pd.read_csv("list.csv").assign(note=notes)
     with open("list.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([frame.columns.tolist(), *frame.values.tolist()])
-    score("--out", "preds.csv")
-    assert pd.read_csv("preds.csv")["note"].tolist() == notes
-    with open("preds.csv", newline="", encoding="utf-8") as file: assert [row["note"] for row in csv.DictReader(file)] == notes
+    judge()
+    write_csv(pd.read_csv("preds.csv")[["path", "logit"]].merge(read_list("list.csv", "set"), on="path"), "joined.csv")
+    assert pd.read_csv("joined.csv")["note"].tolist() == notes
+    with open("joined.csv", newline="", encoding="utf-8") as file: assert [row["note"] for row in csv.DictReader(file)] == notes
 
 
 def test_a_name_too_long_for_the_system_is_a_row_with_its_error(here):
     with open("list.csv", "a") as file: file.write(f"real/{'x'*300}.png,real\n")
-    score("--out", "preds.csv")
+    assert "File name too long" in score()["error"].iloc[12]
+    judge()
     assert "File name too long" in pd.read_csv("preds.csv")["error"].iloc[12]
     frame = pd.read_csv("list.csv").rename(columns={"label": "origin"})
     frame.to_csv("list.csv", index=False)

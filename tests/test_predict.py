@@ -348,23 +348,6 @@ def test_resume_refuses_rows_that_were_made_in_another_way(tmp_path, monkeypatch
     assert (tmp_path/"preds.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["settings", "external data", "nothing"])
-def test_slices_of_two_detectors_are_not_merged(tmp_path, change):
-    write_graph(tmp_path, 1.0)
-    for i in range(4): Image.fromarray(noise(i, SIDE, SIDE)).save(tmp_path/f"{i}.png")
-    (tmp_path/"list.csv").write_text("path\n" + "".join(f"{i}.png\n" for i in range(4)))
-    words = ["score", tmp_path/"list.csv", "--root", tmp_path, "--detector", tmp_path/"net.onnx", "--out", tmp_path/"preds.csv",
-             "--batch-size", 2, "--workers", 0]
-    def score(*more): return CliRunner().invoke(app, [str(word) for word in (*words, *more)])
-    assert score("--slice", "1/2").exit_code == 0
-    if change == "settings": write_settings(tmp_path, 0.25)
-    if change == "external data": write_graph(tmp_path, -1.0)
-    assert score("--slice", "2/2").exit_code == 0
-    merged = CliRunner().invoke(app, ["merge", str(tmp_path/"preds.csv")])
-    if change == "nothing": assert merged.exit_code == 0, merged.output
-    else: assert merged.exit_code == 1 and "identified_by differ" in merged.output and not (tmp_path/"preds.csv").exists()
-
-
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_names_that_look_alike_or_break_lines_have_each_their_own_row(net, tmp_path, suffix):
     "One raw byte and its spelling in four characters; carriage returns and all else that some reader takes for the end of a line."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'weights_app', 'command', 'reproduce', 'notebook', 'sandbox', 'download',
            'unpack', 'verify', 'build', 'perturb', 'pack', 'external', 'audit', 'cards', 'info', 'trace', 'convert',
-           'push', 'weights_import', 'weights_list', 'predict', 'calibrate', 'evaluate', 'score', 'merge', 'main']
+           'push', 'weights_import', 'weights_list', 'predict', 'calibrate', 'evaluate', 'main']
 
 # %% ../../nbs/08_apps/09_cli.ipynb #1503cd57
 import contextlib
@@ -407,9 +407,8 @@ def weights_list(
 
 # %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
 def _warn(sentence: str) -> str:
-    "Print a warning once, and return it."
-    from imaginet_nb.training.processes import rank_and_size
-    if rank_and_size()[0] == 0: typer.secho(sentence, err=True, fg="yellow")
+    "Print a warning, and return it."
+    typer.secho(sentence, err=True, fg="yellow")
     return sentence
 
 # %% ../../nbs/08_apps/09_cli.ipynb #0327212d
@@ -463,11 +462,13 @@ def _detector(checkpoint: str | None, detector: str | None, device: str, trust: 
 # %% ../../nbs/08_apps/09_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, or - for paths on standard input.")],
+    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
+                                                   "or - for paths on standard input.")],
     checkpoint: Annotated[str | None, typer.Option(help="Detector (.safetensors), or hf:OWNER/NAME[@REVISION]; if not "
                                                         "given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
-                                                      "or a linear probe (.safetensors).")] = None,
+                                                      "or a linear probe (.safetensors). The YAML's key fit says what it is "
+                                                      "shown: crop, crops, resize, squash or own.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
@@ -475,27 +476,31 @@ def predict(
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that may be misclassified; what lies between "
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the detector was calibrated.")] = 0.05,
-    crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5.")] = 5,
+    crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
     calibration: Annotated[Path | None, typer.Option(help="Written by `imaginet calibrate` for this detector; it replaces the "
                                                           "detector's own.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",
+    root: Annotated[str | None, typer.Option(help="Folder that the paths of a table are relative to, if not that of the table.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster, such as auto; if not given, this machine.")] = None,
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
     no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
+    Labels of a table are joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
+    if root and not any(path.endswith((".csv", ".parquet")) for path in paths):
+        raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
     from imaginet_nb.apps.predict import Settings
     from imaginet_nb.apps.calibrate import read_calibration
     stored = read_calibration(calibration) if calibration else None
     build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo), stored)
-    if engine == "local": _predict_here(paths, out, html, resume, device, build)
-    else: _predict_with_ray(paths, out, html, resume, device, build, address)
+    if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
+    else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
 
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
@@ -520,12 +525,14 @@ def _scorers(
     scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
     return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
 
-def _predict_here(paths: list[str], table: str, html: Path | None, resume: bool, device: str, build: Callable) -> None:
+def _predict_here(
+    paths: list[str], root: str | None, table: str, html: Path | None, resume: bool, device: str, build: Callable,
+) -> None:
     "`predict` on this machine."
     from imaginet_nb.apps.predict import check_out, read_scores
     from imaginet_nb.core import pick_device
     out = check_out(table)
-    files = _existing_files(paths, out, html)
+    files = _existing_files(paths, root, out, html)
     scorer, quick, notes = build(str(pick_device(device)))
     if html is None: scored = _score(files, quick, out, resume)
     else:
@@ -542,7 +549,7 @@ def _quick(build: Callable, device: str) -> Any:
     return build(device)[1]
 
 def _predict_with_ray(
-    paths: list[str], out: str, html: Path | None, resume: bool, device: str, build: Callable, address: str | None,
+    paths: list[str], root: str | None, out: str, html: Path | None, resume: bool, device: str, build: Callable, address: str | None,
 ) -> None:
     "`predict` on a Ray cluster, or on this machine by Ray."
     from imaginet_nb.apps.predict import FORMATS_OUT
@@ -550,7 +557,7 @@ def _predict_with_ray(
     if len(paths) != 1 or paths == ["-"]: raise ValueError("--engine ray takes one source: a folder, pattern, list, tar or address")
     if html is not None: raise ValueError("--html shows the pictures of one machine; leave it out with --engine ray")
     if Path(out).suffix in FORMATS_OUT: raise ValueError(f"--out {out}: --engine ray writes a folder of Parquet files; name a folder")
-    counts = score_with_ray(paths[0], partial(_quick, build), out, resume, address, device)
+    counts = score_with_ray(paths[0], partial(_quick, build), out, resume, address, device, root)
     failed, words = counts.pop("error", 0), ", ".join(f"{number} {word}" for word, number in sorted(counts.items()))
     scored = sum(counts.values())
     typer.echo(f"{out}: {scored} scored in this run" + (f" ({words})" if words else "") + f"; {failed} with an error")
@@ -592,13 +599,13 @@ def _is_missing(path: Path) -> bool:
     except (OSError, ValueError): return True
     return False
 
-def _existing_files(words: list[str], out: Path, html: Path | None) -> list[Path]:
+def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
     "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
     from imaginet_nb.apps.predict import check_writable, find_files, without_results
     results = [out, *([] if html is None else [html])]
     if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
     listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
-    files = without_results(find_files(words, listed), results)
+    files = without_results(find_files(words, listed, root), results)
     if all(map(_is_missing, files)):
         fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
         raise FileNotFoundError(f"{', '.join(words)}: {fault}")
@@ -653,62 +660,6 @@ def evaluate(
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
-
-# %% ../../nbs/08_apps/09_cli.ipynb #5260c69f
-@command(app, "score")
-def score(
-    manifest: Annotated[Path, typer.Argument(help="CSV with a column path; other columns, such as labels, are passed on.")],
-    root: Annotated[Path, typer.Option(help="Folder that the paths are relative to.")],
-    out: Annotated[Path, typer.Option(help="CSV to write; slices get names of their own beside it.")] = Path("preds.csv"),
-    slice_: Annotated[str, typer.Option("--slice", help="NUMBER/OF, such as 3/16: score this slice of the manifest alone.")] = "1/1",
-    checkpoint: Annotated[str | None, typer.Option(help="Detector (.safetensors), or hf:OWNER/NAME[@REVISION]; if not "
-                                                        "given, the one of `make reproduce`.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
-    size: Annotated[int | None, typer.Option(help="Score the middle of each image, this wide in pixels; if not given, the whole.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
-) -> None:
-    """Score the images of a manifest; corrupt files get a row with their error.
-
-    Writes the columns of the manifest and detector, logit, probability, predicted_family, p_..., error. Beside it a JSON says
-    what the predictions were made from.
-    """
-    from imaginet_nb.core import pick_device
-    from imaginet_nb.detectors.slices import score_manifest, slice_path
-    from imaginet_nb.training.processes import joined, rank_and_size
-    from imaginet_nb.apps.predict import environment
-    from imaginet_nb.data.augmentation import CenterCrop
-    number, slices = _slice(slice_)
-    with joined(pick_device(device)) as place, contextlib.ExitStack() as locks:
-        if rank_and_size()[0] == 0: locks.enter_context(only_run(slice_path(out, number, slices))) # for all that share the work
-        scorer, identity, _ = _detector(checkpoint, detector, str(place), trust)
-        rows = score_manifest(scorer, manifest, root, out, number, slices, CenterCrop(size) if size else None, batch_size, workers,
-                              identified_by=identity, **environment(str(place)))
-        failed = int(rows["error"].notna().sum())
-        if rank_and_size()[0] == 0: typer.echo(f"{slice_path(out, number, slices)}: {len(rows) - failed} scored; {failed} with an error")
-        if failed == len(rows):
-            raise ValueError(f"none of {failed} pictures could be scored; the first, {rows['path'].iloc[0]}: {rows['error'].iloc[0]}")
-
-def _slice(text: str) -> tuple[int, int]:
-    "3/16 as numbers."
-    number, _, slices = text.partition("/")
-    if not (number.isdecimal() and slices.isdecimal()): raise ValueError(f"--slice {text}: write NUMBER/OF, such as 3/16")
-    return int(number), int(slices)
-
-# %% ../../nbs/08_apps/09_cli.ipynb #0d76f035
-@command(app, "merge", "out")
-def merge(
-    out: Annotated[Path, typer.Argument(help="CSV to write, as given to score; its slices lie beside it.")],
-) -> None:
-    """Put the slices that score wrote together, in order.
-
-    The result is byte for byte that of one run. A missing slice is an error; so is one of another detector, or with other files,
-    settings or versions, and the message names the difference.
-    """
-    from imaginet_nb.detectors.slices import merge_slices
-    typer.echo(f"{out}: {merge_slices(out)} rows")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #03c653ab
 def main() -> None:

@@ -19,7 +19,7 @@ from ..audit.files import read_properties
 from ..evaluation.calibration import Calibration, calibrated_probability, calibration_of
 from ..core import file_sha256, fingerprint, git_state, versions, write_text
 from ..detectors.predictions import predict, save_predictions
-from ..detectors.protocol import Detector
+from ..detectors.protocol import Detector, default_spec, input_spec
 from ..evaluation.calibration import calibrated
 from ..evaluation.detection import (
     MEAN, Baseline, baseline_rows, detection_table, detection_values, group_by_generator, metadata_name, metadata_values)
@@ -141,6 +141,8 @@ def _robustness(
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # loss; shifts
     "Accuracy and score shift under each corruption of the grid."
     if detector.input_size is None: raise ValueError(f"{detector.name} has no input size, and the grid needs one; leave out --robustness")
+    if default_spec(detector).crop_side is None:
+        raise ValueError(f"{detector.name} is shown the whole picture, and the grid corrupts central squares; leave out --robustness")
     rows, parts = predictions[predictions["error"].isna()], []
     chosen = pd.concat([kind.sample(min(len(kind), images//2), random_state=options["seed"]) for _, kind in rows.groupby("origin")])
     manifest = chosen[dataset.manifest.columns].reset_index(drop=True)
@@ -229,7 +231,8 @@ def judge(
     "Measure a detector on a data set."
     options: dict[str, Any] = dict(resamples=resamples, seed=seed)
     reading: dict[str, Any] = dict(num_workers=num_workers, batch_size=batch_size)
-    transform = CenterCrop(detector.input_size) if detector.input_size else None
+    middle = detector.input_size if input_spec(detector) is None else None # a stated specification needs no other crop before it
+    transform = CenterCrop(middle) if middle else None
     raw = predict(detector, _judged(dataset.manifest, split), dataset.root, transform, **reading)
     _refuse_one_kind(raw)
     predictions, fits, words = _thresholds(detector, dataset, raw, dict(transform=transform, **reading))

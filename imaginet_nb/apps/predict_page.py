@@ -31,6 +31,7 @@ from ..core import atomic_path, link_target, path_text, progress, text_path, ver
 from ..data.images import decode
 from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import VIEWS, Prepared, Scorer, prepare, trained_on_stand_ins, verdict_words
+from ..detectors.protocol import default_spec
 from ..reporting.pages import templates
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #075f9bc5
@@ -134,7 +135,7 @@ def card_images(
     prepared: Prepared | None = None, # of the picture, with a thumbnail; None = the file is read
 ) -> dict[str, Any]: # picture, squares, and map and its mean, or a problem
     "Picture, squares and map of a row; no map if there can be none."
-    if prepared is None: prepared = prepare(decode(text_path(row["path"])), scorer.detector.input_size, scorer.settings.crops,
+    if prepared is None: prepared = prepare(decode(text_path(row["path"])), default_spec(scorer.detector), scorer.settings.crops,
                                             ("original",), SIDE)
     if prepared.thumbnail is None: raise ValueError(f"{row['path']}: prepared without a thumbnail")
     found: dict[str, Any] = {"picture": _data_url(prepared.thumbnail)}

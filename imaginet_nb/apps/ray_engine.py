@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fsspec.core import url_to_fs
 from torch.utils.data import Dataset
 
-from .predict import (Prepared, Reader, Scorer, find_files, read_picture, read_pictures, refuse_other, score_prepared,
-                                      write_scores)
-from ..core import fingerprint, path_text, progress
+from .predict import (Prepared, Reader, Scorer, find_files, is_list, read_list, read_picture, read_pictures, refuse_other,
+                                      score_prepared, write_scores)
+from ..core import fingerprint, path_text, progress, text_path
+from ..data.labels import AnnotationError
+from ..data.manifest import read_table
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10006
 ROWS = 1000 # pictures in a unit, at most, where the source is a list or a Parquet file
@@ -38,19 +39,35 @@ def _name(address: str) -> str:
     "An address as text for the column `path`."
     return address if _is_remote(address) else path_text(address)
 
-def _beside(table: str, path: str) -> str:
-    "A path in a table: an address, an absolute path, or relative to the folder of the table."
-    folder, slash, _ = table.rpartition("/")
-    return path if _is_remote(path) or path.startswith("/") else folder + slash + path
+def _beside(folder: str, path: str) -> str:
+    "A path in a list: an address, an absolute path, or relative to a folder, which may be an address and ends in a slash."
+    if _is_remote(path): return path
+    if _is_remote(folder): return path if path.startswith("/") else folder + path
+    return str(Path(folder)/text_path(path))
 
-def _addresses(source: str) -> list[str]:
-    "Addresses of the files that a source stands for."
-    if source.endswith(".csv"):
-        with fsspec.open(source, "rb") as file: listed = pd.read_csv(file, dtype=str)
-        if "path" not in listed: raise ValueError(f"{source}: no column path; found {', '.join(listed.columns)}")
-        return [_beside(source, path) for path in listed["path"]]
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d5
+def _local_copy(address: str, folder: str) -> str:
+    "Path of a file, of its copy in the folder if it lies elsewhere."
+    if not _is_remote(address): return address
+    files, path = url_to_fs(address)
+    files.get_file(path, copy := f"{folder}/{path.rpartition('/')[2]}")
+    return copy
+
+def _listed(table: str, folder: str) -> list[str]:
+    "Addresses that a CSV lists."
+    if not _is_remote(folder): return [path if _is_remote(path) else str(text_path(path)) for path in read_list(table, folder)["path"]]
+    with tempfile.TemporaryDirectory() as place:
+        copy = _local_copy(table, place)
+        try: frame, _ = read_table(copy)
+        except AnnotationError as error: raise AnnotationError(str(error).replace(copy, table)) from None
+    if "path" not in frame: raise AnnotationError(f"{table}: no column path, only {', '.join(frame.columns)}; name one")
+    return [_beside(folder, path) for path in frame["path"]]
+
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d4
+def _found(source: str) -> list[str]:
+    "Addresses of the files that a folder, a pattern or an address stands for."
     if not _is_remote(source):
-        paths = find_files([source])
+        paths = [Path(source)] if is_list(source) else find_files([source])
         if not any(map(os.path.lexists, paths)): raise FileNotFoundError(f"{source}: no such file or folder; check the spelling")
         return list(map(str, paths))
     files, root = url_to_fs(source)
@@ -59,34 +76,34 @@ def _addresses(source: str) -> list[str]:
     return list(map(files.unstrip_protocol, found))
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10018
-def _pieces(address: str) -> Iterator[dict[str, Any]]:
+def _pieces(address: str, folder: str) -> Iterator[dict[str, Any]]:
     "Units of a Parquet file: its row groups, in pieces."
     with fsspec.open(address, "rb") as file: found = pq.ParquetFile(file).metadata
     for group in range(found.num_row_groups):
-        for start in range(0, found.row_group(group).num_rows, ROWS): yield {"parquet": address, "group": group, "start": start}
+        for start in range(0, found.row_group(group).num_rows, ROWS):
+            yield {"parquet": address, "folder": folder, "group": group, "start": start}
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d6
 def units_of(
     source: str, # folder, pattern, .csv, .parquet or .tar; local, or an address that fsspec knows
     done: Collection[str] = (), # paths that have a row already, as text
+    root: str | None = None, # folder or address that the paths of a table are relative to; None = that of the table
 ) -> Iterator[dict[str, Any]]: # units, as plain JSON
-    "Divide a source into units. Raises `ValueError` for a CSV without a column `path`, `FileNotFoundError` for a source without files."
+    "Divide a source into units. Raises `AnnotationError` for a bad CSV, `FileNotFoundError` for a source without files."
+    def folder(table: str) -> str: return table[:table.rfind("/") + 1] if root is None else f"{root.rstrip('/')}/"
     left = []
-    for address in _addresses(source):
+    for address in _listed(source, folder(source)) if source.endswith(".csv") else _found(source):
         if address.endswith(".tar"): yield {"tar": address}
-        elif address.endswith(".parquet"): yield from _pieces(address)
+        elif address.endswith(".parquet"): yield from _pieces(address, folder(address))
         elif _name(address) not in done: left.append(address)
     for start in range(0, len(left), ROWS): yield {"paths": left[start:start + ROWS]}
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10008
 Source = Path | str | tuple[str, int, int] | bytes | Exception # file, address, tar with offset and size, content, why there is none
 
-def _tar_items(address: str, folder: Path) -> Iterator[tuple[str, Source]]:
+def _tar_items(address: str, folder: str) -> Iterator[tuple[str, Source]]:
     "Members of a tar that may be pictures; a remote tar is copied into the folder first."
-    local = address
-    if _is_remote(address):
-        files, path = url_to_fs(address)
-        local = str(folder/"unit.tar")
-        files.get_file(path, local)
+    local = _local_copy(address, folder)
     try:
         with tarfile.open(local) as archive:
             for member in archive:
@@ -106,7 +123,7 @@ def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
         raise ValueError(f"{address}: no column path, and none with pictures; found {', '.join(kinds)}")
     for number, row in enumerate(table.to_pylist(), start):
         content = row[binary] if binary else (row[struct] or {}).get("bytes") if struct else None
-        if not (binary or struct): yield from _path_items([_beside(address, row["path"])])
+        if not (binary or struct): yield from _path_items([_beside(unit["folder"], row["path"])])
         else: yield f"{_name(address)}/{unit['group']}/{number}", content or b""
 
 def _path_items(paths: list[str]) -> Iterator[tuple[str, Source]]:
@@ -142,7 +159,7 @@ def score_unit(
 ) -> list[dict[str, Any]]: # rows with `SCORE_COLUMNS`, in order
     "Score the pictures of a unit."
     with tempfile.TemporaryDirectory() as folder:
-        if "tar" in unit: items = list(_tar_items(unit["tar"], Path(folder)))
+        if "tar" in unit: items = list(_tar_items(unit["tar"], folder))
         else: items = list(_parquet_items(unit) if "parquet" in unit else _path_items(unit["paths"]))
         return [row for _, row in score_prepared(read_pictures(_Items(items, scorer.reader()), readers), scorer)]
 
@@ -173,10 +190,12 @@ def parts_of(
     found = [path for path in (files.find(root) if files.exists(root) else []) if path.rpartition("/")[2].startswith("part-")]
     return [files.unstrip_protocol(path) if _is_remote(out) else path for path in sorted(found)]
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d7
 def missing_units(
     source: str,
     out: str,
     scorer: Scorer, # as its rows will be made
+    root: str | None = None, # as for `units_of`
 ) -> list[dict[str, Any]]:
     "Units without a part. Raises `ValueError` if a part was made in another way."
     done: set[str] = set()
@@ -186,7 +205,7 @@ def missing_units(
         for settings in set(table["settings"].to_pylist()): refuse_other({"settings": settings}, scorer, part)
         done.update(table["path"].to_pylist())
     names = {part.rpartition("/")[2] for part in parts}
-    return [unit for unit in units_of(source, done) if part_name(unit) not in names]
+    return [unit for unit in units_of(source, done, root) if part_name(unit) not in names]
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10012
 def _started(address: str | None) -> Any:
@@ -222,6 +241,7 @@ def score_with_ray(
     resume: bool = False, # keep the parts of an earlier run
     address: str | None = None, # of a cluster; None = this machine
     device: str = "auto", # cuda, cpu, or auto: cuda if the cluster has GPUs
+    root: str | None = None, # as for `units_of`
 ) -> dict[str, int]: # verdict or `error` -> pictures of this run
     "Score a source on a cluster. Raises `ValueError` if there are parts already, unless they are to be kept."
     if parts_of(out) and not resume: raise ValueError(f"{out}: has parts of an earlier run; --resume keeps them, or choose another --out")
@@ -229,7 +249,7 @@ def score_with_ray(
     cores, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     if device == "auto": device = "cuda" if gpus else "cpu"
     actors = gpus if device == "cuda" and gpus else cores
-    units = missing_units(source, out, replace(build("cpu"), device=device))
+    units = missing_units(source, out, replace(build("cpu"), device=device), root)
     share = dict(num_gpus=1, num_cpus=max(cores//actors, 1)) if device == "cuda" else dict(num_cpus=1)
     words = (build, device, out, max(cores//actors - 1, 0), os.getcwd())
     counts = Counter[str]()

@@ -128,18 +128,20 @@ def cached_step(
         loss = loss_fn(model(images))
         loss.backward()
         return loss.detach()
-    chunks = images.split(chunk_size)
+    chunks, no_sync = images.split(chunk_size), getattr(model, "no_sync", contextlib.nullcontext)
     with one_statistics_update(model) as stop_collecting, _no_autocast_cache():
-        parts, states = _embed(model, chunks)                                        # 1. without a graph, but for the last chunk
-        stop_collecting()
-        z = torch.cat(parts).detach().requires_grad_()
-        loss = loss_fn(z)
-        loss.backward()                                                              # 2. dL/dz of the whole batch
-        assert z.grad is not None
-        *gradients, last = z.grad.split(chunk_size)
-        parts[-1].backward(last)
-        for chunk, state, gradient in zip(chunks[:-1], states, gradients, strict=True):
-            with state.replay():
-                part = model(chunk)                                                  # 3. again, with a graph
-            part.backward(gradient)
+        with no_sync():
+            parts, states = _embed(model, chunks)                                    # 1. without a graph, but for the last chunk
+            stop_collecting()
+            z = torch.cat(parts).detach().requires_grad_()
+            loss = loss_fn(z)
+            loss.backward()                                                          # 2. dL/dz of the whole batch
+            assert z.grad is not None
+            *gradients, last = z.grad.split(chunk_size)
+            parts[-1].backward(last)
+        for number, gradient in enumerate(gradients, 1):
+            with contextlib.nullcontext() if number == len(gradients) else no_sync():
+                with states[number - 1].replay():
+                    part = model(chunks[number - 1])                                 # 3. again, with a graph
+                part.backward(gradient)
     return loss.detach()

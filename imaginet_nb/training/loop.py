@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.utils.data import DataLoader
 
 from ..core import atomic_path, progress, rng
-from .processes import average_gradients, rank_and_size, synchronize
+from .processes import rank_and_size
 
 # %% ../../nbs/03_training/03_loop.ipynb #24f28ab3
 def make_optimizer(
@@ -90,7 +90,7 @@ def _load_state(path: Path, run_fingerprint: str, parts: dict[str, Any]) -> tupl
     return state["epoch"], state["history"]
 
 # %% ../../nbs/03_training/03_loop.ipynb #3ae9ef1e
-Step = Callable[[Batch], dict[str, Tensor]] # computes the loss, adds gradients, returns `loss` and its terms, 0-d
+Step = Callable[[Batch], dict[str, Tensor]] # computes the loss, adds gradients (averaged over processes), returns `loss` and its terms, 0-d
 
 def _train_epoch(
     model: nn.Module, batches: Iterable[Batch], step: Step, optimizer: torch.optim.Optimizer,
@@ -101,7 +101,6 @@ def _train_epoch(
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
         losses.append({name: value.detach() for name, value in step(batch).items()})
-        average_gradients(model)
         optimizer.step()
     return {name: torch.stack([values[name] for values in losses]).float().mean().item() for name in losses[0]}
 
@@ -121,7 +120,6 @@ def fit(
 
     Raises ValueError if there is not one full batch, FloatingPointError if the loss is not finite."""
     if len(loader) == 0: raise ValueError("fewer training images than one batch: lower batch_size in the profile")
-    synchronize(model)
     first = rank_and_size()[0] == 0
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if scheduler is not None:

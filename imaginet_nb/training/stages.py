@@ -36,7 +36,7 @@ from ..models.fast import compile_where_it_pays
 from ..models.resnet import Backbone, Normalize, create_backbone, load_imagenet_weights, to_device
 from ..models.selfcon import ImagiNetClassifier, SelfConNet, evaluation_mode
 from .loop import Batch, Step, fit, make_optimizer, neighbour_accuracy, random_batch, warmup_cosine
-from .processes import gather, joined, per_process, rank_and_size
+from .processes import data_parallel, gather, joined, per_process, rank_and_size, set_batchnorm
 from ..data.augmentation import Stage1, Stage2
 
 # %% ../../nbs/03_training/04_stages.ipynb #306aa471
@@ -71,7 +71,7 @@ def _all_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return origin, family
 
 def selfcon_step(
-    model: SelfConNet,
+    model: nn.Module, # a `SelfConNet`, or one in `data_parallel`
     loss: ImagiNetLoss,
     device: torch.device,
     precision: str, # float32 or bfloat16
@@ -169,7 +169,7 @@ def _fit_stage1(
     optimizer = make_optimizer(model.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
     scheduler = warmup_cosine(
         optimizer, settings.epochs, settings.warmup_epochs, settings.warmup_factor, settings.final_learning_rate)
-    run_fingerprint = fingerprint(type(model).__name__, profile.seed, profile.data, profile.model, settings, manifest)
+    run_fingerprint = fingerprint(type(model).__name__, profile.seed, profile.data, profile.model, profile.batchnorm, settings, manifest)
     loader = training_loader(manifest, root, profile, "pretrain", settings.batch_size)
     if not chunked: _compile(model, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, scheduler, resume, run_fingerprint, measure)
@@ -186,8 +186,9 @@ def pretrain(
 ) -> pd.DataFrame: # history, one row per epoch
     "Stage 1, representation: train all weights with the two-label self-contrastive loss. Raises what `fit` raises."
     to_device(model, device)
+    set_batchnorm(model.backbone, profile.batchnorm)
     settings = profile.pretrain
-    step = selfcon_step(model, ImagiNetLoss(settings.temperature), device, settings.precision, settings.chunk_size)
+    step = selfcon_step(data_parallel(model), ImagiNetLoss(settings.temperature), device, settings.precision, settings.chunk_size)
     measure = stage1_measurements(model, model.features, selfcon_bounds(manifest, profile), held_out, root, profile)
     return _fit_stage1(model, step, measure, manifest, root, profile, resume, chunked=settings.chunk_size is not None)
 
@@ -205,11 +206,13 @@ def pretrain_cross_entropy(
 
     Raises what `fit` raises."""
     net = to_device(nn.Sequential(Normalize(), backbone, nn.Linear(backbone.num_features, len(FAMILY_CLASSES))), device)
+    set_batchnorm(backbone, profile.batchnorm)
+    network = data_parallel(net)
 
     def step(batch: Batch) -> dict[str, Tensor]:
         images, family = batch[0].to(device, non_blocking=True), batch[2].to(device, non_blocking=True)
         with autocast(device, profile.pretrain.precision):
-            value = F.cross_entropy(gather(net(images)).float(), gather(family))
+            value = F.cross_entropy(gather(network(images)).float(), gather(family))
         value.backward()
         return {"loss": value}
 
@@ -250,6 +253,7 @@ def calibrate(
     settings = profile.calibrate
     to_device(model, device)
     model.backbone.requires_grad_(False)
+    set_batchnorm(model.backbone, profile.batchnorm)
     first_beta, second_beta = settings.betas
     optimizer = make_optimizer(
         model.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay, (first_beta, second_beta))
@@ -257,7 +261,7 @@ def calibrate(
     step = heads_step(model, device, settings.precision)
     loader = training_loader(manifest, root, profile, "calibrate", settings.batch_size)
     run_fingerprint = fingerprint(
-        model.name, profile.seed, profile.data, profile.model, profile.pretrain, settings, manifest)
+        model.name, profile.seed, profile.data, profile.model, profile.batchnorm, profile.pretrain, settings, manifest)
     bounds = heads_bounds(manifest)
     _compile(model.backbone, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, None, resume, run_fingerprint, lambda epoch: bounds)
@@ -295,7 +299,10 @@ def train_detector(
     profile: Profile, # its `ablation` section holds the settings
     device: torch.device,
 ) -> pd.DataFrame: # history, one row per epoch
-    "Train backbone and detection head together with sigmoid cross-entropy (paper, Figure 3). Raises what `fit` raises."
+    """Train backbone and detection head together with sigmoid cross-entropy (paper, Figure 3), in a single process.
+
+    Raises ValueError if there are several, otherwise what `fit` raises."""
+    if rank_and_size()[1] > 1: raise ValueError("train_detector trains in a single process")
     settings = profile.ablation
     to_device(model, device)
     optimizer = make_optimizer(model.parameters(), "adamw", settings.learning_rate, weight_decay=1e-4)
@@ -304,8 +311,8 @@ def train_detector(
     def step(batch: Batch) -> dict[str, Tensor]:
         images, origin = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
         with autocast(device, profile.pretrain.precision):
-            logits = model.detection(gather(model.features(images))).squeeze(1)
-        value = F.binary_cross_entropy_with_logits(logits.float(), gather(origin).float())
+            logits = model.detection(model.features(images)).squeeze(1)
+        value = F.binary_cross_entropy_with_logits(logits.float(), origin.float())
         value.backward()
         return {"loss": value}
 
