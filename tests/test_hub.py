@@ -131,12 +131,14 @@ def test_a_checkpoint_is_sent_once_agreed_and_is_the_same_when_it_comes_back(hub
     assert model.private and files["model.safetensors"] == checkpoint.read_bytes()
     assert files["README.md"].decode().splitlines()[-1] == f"t {read_header(checkpoint)['sha256']}"
     save(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), tmp_path/"a.png")
-    scored = run("predict", tmp_path/"a.png", "--out", tmp_path/"a.csv", "--device", "cpu", "--no-views", "--checkpoint", "hf:someone/detector")
+    words = ["--checkpoint", "hf:someone/detector", "--device", "cpu", "--no-views"]
+    scored = run("predict", tmp_path/"a.png", "--out", tmp_path/"a.csv", *words)
     assert scored.exit_code == 0, scored.output
     identity = f"someone/detector@{commit}, sha256 {read_header(checkpoint)['sha256']}"
     local = Scorer(load_detector(checkpoint), Settings(views=False), identity)
     found, expected = next(read_scores(tmp_path/"a.csv")), next(score_files([tmp_path/"a.png"], local))
-    assert found["settings"] == local.fingerprint and found["logit"] == pytest.approx(expected["logit"], abs=1e-5)
+    assert found["settings"] == local.fingerprint
+    assert found["logit"] == pytest.approx(expected["logit"], abs=1e-5)
 
 
 def test_revisions_are_commits_and_the_cache_serves_without_a_network(hub, checkpoint, monkeypatch):
