@@ -12,8 +12,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.apps.evaluate import judge, read_custom_dataset
+from imaginet_nb.apps.evaluate import judge
 from imaginet_nb.core import seed_everything
+from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
 from imaginet_nb.models.checkpoints import save_checkpoint
 from imaginet_nb.models.resnet import create_backbone

@@ -283,9 +283,9 @@ def external(
 # %% ../../nbs/08_apps/09_cli.ipynb #4fda56db
 @command(app, "audit", "out")
 def audit(
-    source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="Manifest (CSV), list or folder of lists of the authors, "
-                                                                              "or a folder with subfolders real and fake (label "
-                                                                              "words as for evaluate).")],
+    source: Annotated[Path, typer.Argument(metavar="MANIFEST_OR_FOLDER", help="As for evaluate: a list (CSV, TSV, Parquet), a list or "
+                                                                              "folder of lists of the authors, a folder of "
+                                                                              "pictures or of Parquet files.")],
     out: Annotated[Path, typer.Option(help="Folder for the page, the tables and the figures.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the images; if not given, looked for beside the lists.")] = None,
     max_distance: Annotated[int, typer.Option(help="Bits of 64 by which near duplicates may differ in their perceptual hash.")] = 4,
@@ -295,13 +295,16 @@ def audit(
 
     Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
+    Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
     """
     from imaginet_nb.audit.croissant import croissant_library, write_croissant
     from imaginet_nb.audit.report import audit as write_audit, audit_source
     if croissant: croissant_library() # before the work, not after it
-    findings = write_audit(source, out, root=root, max_distance=max_distance)
+    found = audit_source(source, root)
+    _show(found)
+    findings = write_audit(found, out, max_distance=max_distance)
     for sentence in findings: typer.echo(f"- {sentence.replace('`', '')}")
-    if croissant: typer.echo(f"Croissant: {write_croissant(audit_source(source, root), findings, out)}")
+    if croissant: typer.echo(f"Croissant: {write_croissant(found, findings, out)}")
     typer.echo(f"Page: {out/'index.html'}")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #a1cabd56
@@ -410,6 +413,15 @@ def _warn(sentence: str) -> str:
     "Print a warning, and return it."
     typer.secho(sentence, err=True, fg="yellow")
     return sentence
+
+def _show(
+    dataset: Any, # with `understood`, `columns` and `remarks`
+) -> None:
+    "Print how a data set was read, what was left out and which labels are in doubt, before anything is computed."
+    doubts = [sentence for sentence in dataset.remarks if "contradict" in sentence]
+    for line in dataset.understood:
+        if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
+        else: typer.echo(line.replace("`", ""))
 
 # %% ../../nbs/08_apps/09_cli.ipynb #0327212d
 def _trained_here() -> Path:
@@ -632,10 +644,11 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: A
 @command(app, "evaluate", "out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
-    manifest: Annotated[Path | None, typer.Option(help="CSV with the columns path and label (real/synthetic or 0/1); generator, "
+    manifest: Annotated[Path | None, typer.Option(help="CSV, TSV or Parquet with the columns path (or pictures inside) and "
+                                                       "label (real/synthetic or 0/1); generator, model, source, "
                                                        "content_type and split are used where they are.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the CSV; or, without a "
-                                                   "CSV, a folder with real/ and synthetic/<generator>/.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
+                                                   "list, a folder of pictures or of Parquet files.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Detector (.safetensors), or hf:OWNER/NAME[@REVISION]; if not "
                                                         "given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
@@ -647,15 +660,18 @@ def evaluate(
 ) -> None:
     """Measure a detector on labelled images: by generator and content, with intervals, beside metadata-only baselines.
 
-    Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
+    Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
+    out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
     Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
     """
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
-    from imaginet_nb.apps.evaluate import evaluate as measure, read_custom_dataset
+    from imaginet_nb.apps.evaluate import evaluate as measure
+    from imaginet_nb.data.folders import read_custom_dataset
     pictures = read_custom_dataset(source, root if manifest else None)
+    _show(pictures)
     loaded, identity, notes = _detector(checkpoint, detector, str(pick_device(device)), trust)
     found = measure(loaded, pictures, out, identity, notes, split=split, robustness=robustness, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")

@@ -14,11 +14,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fsspec.core import url_to_fs
@@ -29,6 +29,7 @@ from .predict import (Prepared, Reader, Scorer, find_files, is_list, read_list, 
 from ..core import fingerprint, path_text, progress, text_path
 from ..data.labels import AnnotationError
 from ..data.manifest import read_table
+from ..data.parquet import group_pictures, picture_column
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10006
 ROWS = 1000 # pictures in a unit, at most, where the source is a list or a Parquet file
@@ -115,16 +116,15 @@ def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
     "Rows of a piece of a Parquet file."
     address, start = unit["parquet"], unit["start"]
     with fsspec.open(address, "rb") as file:
-        table = pq.ParquetFile(file).read_row_group(unit["group"]).slice(start, ROWS)
-    kinds = {field.name: field.type for field in table.schema}
-    binary = next((name for name, kind in kinds.items() if pa.types.is_binary(kind) or pa.types.is_large_binary(kind)), None)
-    struct = next((name for name, kind in kinds.items() if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0), None)
-    if not (binary or struct or "path" in kinds):
-        raise ValueError(f"{address}: no column path, and none with pictures; found {', '.join(kinds)}")
-    for number, row in enumerate(table.to_pylist(), start):
-        content = row[binary] if binary else (row[struct] or {}).get("bytes") if struct else None
-        if not (binary or struct): yield from _path_items([_beside(unit["folder"], row["path"])])
-        else: yield f"{_name(address)}/{unit['group']}/{number}", content or b""
+        schema = pq.read_schema(file)
+        column = picture_column(schema)
+        if column is not None:
+            contents = islice(group_pictures(file, unit["group"], column), start, start + ROWS)
+            for row, content in enumerate(contents, start): yield f"{_name(address)}/{unit['group']}/{row}", content
+        elif "path" in schema.names:
+            paths = pq.ParquetFile(file).read_row_group(unit["group"], columns=["path"])["path"].to_pylist()
+            yield from _path_items([_beside(unit["folder"], path) for path in paths[start:start + ROWS]])
+        else: raise ValueError(f"{address}: no column path, and none with pictures; found {', '.join(schema.names)}")
 
 def _path_items(paths: list[str]) -> Iterator[tuple[str, Source]]:
     for path in paths: yield _name(path), (path if _is_remote(path) else Path(path))

@@ -21,7 +21,7 @@ from PIL import Image, JpegImagePlugin
 
 from ..core import path_text, progress, worker_processes
 from ..data.images import ImageError, decode, format_name, open_image, opened
-from ..data.manifest import image_file
+from ..data.parquet import picture_source
 from ..data.provenance import read_provenance, webp_chunks
 from ..data.splits import REAL_SOURCES
 
@@ -100,12 +100,14 @@ def _header(
 
 # %% ../../nbs/06_audit/00_files.ipynb #5e2feb6e
 def image_properties(
-    file: str | Path,
+    file: str | Path | bytes, # a file, or the content of one
 ) -> dict[str, Any]: # `PROPERTY_COLUMNS` without `path`; None where a property does not apply or is not known
     "Properties of one file; a failure becomes the property `error`."
     import imagehash
     found: dict[str, Any] = dict.fromkeys(PROPERTY_COLUMNS[1:])
-    def text(error: Exception) -> str: return str(error).removeprefix(f"{file}: ").replace(str(file), path_text(Path(file).name))
+    def text(error: Exception) -> str:
+        if isinstance(file, bytes): return str(error).removeprefix(f"image of {len(file)} bytes: ")
+        return str(error).removeprefix(f"{file}: ").replace(str(file), path_text(Path(file).name))
     try:
         pixels = decode(file)
         digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
@@ -121,7 +123,6 @@ def image_properties(
     except ImageError as error: found["error"] = found["error"] or text(error)
     return {name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value for name, value in found.items()}
 
-
 # %% ../../nbs/06_audit/00_files.ipynb #220609f4
 def read_properties(
     manifest: pd.DataFrame,
@@ -132,7 +133,7 @@ def read_properties(
     unique = manifest.drop_duplicates("path", ignore_index=True)
     if len(unique) < 1000: jobs = 1 # starting processes would take longer
     with worker_processes(jobs) as parallel:
-        found = parallel(delayed(image_properties)(image_file(root, path)) for path in unique["path"])
+        found = parallel(delayed(image_properties)(picture_source(root, path)) for path in unique["path"])
         properties = pd.DataFrame(list(progress(found, "reading files", total=len(unique))), columns=list(PROPERTY_COLUMNS[1:]))
     return unique.join(properties)
 

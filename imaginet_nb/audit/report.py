@@ -12,7 +12,7 @@ __all__ = ['PRACTICAL', 'GROUP_LISTS', 'PAIRS', 'EXPECTED', 'ABOUT', 'METHOD', '
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
@@ -28,15 +28,16 @@ from matplotlib.ticker import LogLocator
 from ..data.images import decode
 from ..data.labels import FAMILIES, UNKNOWN
 from ..data.manifest import image_file
-from ..data.splits import FAMILY_FOLDERS, read_annotations, read_corvi
-from ..data.splits import read_practical
+from ..data.parquet import picture_source
+from ..data.splits import FAMILY_FOLDERS
 from .duplicates import duplicate_table, duplicates, overlap_table
 from .files import composition, container_format, property_table
 from .shortcuts import RULES, metadata_classifier
 from .files import read_properties
 from .shortcuts import metadata_baseline, separated_groups
 from ..core import file_sha256, git_state, versions, write_csv, write_text
-from ..data.folders import read_labelled_folder, read_labelled_list
+from ..data.folders import (
+    MAIN_LISTS, counts_text, find_root, lists_folder, read_authors_list, read_custom_dataset)
 from ..reporting.figures import (GREY, LEGENDS, STYLE, counted_groups, error_arms, finish, label_styles, mark_groups,
                                            new_figure, save_figure)
 from ..reporting.pages import Block, render_page, table_blocks
@@ -56,6 +57,12 @@ class AuditSource:
     files: tuple[Path, ...] = () # that were read
     left_out: int = 0 # files and folders in a folder of images that have no row
     remarks: Sequence[str] = () # why, and which labels are in doubt
+    columns: Sequence[str] = () # what is to be said of the columns of a table
+
+    @property
+    def understood(self) -> list[str]:
+        "Lines of text: images by split, label and generator, then what was left out."
+        return [*counts_text(self.title, self.manifest), *self.columns, *self.remarks]
 
 PRACTICAL = "the Practical lists"
 GROUP_LISTS = "the four group lists"
@@ -66,30 +73,22 @@ PAIRS = (("train_annotations.txt", "test_annotations.txt"), ("calibration.txt", 
          ("anchor_lasted_practical.txt", PRACTICAL)) # should share nothing, but for calibration in train, and test in its groups
 EXPECTED = (("calibration.txt", "train_annotations.txt"), ("test_annotations.txt", GROUP_LISTS))
 
-# %% ../../nbs/06_audit/03_report.ipynb #70f4527e
-def _read_list(path: Path) -> pd.DataFrame:
-    "A published list, by its name."
-    if path.name.startswith(("annotations_corvi", "annotations_calib_corvi", "anchor_lasted_corvi")): return read_corvi(path)
-    if path.name.startswith(("Test_", "annotations_calib_practical", "anchor_lasted_practical")): return read_practical(path)
-    split = next((s for s in ("train", "calibration") if path.name.startswith(s)), "test")
-    return read_annotations(path, split, allow_duplicates=path.name.startswith("test_annotations_"))
-
+# %% ../../nbs/06_audit/03_report.ipynb #b79904b1
 def _group_lists(folder: Path) -> dict[str, Path]:
     "The four published group lists, if all are there."
     found = {family: folder/f"test_annotations_{name}.txt" for family, name in FAMILY_FOLDERS.items()}
     return found if all(path.is_file() for path in found.values()) else {}
 
-# %% ../../nbs/06_audit/03_report.ipynb #b79904b1
 def _published_folder(folder: Path) -> AuditSource:
     "All of the authors' lists in a folder."
     names = dict.fromkeys(name for pair in PAIRS for name in pair if name.endswith(".txt"))
-    groups = {family: _read_list(path) for family, path in _group_lists(folder).items()}
+    groups = {family: read_authors_list(path) for family, path in _group_lists(folder).items()}
     files = [*(folder/name for name in names if (folder/name).is_file()), *_group_lists(folder).values()]
-    lists = {path.name: _read_list(path) for path in files}
+    lists = {path.name: read_authors_list(path) for path in files}
     if groups: lists[GROUP_LISTS] = pd.concat(groups.values(), ignore_index=True)
     practical = sorted(folder.glob("Test_*_num*.txt"))
-    if practical: lists[PRACTICAL] = pd.concat([_read_list(path) for path in practical], ignore_index=True)
-    manifest = pd.concat([lists[n] for n in ("train_annotations.txt", "test_annotations.txt") if n in lists], ignore_index=True)
+    if practical: lists[PRACTICAL] = pd.concat([read_authors_list(path) for path in practical], ignore_index=True)
+    manifest = pd.concat([lists[n] for n in MAIN_LISTS if n in lists], ignore_index=True)
     pairs = tuple(pair for pair in PAIRS if set(pair) <= set(lists))
     home = folder.resolve().parent if folder.name == "annotations" else folder.resolve()
     title = "ImagiNet's published lists" if groups else f"the lists in {home.name}"
@@ -97,43 +96,36 @@ def _published_folder(folder: Path) -> AuditSource:
 
 # %% ../../nbs/06_audit/03_report.ipynb #9b9df4db
 def _one_list(path: Path) -> AuditSource:
-    "One list of the authors, or a manifest; the splits of a manifest are compared."
-    if path.suffix.lower() != ".csv":
-        manifest, found = _read_list(path), _group_lists(path.parent) if path.name == "test_annotations.txt" else {}
-        groups = {family: _read_list(file) for family, file in found.items()}
-        lists = {path.name: manifest} | {found[family].name: rows for family, rows in groups.items()}
-        if groups: lists[GROUP_LISTS] = pd.concat(groups.values(), ignore_index=True)
-        pairs = tuple(pair for pair in PAIRS if set(pair) <= set(lists))
-        return AuditSource(path.name, manifest, groups=groups or None, lists=lists, pairs=pairs, files=(path, *found.values()))
-    manifest = read_labelled_list(path, allow_duplicates=True)
-    lists = {str(split): rows for split, rows in manifest.groupby("split", sort=False)}
-    return AuditSource(path.name, manifest, lists=lists, pairs=tuple(combinations(lists, 2)), files=(path,))
+    "One list of the authors, with the group lists beside it."
+    manifest, found = read_authors_list(path), _group_lists(path.parent) if path.name == "test_annotations.txt" else {}
+    groups = {family: read_authors_list(file) for family, file in found.items()}
+    lists = {path.name: manifest} | {found[family].name: rows for family, rows in groups.items()}
+    if groups: lists[GROUP_LISTS] = pd.concat(groups.values(), ignore_index=True)
+    pairs = tuple(pair for pair in PAIRS if set(pair) <= set(lists))
+    return AuditSource(path.name, manifest, groups=groups or None, lists=lists, pairs=pairs, files=(path, *found.values()))
 
 # %% ../../nbs/06_audit/03_report.ipynb #a52936cb
-def _image_folder(folder: Path) -> AuditSource:
-    "Images under folders called real, fake and so on; folders called train or val make splits."
-    found = read_labelled_folder(folder)
+def _custom(path: Path) -> AuditSource:
+    "A data set as `imaginet evaluate` reads it; its splits are compared."
+    found = read_custom_dataset(path, allow_duplicates=True)
     lists = {str(split): rows for split, rows in found.manifest.groupby("split", sort=False)}
-    return AuditSource(folder.name, found.manifest, lists=lists, pairs=tuple(combinations(lists, 2)),
-                       left_out=sum(map(len, found.left_out.values())), remarks=found.sentences)
-
+    return AuditSource(path.name, found.manifest, lists=lists, pairs=tuple(combinations(lists, 2)), files=(path,) if path.is_file() else (),
+                       left_out=found.left_out, remarks=found.remarks, columns=found.columns)
 
 # %% ../../nbs/06_audit/03_report.ipynb #f3ac200d
 def audit_source(
-    path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images
+    path: str | Path, # folder with the authors' lists, one of them, or what `read_custom_dataset` reads
     root: str | Path | None = None, # folder of the images; None = found beside the lists, if they are there
 ) -> AuditSource:
     "Read what is to be audited."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; name a list, a manifest or a folder of images")
     if root is not None and not Path(root).is_dir(): raise FileNotFoundError(f"{root}: no such folder; root is the folder of the images")
-    folder = path if path.is_dir() else path.parent
-    wanted = ("test_annotations.txt", "train_annotations.txt")
-    lists = next((f for f in (path, path/"annotations") if any((f/name).is_file() for name in wanted)), None)
-    source = _one_list(path) if path.is_file() else _published_folder(lists) if lists else _image_folder(path)
-    some = source.manifest["path"].iloc[np.linspace(0, len(source.manifest) - 1, 50).astype(int)]
-    beside = next((f for f in (folder, folder.parent) if any(os.path.isfile(image_file(f, p)) for p in some)), None)
-    return AuditSource(**{**vars(source), "root": Path(root) if root is not None else beside})
+    lists = lists_folder(path) if path.is_dir() else None
+    if lists is not None: source = _published_folder(lists)
+    elif path.is_file() and path.suffix.lower() not in (".csv", ".tsv", ".parquet"): source = _one_list(path)
+    else: source = _custom(path)
+    return replace(source, root=find_root(path if path.is_dir() else path.parent, source.manifest, root))
 
 # %% ../../nbs/06_audit/03_report.ipynb #e8aef474
 def main_split(
@@ -290,7 +282,7 @@ def example_images(
         for family, count in {"real": 2, **dict.fromkeys(FAMILIES, 1)}.items():
             rows = manifest[manifest["content_type"].eq(content) & manifest["generator_family"].eq(family)]
             drawn = rows.sample(min(count, len(rows)), random_state=seed)
-            row += [(decode(image_file(root, path)), name) for path, name in zip(drawn["path"], drawn["generator"], strict=True)]
+            row += [(decode(picture_source(root, path)), name) for path, name in zip(drawn["path"], drawn["generator"], strict=True)]
             row += [(None, "")]*(count - len(drawn))
     return sheet
 
@@ -483,14 +475,15 @@ def _write_pages(source: AuditSource, tables: Mapping[str, tuple[pd.DataFrame, s
 
 # %% ../../nbs/06_audit/03_report.ipynb #07bc8bcb
 def audit(
-    path: str | Path, # folder with the authors' lists, one list, a manifest, or a folder of images
+    path: str | Path | AuditSource, # what `audit_source` takes or returns
     out: str | Path, # folder for tables, figures and page
     root: str | Path | None = None, # folder of the images; None = found beside the lists, if they are there
     max_distance: int = 4, # bits of 64 by which perceptual hashes of near duplicates may differ
     jobs: int | None = None, # processes that read images; None = all cores
 ) -> list[str]: # the findings, in sentences
     "Audit lists and, if they are available, images; write `index.html`, `README.md`, tables and figures."
-    source, out, images, hashes = audit_source(path, root), Path(out), None, None
+    source = path if isinstance(path, AuditSource) else audit_source(path, root)
+    out, images, hashes = Path(out), None, None
     if source.root is not None:
         images = read_properties(source.manifest, source.root, jobs)
         hashes = pixel_hashes(source, images, jobs)

@@ -159,15 +159,16 @@ def _csv_error(error: csv.Error) -> str:
 
 # %% ../../nbs/01_data/01_manifest.ipynb #5f0c3a25
 def table_rows(
-    path: str | Path, # CSV file, the names of its columns in the first row
+    path: str | Path, # CSV, or TSV by its suffix; the names of its columns in the first row
 ) -> Iterator[tuple[int, list[str]]]: # line on which a row begins, from 1, and its cells; the names of the columns come first
-    """Rows of a CSV file, one by one; blank lines at its end are no rows.
+    """Rows of a CSV or TSV file, one by one; blank lines at its end are no rows.
 
     Raises `AnnotationError` with file and line for a file that cannot be read, bytes that are not UTF-8, a name of a
     column that occurs twice or has several lines, a row with another number of cells, a cell of more than 131,072 characters, and wrong
     quotation marks.
     """
-    reader, start, columns, blank = csv.reader(_lines(path), strict=True), 1, None, 0
+    separator, name = ("\t", "tabs") if Path(path).suffix.lower() == ".tsv" else (",", "commas")
+    reader, start, columns, blank = csv.reader(_lines(path), delimiter=separator, strict=True), 1, None, 0
     try:
         for cells in reader:
             line, start = start, reader.line_num + 1
@@ -178,7 +179,7 @@ def table_rows(
                 raise AnnotationError(f"{path}, line {line}: a column name of several lines in {cells}; rename it")
             elif columns is not None and (blank or len(cells) != len(columns)):
                 raise AnnotationError(f"{path}, line {blank or line}: {0 if blank else len(cells)} fields instead of {len(columns)}; "
-                                      + ("delete the blank line" if blank else "quote fields that contain commas"))
+                                      + ("delete the blank line" if blank else f"quote fields that contain {name}"))
             else:
                 columns = columns or cells
                 yield line, cells
@@ -187,9 +188,9 @@ def table_rows(
 
 # %% ../../nbs/01_data/01_manifest.ipynb #5f0c3a26
 def read_table(
-    path: str | Path, # CSV file, the names of its columns in the first row
+    path: str | Path, # CSV or TSV, the names of its columns in the first row
 ) -> tuple[pd.DataFrame, RowSource]: # all columns as text; where each row stands, for messages
-    "The whole of a CSV file. Raises as `table_rows`."
+    "The whole of a CSV or TSV file. Raises as `table_rows`."
     (_, columns), *rows = table_rows(path)
     return pd.DataFrame([cells for _, cells in rows], columns=columns, dtype=str), RowSource(str(path), [line for line, _ in rows])
 

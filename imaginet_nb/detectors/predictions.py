@@ -23,7 +23,8 @@ from ..core import progress, rng, write_csv
 from ..data.datasets import Transform, default_workers
 from ..data.images import ImageError, decode
 from ..data.labels import FAMILIES
-from ..data.manifest import MANIFEST_COLUMNS, image_file
+from ..data.manifest import MANIFEST_COLUMNS
+from ..data.parquet import picture_source
 from .protocol import Detector, InputSpec, input_spec, shown_images
 from ..models.selfcon import PixelDetector
 from ..training.processes import gather_objects, rank_and_size
@@ -39,9 +40,10 @@ class _Files(Dataset):
     def __len__(self) -> int: return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, list[Tensor] | str]:
-        path = self.root
-        try: image = decode(path := image_file(self.root, self.paths[row]))
-        except ValueError as error: return row, str(error).replace(str(path), self.paths[row])
+        source: Path | bytes = self.root
+        try: image = decode(source := picture_source(self.root, self.paths[row]))
+        except ValueError as error:
+            return row, str(error).replace(f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source), self.paths[row])
         if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
         try: shown = shown_images(self.spec, image) if self.spec else [image]
         except Exception as error: return row, f"preprocessing failed: {error_text(error)}" # of the detector's own: anything

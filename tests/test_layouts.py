@@ -1,0 +1,225 @@
+"""Layouts of public data sets: every one is read as its authors mean it, by one reader for `evaluate` and `audit`."""
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.evaluate import judge
+from imaginet_nb.audit.files import read_properties
+from imaginet_nb.audit.report import audit_source
+from imaginet_nb.data.folders import read_custom_dataset
+from imaginet_nb.data.images import decode
+from imaginet_nb.data.labels import LABEL_RULE, AnnotationError
+from imaginet_nb.data.parquet import picture_source
+
+
+def content(value: int, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def put(path: Path, value: int = 99) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content(value, "PNG" if path.suffix == ".png" else "JPEG"))
+
+
+def genimage(folder: Path) -> None:
+    for place in (folder/maker/split for maker in ("Midjourney", "ADM") for split in ("train", "val")):
+        for i in range(4):
+            put(place/"ai"/f"{i}.png", 180)
+            put(place/"nature"/f"{i}.JPEG", 90)
+
+
+def forensynths(folder: Path) -> None:
+    for place in (folder/maker/kind for maker in ("progan", "stylegan") for kind in ("cat", "car")):
+        for i in range(3):
+            put(place/"1_fake"/f"{i}.png")
+            put(place/"0_real"/f"{i}.png")
+
+
+def cifake(folder: Path) -> None:
+    for place in (folder/split/label for split in ("train", "test") for label in ("FAKE", "REAL")):
+        for i in range(4): put(place/f"{i}.jpg")
+
+
+def raid(folder: Path) -> None:
+    for place in ("real", "gen_0", "gen_1"):
+        for i in range(4): put(folder/"val"/place/f"{i}.png")
+
+
+def synthetic_generators(folder: Path) -> None:
+    for place in ("real", "synthetic/Flux", "synthetic/SDXL v1.0"):
+        for i in range(4): put(folder/place/f"{i}.png")
+
+
+def lists(folder: Path) -> None:
+    (folder/"annotations").mkdir(parents=True)
+    for name, paths in dict(train="./imagenet/1.png,0,0,4,8\n./stylegan_xl/2.png,1,0,0,1\n", test="./ffhq/3.png,0,2,4,8\n").items():
+        (folder/"annotations"/f"{name}_annotations.txt").write_text(paths)
+    for name in ("imagenet/1.png", "stylegan_xl/2.png", "ffhq/3.png"): put(folder/name)
+
+
+def openfake(folder: Path) -> None:
+    folder.mkdir()
+    rows = [dict(image=dict(bytes=content(100 + 60*(i % 2)), path=f"{i}.png"), label=("real", "fake")[i % 2],
+                 model=("real", ("flux.1-dev", "gpt-image-1")[i//2 % 2])[i % 2], prompt="") for i in range(24)]
+    pd.DataFrame(rows).to_parquet(folder/"test-00000-of-00001.parquet", row_group_size=7)
+
+
+CASES = { # layout -> images by split, label and generator
+    genimage: {("train", "real", "real"): 8, ("train", "synthetic", "ADM"): 4, ("train", "synthetic", "Midjourney"): 4,
+               ("val", "real", "real"): 8, ("val", "synthetic", "ADM"): 4, ("val", "synthetic", "Midjourney"): 4},
+    forensynths: {("test", "real", "real"): 12, ("test", "synthetic", "progan"): 6, ("test", "synthetic", "stylegan"): 6},
+    cifake: {("test", "real", "real"): 4, ("test", "synthetic", "unknown"): 4,
+             ("train", "real", "real"): 4, ("train", "synthetic", "unknown"): 4},
+    raid: {("val", "real", "real"): 4, ("val", "synthetic", "gen_0"): 4, ("val", "synthetic", "gen_1"): 4},
+    synthetic_generators: {("test", "real", "real"): 4, ("test", "synthetic", "Flux"): 4, ("test", "synthetic", "SDXL v1.0"): 4},
+    lists: {("test", "real", "real"): 1, ("train", "real", "real"): 1, ("train", "synthetic", "StyleGAN-XL"): 1},
+    openfake: {("test", "real", "real"): 12, ("test", "synthetic", "flux.1-dev"): 6, ("test", "synthetic", "gpt-image-1"): 6},
+}
+
+
+@pytest.mark.parametrize("write", CASES, ids=lambda write: write.__name__)
+def test_layouts_are_read_alike_by_evaluate_and_audit(write, tmp_path):
+    "A lost generator, train pictures as test pictures, a label the wrong way round; a second reader in one of the commands."
+    folder = tmp_path/"set"
+    write(folder)
+    found, audited = read_custom_dataset(folder), audit_source(folder)
+    assert found.manifest.groupby(["split", "origin", "generator"]).size().to_dict() == CASES[write]
+    assert audited.manifest.equals(found.manifest) and audited.root == found.root == folder
+    assert decode(picture_source(found.root, found.manifest["path"].iloc[-1])).shape == (16, 16, 3)
+    assert audited.understood[1:] == found.understood[1:] and found.understood[0] == f"set: {len(found.manifest)} images"
+
+
+def test_forensynths_names_the_content(tmp_path):
+    forensynths(tmp_path)
+    found = read_custom_dataset(tmp_path).manifest
+    assert found.groupby(["content_type", "origin"]).size().to_dict() == {
+        ("car", "real"): 6, ("car", "synthetic"): 6, ("cat", "real"): 6, ("cat", "synthetic"): 6}
+
+
+@pytest.mark.parametrize("synthetic, real", [("artificial", "human"), ("ai", "nature"), ("ai-generated", "natural"), ("fake", "real"),
+                                             ("synthetic", "authentic"), ("generated", "Real"), ("1_fake", "0_real"),
+                                             ("AI Generated", "human")])
+def test_label_words_of_folders(synthetic, real, tmp_path):
+    put(tmp_path/synthetic/"1.png")
+    put(tmp_path/real/"2.png")
+    assert read_custom_dataset(tmp_path).manifest.set_index("path")["origin"].to_dict() == {
+        f"{synthetic}/1.png": "synthetic", f"{real}/2.png": "real"}
+
+
+def test_contradicting_words_follow_one_rule_and_are_a_warning(tmp_path):
+    "The rule is in the help of both commands."
+    for name in ("synthetic/nature/1.png", "real/ai/1.png"): put(tmp_path/"set"/name)
+    found = read_custom_dataset(tmp_path/"set")
+    assert dict(zip(found.manifest["path"], found.manifest["origin"], strict=True)) == {
+        "real/ai/1.png": "real", "synthetic/nature/1.png": "synthetic"}
+    assert "contradict each other: 2" in found.remarks[-1] and found.remarks[-1].endswith(LABEL_RULE)
+    result = CliRunner().invoke(app, ["evaluate", "--root", str(tmp_path/"set"), "--detector", "none:None", "--out", str(tmp_path/"out")])
+    assert "Warning: Paths with label words that contradict each other: 2" in result.output and result.exit_code == 1
+    for command in ("evaluate", "audit"):
+        told = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
+        assert LABEL_RULE in told, told
+
+
+class Meter:
+    name, input_size, tracks = "Meter", 16, ("detection",)
+    def score(self, images): return (images.float().mean((1, 2, 3)) - 130)/10
+
+
+@pytest.mark.parametrize("write, judged", [(genimage, 16), (openfake, 24)], ids=["genimage", "openfake"])
+def test_what_is_judged_is_what_the_audit_opens(write, judged, tmp_path):
+    "GenImage: the split val alone, and that is said. Parquet: the scores and the properties are those of the pictures inside."
+    write(tmp_path/"set")
+    dataset = read_custom_dataset(tmp_path/"set")
+    found = judge(Meter(), dataset, resamples=20, num_workers=0)
+    rows = found.predictions
+    assert len(rows) == judged and rows["error"].isna().all()
+    assert rows["logit"].gt(0).eq(rows["origin"].eq("synthetic")).all()
+    left = [sentence for sentence in found.sentences if sentence.startswith("Not judged")]
+    assert left == (["Not judged, because they are of the split train: 16 pictures; --split chooses another."] if write is genimage else [])
+    source = audit_source(tmp_path/"set")
+    seen = read_properties(source.manifest, source.root, jobs=1).set_index("path").loc[rows["path"]]
+    assert seen["error"].isna().all() and seen["origin"].tolist() == rows["origin"].tolist() and set(seen["width"]) == {16}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------------------
+
+def table(path: Path, frame: pd.DataFrame) -> Path:
+    if path.suffix == ".parquet": frame.to_parquet(path)
+    else: frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("column", ["generator", "model", "source"])
+def test_tables_name_the_generator_in_any_of_three_columns(suffix, column, tmp_path):
+    frame = pd.DataFrame({"path": ["a, b.png", "c.png"], "label": [0, 1], column: ["", "Flux"], "prompt": ["", "a cat"]})
+    found = read_custom_dataset(table(tmp_path/f"mine{suffix}", frame))
+    assert found.manifest[["path", "origin", "generator"]].values.tolist() == [["a, b.png", "real", "real"], ["c.png", "synthetic", "Flux"]]
+    told = [] if column == "generator" else [f"The column {column} names the generator."]
+    assert list(found.columns) == [*told, "Columns that were not used: prompt."]
+    assert audit_source(tmp_path/f"mine{suffix}").manifest.equals(found.manifest)
+
+
+@pytest.mark.parametrize("names, origin", [(["FAKE", "REAL"], "synthetic"), (["real", "fake"], "real"), (None, "real")])
+def test_class_numbers_of_parquet_mean_what_the_file_says(names, origin, tmp_path):
+    "Number 0 is FAKE in CIFAKE on the hub; without names 0 is real."
+    stored = pa.table({"image": [content(1), content(2)], "label": [0, 1]})
+    if names:
+        info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        stored = stored.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(stored, tmp_path/"a.parquet")
+    assert read_custom_dataset(tmp_path/"a.parquet").manifest["origin"][0] == origin
+
+
+def test_parts_have_the_split_of_their_name_or_folder(tmp_path):
+    frame = pd.DataFrame({"image": [content(1), content(2)], "label": ["human", "ai"]})
+    for name in ("data/train-00000-of-00002.parquet", "data/validation-00000-of-00001.parquet", "test/0.parquet"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        frame.to_parquet(tmp_path/name)
+    found = read_custom_dataset(tmp_path).manifest
+    assert dict(zip(found["path"].str.partition(".parquet")[0], found["split"], strict=True)) == {
+        "data/train-00000-of-00002": "train", "data/validation-00000-of-00001": "val", "test/0": "test"}
+
+
+def test_a_picture_inside_that_is_none_and_a_file_that_is_none(tmp_path):
+    frame = pd.DataFrame({"image": [content(1), b"no picture", None], "label": ["real", "fake", "fake"]})
+    frame.to_parquet(tmp_path/"a.parquet")
+    found = read_custom_dataset(tmp_path/"a.parquet")
+    errors = read_properties(found.manifest, found.root, jobs=1)["error"]
+    assert pd.isna(errors[0]) and "not an image" in errors[1] and errors[2] == "empty file"
+    (tmp_path/"b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(AnnotationError, match=r"b.parquet: not a readable Parquet file .* fetch or write it again"):
+        read_custom_dataset(tmp_path/"b.parquet")
+    frame.rename(columns={"label": "verdict"}).to_parquet(tmp_path/"c.parquet")
+    with pytest.raises(AnnotationError, match="the columns path and label are needed; it has path"):
+        read_custom_dataset(tmp_path/"c.parquet")
+    frame.assign(label=["real", "fake", "perhaps"]).to_parquet(tmp_path/"d.parquet")
+    with pytest.raises(AnnotationError, match="d.parquet, row 2: unknown label 'perhaps'"): read_custom_dataset(tmp_path/"d.parquet")
+
+
+def test_pictures_inside_need_little_memory(tmp_path):
+    "Several row groups, read from the first row to the last: never more than a small part of the file."
+    draw = np.random.default_rng(0)
+    stored = pa.table({"image": [draw.bytes(10_000) for _ in range(900)], "label": [k % 2 for k in range(900)]})
+    pq.write_table(stored, tmp_path/"a.parquet", row_group_size=300, compression="none", use_dictionary=False, write_batch_size=10,
+                   data_page_size=50_000)
+    first = stored["image"][305].as_py()
+    del stored
+    before, most = pa.total_allocated_bytes(), []
+    found = read_custom_dataset(tmp_path/"a.parquet")
+    for path in found.manifest["path"]:
+        content = picture_source(tmp_path, path)
+        most.append(pa.total_allocated_bytes() - before)
+        if path == "a.parquet/1/5": assert content == first
+    assert len(most) == 900 and max(most) < (tmp_path/"a.parquet").stat().st_size/4
