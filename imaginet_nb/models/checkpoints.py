@@ -462,6 +462,7 @@ def hub_repository(
         raise CheckpointError(f"{spec}: write {HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION")
     return repository, revision or None
 
+# %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0008
 def hub_error(
     spec: str, # for the message
     error: Exception, # of huggingface_hub
@@ -478,6 +479,7 @@ def hub_error(
     failed = f"the hub failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); try again later"
     return CheckpointError(f"{spec}: {next((text for kind, text in remedies.items() if isinstance(error, kind)), failed)}")
 
+# %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0007
 def fetch_checkpoint(
     spec: str, # hf:OWNER/NAME[@REVISION]
 ) -> tuple[Path, str]: # file in the cache of huggingface_hub; OWNER/NAME@commit
@@ -504,6 +506,7 @@ def hub_card(
     local = r"\((?!https?://|#)[^)]*\)"
     return re.sub(rf"\[([^]]*)\]{local}", r"\1", re.sub(rf"!\[[^]]*\]{local}\n*", "", text))
 
+# %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e000a
 def hub_token() -> str:
     "The user's token. Raises `CheckpointError` if there is none."
     from huggingface_hub import get_token
@@ -511,6 +514,7 @@ def hub_token() -> str:
     if token is None: raise CheckpointError("no token for the hub: set HF_TOKEN, or run `hf auth login`; it needs the right to write")
     return token
 
+# %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0009
 def push_checkpoint(
     checkpoint: str | Path, # read and checked before anything is sent
     repository: str, # OWNER/NAME; made if it does not exist
