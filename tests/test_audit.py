@@ -352,7 +352,7 @@ def test_rows_fit_their_table(by):
     assert whole.columns.tolist() == main.columns.tolist()
     sizes = whole[whole["acc"].notna()].groupby("group")[["n_real", "n_synthetic"]].nunique()
     assert (sizes == 1).all().all()                                                     # the same images in every row of a group
-    names = ["Metadata: format", "Metadata: content", "Metadata: format+content", "d, format-matched"]
+    names = ["Metadata: format", "Metadata: content", "Metadata: format+content", "d, format-matched, unperturbed"]
     assert whole["detector"][len(main):].unique().tolist() == names
     direct = detection_table(calibrated(matched, calibration), by, **options)
     assert added[1]["acc"].tolist() == pytest.approx(direct[direct["detector"] == "d"]["acc"].tolist(), nan_ok=True)

@@ -351,7 +351,7 @@ def test_matched_reals_take_the_subject_out():
     assert np.allclose(clean["acc"].astype(float), 0.5) and np.allclose(clean["auc"].astype(float), 0.5)
     effect = grouping_effect(predictions, resamples=50, seed=0).set_index("group")
     assert effect.loc["Midjourney", "acc"] > 0.65 and effect.loc["Midjourney", "change_high"] < 0
-    assert np.allclose(effect["acc_clean"], 0.5)
+    assert np.allclose(effect["acc_content_matched"], 0.5)
 
 
 # --- the notebook -------------------------------------------------------------------------------------------------------

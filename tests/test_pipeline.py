@@ -87,7 +87,7 @@ def test_detection_tables_have_the_promised_columns_and_rows(report):
         assert (run["acc_low"] <= run["acc"]).all() and (run["acc"] <= run["acc_high"]).all()
         nulls = table[table["detector"].str.startswith("Metadata")]
         assert set(nulls["detector"]) == {f"Metadata: {rule}" for rule in ("format", "content", "format+content")}
-        assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched").any()
+        assert nulls["acc"].between(0, 1).all() and (table["detector"] == "SelfCon (ours), format-matched, unperturbed").any()
         means = table.set_index(["detector", "group"])[["acc", "auc"]]
         difference = means.loc["difference: SelfCon (ours) − Cross-entropy (baseline)"]
         expected = means.loc["SelfCon (ours)"] - means.loc["Cross-entropy (baseline)"]

@@ -128,7 +128,7 @@ def report(tmp_path, table):
     save_table(table, folder/"tables"/"detection_by_family", "Detection <made up>.")
     save_figure(new_figure()[0], folder/"figures"/"umap_family", caption="UMAP, made up.")
     (folder/"notebooks").mkdir()
-    (folder/"notebooks"/"p50_detection.html").write_text("<p>executed</p>", encoding="utf-8")
+    (folder/"notebooks"/"p50_detection.ipynb").write_text("{}", encoding="utf-8")
     return folder, [p.read_text(encoding="utf-8") for p in report_index(folder, load_profile("demo"))]
 
 
@@ -140,7 +140,7 @@ def test_index_needs_nothing_from_elsewhere_and_its_links_lead_somewhere(report)
         if target.startswith("#"): assert f'id="{target[1:]}"' in page, target
         else: assert (folder/target).is_file(), target
     assert {"tables/detection_by_family.csv", "tables/detection_by_family.provenance.json", "figures/umap_family.png",
-            "notebooks/p50_detection.html"} <= set(targets)
+            "notebooks/p50_detection.ipynb"} <= set(targets)
     assert "&lt;made up&gt;" in page and "<made up>" not in page
 
 

@@ -279,7 +279,7 @@ def report(table, tmp_path) -> Path:
 
 def test_links_of_the_page_lead_somewhere_and_not_outside(report):
     for item in PAPER_ITEMS:
-        (report/"notebooks").mkdir(exist_ok=True); (report/"notebooks"/f"{item.notebook}.html").touch()
+        (report/"notebooks").mkdir(exist_ok=True); (report/"notebooks"/f"{item.notebook}.ipynb").touch()
     page, _ = report_index(report, load_profile("demo"))
     links = Links(); links.feed(page.read_text())
     assert not links.stack and "script" not in links.tags and "link" not in links.tags

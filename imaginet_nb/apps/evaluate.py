@@ -317,8 +317,7 @@ def _operating_blocks(
                          "A split `calibration` with real and synthetic images gives one.")]
     table, caption = tables["operating_points"]
     wanted = [c for c in OPERATING_COLUMNS if c.startswith(("rate", "threshold", "empirical", "tpr"))]
-    headings = {"rate": "FPR, at most", "TPR": "TPR at this FPR", "threshold": "Threshold"}
-    reading = reading_frame(text_frame(table[wanted])).rename(columns=headings)
+    reading = reading_frame(text_frame(table[wanted]))
     notes = [f"At {rate}: {note}." for rate, note in zip(table["rate"], table["note"], strict=True) if note]
     return [("text", caption), ("table", reading), *([("list", notes)] if notes else [])]
 

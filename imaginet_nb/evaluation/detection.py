@@ -262,7 +262,7 @@ def difference_sentences(
     "Whether the first detector is better or worse than the second in the mean over all groups, or whether that cannot be told."
     mean, sentences = rows[rows["group"].eq(MEAN)].iloc[0], []
     for metric in ("acc", "auc"):
-        value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float)
+        value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) # as in the CSV file
         told = f"the difference is {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
         compared = f"which of {pair[0]} and {pair[1]} is better cannot be told"
         if low > 0:
@@ -378,7 +378,7 @@ def difference_words(
     higher: str, # and above zero
 ) -> str:
     "A difference in words, and in numbers."
-    value, low, high = row[[metric, f"{metric}_low", f"{metric}_high"]].astype(float) + 0.0
+    value, low, high = row[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) + 0.0 # as in the CSV file
     numbers = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
     if high < 0: return f"{lower} ({numbers})"
     if low > 0: return f"{higher} ({numbers})"

@@ -76,10 +76,19 @@ def generalisation_table(
     return pd.DataFrame(rows, columns=list(GENERALISATION_COLUMNS))
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a5d38774
+def _not_detected(
+    table: pd.DataFrame, # of `generalisation_table`
+) -> list[str]: # a warning for each method that has one
+    "Families that a network does not detect although it was trained with them: leaving them out cannot cost anything."
+    seen = table[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5)]
+    return [f"Warning: {method} does not detect what it was trained with ({', '.join(rows['group'])}: the interval of the AUC with the "
+            "family reaches down to chance, 0.5, or lies below it). Its comparison of with and without says nothing about them."
+            for method, rows in seen.groupby("detector", sort=False)]
+
 def generalisation_text(
     table: pd.DataFrame, # of `generalisation_table`
-) -> str: # a sentence per method, and one that compares them
-    "What the mean over the families says about AUC; intervals of 95 % over test images."
+) -> str: # a sentence per method, warnings, and a sentence that compares the methods
+    "What the mean over the families says about AUC, and for which families nothing can be said; intervals of 95 % over test images."
     mean = table[table["group"].eq(MEAN)]
     costs = mean[mean["training"].eq(COST)]
     lines = [f"{row['detector']}, AUC without the family minus AUC with it: {difference_words(row, 'auc', 'a loss', 'a gain')}."
@@ -87,4 +96,4 @@ def generalisation_text(
     between = mean[mean["detector"].str.startswith("difference:")].iloc[0]
     first, _, second = between["detector"].removeprefix("difference: ").partition(" − ")
     verdict = difference_words(between, "auc", f"{second} is better", f"{first} is better")
-    return "\n".join([*lines, f"On families left out of training, {first} against {second}: {verdict}."])
+    return "\n".join([*lines, f"On families left out of training, {first} against {second}: {verdict}.", *_not_detected(table)])

@@ -284,6 +284,12 @@ X_LABELS = {"jpeg": "JPEG quality", "quality": "JPEG quality", "resize": "down-s
 CHANCE = {"detection": 1/2, "identification": 1/4}
 ACCURACY = {"detection": "balanced accuracy", "identification": "accuracy"}
 
+def _counted(track: str, rows: pd.DataFrame, name: str) -> str:
+    "Heading of a panel: the track, and the number of images behind the points of each curve."
+    if "n" not in rows: return track
+    counts = rows.groupby(name)["n"].max()
+    return "\n".join([track, *(f"{label}: {counts[label]:,} images" for label in label_styles(rows[name], name))])
+
 @mpl.rc_context(STYLE)
 def plot_robustness(
     table: pd.DataFrame, # columns track, `x`, acc, acc_low, acc_high, and optionally detector and perturbation
@@ -307,7 +313,8 @@ def plot_robustness(
             axes.fill_between(rows[x], rows["acc"] - low, rows["acc"] + high, color=colour, alpha=0.18, lw=0)
             axes.plot(rows[x], rows["acc"], color=colour, marker=marker, ms=4, lw=1.6, label=label)
         axes.axhline(CHANCE.get(track, 0), color=GREY, ls="--", lw=1, label="chance")
-        axes.set(title=track, xlabel=X_LABELS.get(kinds[0], str(kinds[0])), ylabel=ACCURACY.get(track, "accuracy"), ylim=(0, 1.02))
+        axes.set_title(_counted(track, table[table["track"] == track], name), fontsize=8.5)
+        axes.set(xlabel=X_LABELS.get(kinds[0], str(kinds[0])), ylabel=ACCURACY.get(track, "accuracy"), ylim=(0, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     return finish(figure, title, panels[0])
 

@@ -84,6 +84,7 @@ class Result(NamedTuple):
     links: dict[str, str] # what -> path relative to the report's folder
     missing: str # why it is not there; empty if it is
     origin: str = "" # of `origin_text`
+    notes: tuple[str, ...] = () # what the table says, a sentence each
 
     @property
     def label(self) -> str:
@@ -113,7 +114,7 @@ def _result(report: Path, kind: str, stem: str, notebook: str) -> Result:
         missing = f"not run: {first.relative_to(report).as_posix()} is missing; {notebook} writes it"
         return Result(stem, kind == "figures", "", None, {}, missing)
     reading = reading_frame(pd.read_csv(first, dtype=str, keep_default_na=False)) if kind == "tables" else None
-    return Result(stem, kind == "figures", caption, reading, links, "", origin_text(record))
+    return Result(stem, kind == "figures", caption, reading, links, "", origin_text(record), tuple(record.get("notes", [])))
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #98fc92d6
 class Chapter(NamedTuple):
@@ -146,12 +147,14 @@ def _chapters(report: Path) -> list[Chapter]:
 
 def profile_scope(
     profile: Profile,
-) -> str: # a sentence, or three for the sandbox
+) -> str: # one sentence, or several for the sandbox
     "What the numbers of a profile are about."
     if profile.data.source == "imaginet": return "Every number under “measured” was measured on ImagiNet."
     return ("Every number under “measured” was measured on the embedded sandbox. Its generators are small autoencoders, stand-ins that "
-            "bear the names of the paper's generators and are none of them. These numbers show that the pipeline runs; they say nothing "
-            "about ImagiNet and cannot be compared with the published ones.")
+            "bear the names of the paper's generators and are none of them. Its real images are drawn scenes and tiles of photographs that "
+            "come with scikit-image and scikit-learn; ImageNet, FFHQ and the other names of sources stand for their places in ImagiNet "
+            "alone. These numbers show that the pipeline runs; they say nothing about ImagiNet and cannot be compared with the published "
+            "ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
 def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:
@@ -171,13 +174,13 @@ def _not_learned(report: Path) -> list[str]:
 def report_index(
     report_dir: str | Path, # `reports/<profile>`
     profile: Profile,
+    findings: Sequence[tuple[str, str]] = (), # for the top of the page: a question, and its answer, with `code`
 ) -> list[Path]: # index.html, README.md
     "Write the page and the README of a report's folder."
     report = Path(report_dir)
-    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"}
-    executed = {page.stem for page in (report/"notebooks").glob("*.html")} - {"p90_summary"} # which writes this and is not finished
+    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"} # which writes this and is not finished
     values = dict(title=f"ImagiNet: report of the profile {profile.name}", profile=profile, scope=profile_scope(profile),
                   cards=[name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()],
                   not_learned=_not_learned(report), chapters=_stated_once(_chapters(report), measured_on(profile), INTERVAL_NOTE),
-                  intervals=INTERVAL_NOTE, executed=executed, notebooks=notebooks, long=LONG_TABLE)
+                  intervals=INTERVAL_NOTE, findings=findings, notebooks=notebooks, long=LONG_TABLE)
     return [write_text(render(f"report.{form}", **values), report/name) for form, name in (("html", "index.html"), ("md", "README.md"))]

@@ -77,10 +77,10 @@ PAPER_ITEMS += ( # and what is not printed in the paper
     PaperItem("Audit", "Shortcuts: file format, content type, file properties (not in the paper)", "p10_dataset",
               ("metadata_baseline", "metadata_classifier", "file_properties", "duplicates", "overlap"),
               ("metadata_baseline", "composition", "file_properties")),
-    PaperItem("Format-matched", "Detection when all images have passed the same codec (not in the paper)", _BY, ("format_matched",)),
+    PaperItem("Format-matched", "Detection on unperturbed images after one codec for all (not in the paper)", _BY, ("format_matched",)),
     PaperItem("Grouping", "How real images are assigned to a family", "p20_testset", ("grouping_difference",)),
     PaperItem("Grouping effect", "Effect of matching real images by content", _BY, ("grouping_effect",)),
-    PaperItem("Overlaps", "Images of the fits against each other and the test set", "p47_predict", ("calibration_overlap",)),
+    PaperItem("Overlaps", "Images shared by score calibration, stage 2, anchors and test set", "p47_predict", ("calibration_overlap",)),
     PaperItem("External calibration", "Score calibration on external benchmarks", "p51_external", ("external_calibration",)),
     PaperItem("Ledger", "Published and reproduced, side by side", "p90_summary", ("published_vs_reproduced",)))
 

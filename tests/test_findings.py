@@ -1,0 +1,71 @@
+"""Main findings at the top of a report: other numbers in its tables must turn the sentences round."""
+import pandas as pd
+import pytest
+
+from imaginet_nb.apps.cards import findings
+from imaginet_nb.core import load_profile
+from imaginet_nb.detectors.protocol import DETECTORS
+from imaginet_nb.evaluation.detection import difference_name
+from imaginet_nb.reporting.tables import save_table
+
+OURS, BASELINE = DETECTORS
+KINDS = ("perturbed", "clean")
+
+
+def answers(folder, gap=(-0.03, 0.04), rule=(0.9, 0.95), fpr=(0.08, 0.15), seeds=None) -> dict[str, str]:
+    "Question -> answer, for a report with these intervals of the difference, of the best baseline and of the false-positive rate."
+    def row(name, low, high):
+        return dict(detector=name, group="Mean", note="") | {m + end: x for m in ("acc", "auc")
+                                                             for end, x in (("", (low + high)/2), ("_low", low), ("_high", high))}
+    rows = [row(OURS, 0.7, 0.8), row(BASELINE, 0.68, 0.78), row(difference_name(), *gap), row("Metadata: format", *rule),
+            row("Metadata: content", 0.45, 0.55)]
+    save_table(pd.DataFrame(rows), folder/"tables"/"detection_by_family", "Made up.")
+    rates = dict(empirical_fpr=sum(fpr)/2, empirical_fpr_low=fpr[0], empirical_fpr_high=fpr[1],
+                 empirical_tpr=0.5, empirical_tpr_low=0.4, empirical_tpr_high=0.6)
+    points = [dict(detector=name, setting=kind, rate="5.0%", threshold=0.7, **rates, n_real=200, n_synthetic=200)
+              for kind in KINDS for name in DETECTORS]
+    save_table(pd.DataFrame(points), folder/"tables"/"operating_points", "Made up.")
+    if seeds is not None:
+        runs = [dict(detector=difference_name(), seed=str(i), group="Mean", acc=gap, auc=gap) for i, gap in enumerate(seeds)]
+        save_table(pd.DataFrame(runs), folder/"tables"/"seeds", "Made up.")
+    return dict(findings(folder, load_profile("demo")))
+
+
+@pytest.mark.parametrize(("gap", "told"), [
+    ((0.01, 0.04), f"{OURS} is better than {BASELINE}"), ((-0.04, -0.01), f"{OURS} is worse than {BASELINE}"),
+    ((-0.03, 0.04), "is better cannot be told")])
+def test_the_paired_interval_decides_which_detector_is_better(tmp_path, gap, told):
+    "Not the two estimates: those of the detectors are the same in all three cases."
+    answer = answers(tmp_path, gap=gap)["Which detector is better?"]
+    assert answer.count(told) == 2 and f"{gap[0]:+.3f} to {gap[1]:+.3f}" in answer # ACC and AUC
+
+
+@pytest.mark.parametrize(("rule", "told"), [
+    ((0.9, 0.95), "more accurate than any of our detectors"), ((0.5, 0.6), "Our best detector is more accurate"),
+    ((0.72, 0.82), "cannot be told apart")])
+def test_metadata_are_compared_with_the_best_detector(tmp_path, rule, told):
+    answer = answers(tmp_path, rule=rule)["What do metadata alone achieve?"]
+    assert told in answer and f"{sum(rule)/2:.3f} from the file's format, 0.500 from the type of content" in answer
+
+
+@pytest.mark.parametrize(("fpr", "told"), [
+    ((0.08, 0.15), "more than 5 %"), ((0.0, 0.03), "fewer than 5 %"), ((0.03, 0.08), "agrees with 5 %")])
+def test_measured_false_positives_stand_beside_the_nominal_rate(tmp_path, fpr, told):
+    found = answers(tmp_path, fpr=fpr)
+    answer = found["How often is a real image flagged?"]
+    assert answer.count(told) == 4 and f"{50*sum(fpr):.1f} %" in answer
+    rate = sum(fpr)/2
+    for share in (0.5, 0.01):
+        assert f"{100*share*0.5/(share*0.5 + (1 - share)*rate):.0f} % " in found["What does a flag mean?"]
+
+
+def test_randomness_of_training_is_told_where_it_was_measured(tmp_path):
+    question = "What do the intervals contain?"
+    assert "was not measured" in answers(tmp_path)[question]
+    assert "over 3 seeds" in (few := answers(tmp_path, seeds=(0.1, 0.11, 0.12))[question]) and f"{OURS} is better" in few
+    assert "cannot be told" in answers(tmp_path, seeds=(-0.1, 0.11, 0.02))[question]
+
+
+def test_missing_tables_leave_their_findings_out(tmp_path):
+    left = [question for question, _ in findings(tmp_path, load_profile("demo"))]
+    assert left == ["What do the intervals contain?", "Where does each picture come from?"]
