@@ -6,7 +6,7 @@
 __all__ = ['CPU', 'RATIO_COLUMNS', 'KINDS', 'WORDS', 'interleaved', 'device_name', 'compare', 'summary', 'matmul_peak',
            'copy_peak', 'operations', 'traffic', 'kept_bytes', 'allocated_bytes', 'predict_cost', 'mixed_files',
            'PillowImages', 'loader_cases', 'container_cases', 'training_case', 'settled', 'logit_difference', 'feeding',
-           'plot_ratios', 'plot_memory', 'plot_inference']
+           'large_jpegs', 'decoding_cases', 'plot_ratios', 'plot_memory', 'plot_inference']
 
 # %% ../../nbs/08_apps/06_benchmark.ipynb #39d84af6
 import copy
@@ -29,10 +29,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .predict import Scorer, default_readers, read_pictures, score_files
 from ..core import repo_root, rng
 from ..data.datasets import ManifestDataset, Transform
 from ..data.images import Picture, save
@@ -397,9 +399,47 @@ def feeding(
         bound=f"device, with {cores} cores" if loaded*cores >= taken else f"loader, with {cores} cores")
         for loader, loaded in loaders.items() for device, taken in devices.items()])
 
+# %% ../../nbs/08_apps/06_benchmark.ipynb #5c0a1f12
+def large_jpegs(
+    folder: str | Path, # where the files go
+    image: np.ndarray, # `(H, W, 3)` uint8, repeated until the picture is full
+    files: int = 60,
+    height: int = 3000,
+    width: int = 4000,
+) -> list[Path]: # `files` names of one file
+    "Write JPEG files of 12 megapixels, as cameras do."
+    times = (-(-height//image.shape[0]), -(-width//image.shape[1]), 1)
+    paths = [Path(folder)/f"{number:03d}.jpg" for number in range(files)]
+    save(np.tile(image, times)[:height, :width], paths[0])
+    for path in paths[1:]: os.link(paths[0], path)
+    return paths
+
+# %% ../../nbs/08_apps/06_benchmark.ipynb #5c0a1f13
+class _Decoded(Dataset):
+    "Shapes of files that Pillow decodes, and nothing else is done with."
+    def __init__(self, paths: Sequence[Path]): self.paths = paths
+    def __len__(self) -> int: return len(self.paths)
+    def __getitem__(self, number: int) -> tuple[int, ...]:
+        path = self.paths[number]
+        return PillowImages(path.parent)[path.name].shape
+
+class _Constant:
+    "A detector that costs nothing."
+    name, input_size = "Constant", 256
+    def score(self, images: Tensor) -> Tensor: return torch.zeros(len(images))
+
+def decoding_cases(
+    paths: Sequence[Path], # of pictures
+) -> dict[str, Callable[[], list]]:
+    "All pictures decoded by Pillow, and scored by a detector that costs nothing as `imaginet predict` does, on all cores."
+    scorer, readers = Scorer(_Constant()), default_readers(len(paths))
+    return {"plain": lambda: list(read_pictures(_Decoded(paths), readers)),
+            "ours": lambda: list(score_files(paths, scorer, readers))}
+
 # %% ../../nbs/08_apps/06_benchmark.ipynb #b249efe5
 WORDS = {"loader": "loading,", "stage1": "stage 1", "stage2": "stage 2", "testset": "test set", "training": "training step,", "cpu": "CPU",
-         "gpu": "GPU", "grad": "gradient", "cache": "caching", "inference": "inference,"}
+         "gpu": "GPU", "predict": "predict,", "decoding": "beside decoding alone", "grad": "gradient",
+         "cache": "caching", "inference": "inference,"}
 
 def _in_words(group: str, case: str) -> str:
     "A row of the ratios for a reader."
