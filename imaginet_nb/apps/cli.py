@@ -476,8 +476,7 @@ def _detector(checkpoint: str | None, detector: str | None, device: str, trust: 
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
                                                    "or - for paths on standard input.")],
-    checkpoint: Annotated[str | None, typer.Option(help="Detector (.safetensors), or hf:OWNER/NAME[@REVISION]; if not "
-                                                        "given, the one of `make reproduce`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION]; or of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
                                                       "or a linear probe (.safetensors). The YAML's key fit says what it is "
                                                       "shown: crop, crops, resize, squash or own.")] = None,
@@ -490,8 +489,7 @@ def predict(
                                                    "is unsure. 0.05, 0.01 or 0.001, as far as the detector was calibrated.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
-    calibration: Annotated[Path | None, typer.Option(help="Written by `imaginet calibrate` for this detector; it replaces the "
-                                                          "detector's own.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="File of `imaginet calibrate`, in the place of the detector's own.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",

@@ -67,6 +67,7 @@ def profile_origins(record: Mapping[str, Any]) -> Iterator[Origin]:
     yield Origin("profile", f"{name}, seed {record.get('seed')}", f"{len(changed)} keys {CHANGED}" if changed else SAME)
     for key in changed: yield Origin("key", f"{key}: {then.get(key)} -> {now.get(key)}", CHANGED)
 
+# %% ../../nbs/08_apps/08_trace.ipynb #2f000010
 def recorded_checkpoints(
     report: Path, # folder of a report
 ) -> dict[str, set[str]]: # file name -> SHA-256 in the records of tables and figures; one, unless results are of several runs

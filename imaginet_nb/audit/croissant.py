@@ -94,6 +94,7 @@ def record_set(
     return croissant_library().RecordSet(id="images", name="images", description="A record for each listed image.",
                                          fields=text_fields("images", columns))
 
+# %% ../../nbs/06_audit/04_croissant.ipynb #4f000013
 def pixel_set(
     columns: Sequence[str], # of records.csv, with `file`
 ) -> Any: # mlcroissant's RecordSet
@@ -121,6 +122,7 @@ def _image_files(files: Iterable[str]) -> Any: # mlcroissant's FileSet
     return croissant_library().FileSet(id="image-files", name="image-files", description="The images.", encoding_formats=["image/png"],
                                        includes=sorted({f"{escape(Path(file).parent.as_posix())}/*{Path(file).suffix}" for file in files}))
 
+# %% ../../nbs/06_audit/04_croissant.ipynb #4f000012
 def write_croissant(
     source: AuditSource,
     findings: Sequence[str], # sentences of the audit
