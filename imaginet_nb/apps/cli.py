@@ -476,7 +476,7 @@ def _detector(checkpoint: str | None, detector: str | None, device: str, trust: 
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
                                                    "or - for paths on standard input.")],
-    checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION]; or of `make reproduce`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION], or `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
                                                       "or a linear probe (.safetensors). The YAML's key fit says what it is "
                                                       "shown: crop, crops, resize, squash or own.")] = None,
