@@ -606,9 +606,11 @@ def _relative(path: str | Path) -> str:
 # %% ../nbs/00_core.ipynb #8ed48076
 def versions() -> dict[str, str]:
     "Versions of Python and of the packages that can affect a result."
+    import imaginet_nb
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
+    found["imaginet_nb"] = imaginet_nb.__version__ # what an editable installation was called when it was made may be older
     return found
 
 CODE = ("imaginet_nb", "nbs/pipelines", "profiles", "Snakefile") # whatever a result is computed by

@@ -68,6 +68,36 @@ def score(net):
     return lambda crop: detector.score(torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)[None]).item()
 
 
+@pytest.mark.parametrize("accepted", [False, True])
+def test_reasons_against_a_verdict_are_in_row_note_and_on_the_terminal(net, tmp_path, accepted):
+    "A picture too small to judge and a page of text have no verdict, whatever the options; how much was looked at is a note."
+    folder = tmp_path/"pictures"
+    folder.mkdir()
+    page = np.full((SIDE, 2*SIDE, 3), 255, np.uint8)
+    page[4::8, 4:-4] = noise(0, SIDE//8, 2*SIDE - 8)
+    pictures = {"dot": noise(0, 1, 1), "page": page, "large": noise(0, 200, 200)}
+    for name, picture in pictures.items(): Image.fromarray(picture).save(folder/f"{name}.png")
+    detector = load_detector(net)
+    save_checkpoint(detector, tmp_path/"net.safetensors", profile="demo")
+    words = [folder, "--checkpoint", tmp_path/"net.safetensors", "--no-views", "--out", tmp_path/"p.csv", *(["--demo"] if accepted else [])]
+    result = predict(*words)
+    rows = pd.DataFrame(list(read_scores(tmp_path/"p.csv"))).set_index("path").rename(lambda path: Path(path).stem)
+    for name, reason in (("dot", predicting.TOO_SMALL_NOTE), ("page", predicting.FLAT_NOTE)):
+        assert rows.loc[name, "verdict"] == ("unsure" if accepted else "demo only")
+        assert rows.loc[name, "reason"] == reason and reason in rows.loc[name, "note"] and f"1 {reason}" in result.output
+    assert "looked at 13 % of its area" in rows.loc["large", "note"] and rows.loc["large", "reason"] != predicting.FLAT_NOTE
+    assert ("no error rate is promised" in result.output) == accepted
+
+
+def test_the_largest_picture_that_is_read_is_an_option(net, tmp_path):
+    Image.fromarray(noise(0, 50, 60)).save(tmp_path/"a.png")
+    for limit in ((), ("--max-megapixels", 0.003)):
+        assert table(tmp_path/"a.png", "--checkpoint", net, "--no-views", *limit, out=tmp_path/"p.csv")["error"].isna().all()
+    refused = predict(tmp_path/"a.png", "--checkpoint", net, "--max-megapixels", 0.002, "--out", tmp_path/"p.csv")
+    error = next(iter(read_scores(tmp_path/"p.csv")))["error"]
+    assert refused.exit_code == 1 and "more than max_pixels=2000" in error and "--max-megapixels 1" in error
+
+
 def test_every_format_is_read_and_every_file_has_a_row(net, tmp_path):
     import pillow_heif
     pillow_heif.register_heif_opener()

@@ -168,10 +168,14 @@ def test_the_share_that_is_expected_changes_the_number_and_not_the_verdict(page,
 
 def test_a_card_says_what_its_number_is_and_what_it_is_worth(page, report):
     "A card is passed on alone, so the name of the number and the warning are on it; promises and thresholds are above all cards."
-    for text in page.ask(f"{VISIBLE}.map(c => c.innerText)"): assert "demo only: trained on stand-ins" in text
+    pictures, errors = (page.ask(f"{VISIBLE}.filter(c => c.classList.contains('error') === {is_error}).map(c => c.innerText)")
+                        for is_error in ("false", "true"))
+    for text in pictures: assert text.count("demo only: trained on stand-ins") == 1
+    assert len(errors) == 2 and any("empty file" in text for text in errors) and any("not an image" in text for text in errors)
+    assert not any("stand-ins" in text for text in errors)
     table, meaning = report[1], page.ask("document.getElementById('meaning').innerText")
     assert page.ask(f"{VISIBLE}[0].innerText").count("P(synthetic)") == 1
-    assert "calibrated on 80 images, half of them synthetic" in meaning and "at most 5 % of the real ones are called synthetic" in meaning
+    assert "calibrated on 80 images, half of them synthetic" in meaning and "about 5 % of the real ones are called synthetic" in meaning
     assert table["note"].dropna().str.contains("demo only").all() and table["note"].notna().sum() == 12
     assert "family" not in page.ask("document.getElementById('cards').innerText").lower()
 

@@ -59,6 +59,21 @@ def command(
         return function
     return register
 
+# %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
+def _warn(sentence: str) -> str:
+    "Print a warning, and return it."
+    typer.secho(sentence, err=True, fg="yellow")
+    return sentence
+
+def _show(
+    dataset: Any, # with `understood`, `columns` and `remarks`
+) -> None:
+    "Print how a data set was read, what was left out and which labels are in doubt, before anything is computed."
+    doubts = [sentence for sentence in dataset.remarks if "contradict" in sentence]
+    for line in dataset.understood:
+        if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
+        else: typer.echo(line.replace("`", ""))
+
 # %% ../../nbs/08_apps/09_cli.ipynb #1a83428d
 @command(app, "reproduce")
 def reproduce(
@@ -408,21 +423,6 @@ def weights_list(
         state = "imported" if row.imported else "missing"
         typer.echo(f"{row.weights:20}{state:10}{row.detector}: {row.published}, {row.page} ({row.licence})")
 
-# %% ../../nbs/08_apps/09_cli.ipynb #26e6cfe9
-def _warn(sentence: str) -> str:
-    "Print a warning, and return it."
-    typer.secho(sentence, err=True, fg="yellow")
-    return sentence
-
-def _show(
-    dataset: Any, # with `understood`, `columns` and `remarks`
-) -> None:
-    "Print how a data set was read, what was left out and which labels are in doubt, before anything is computed."
-    doubts = [sentence for sentence in dataset.remarks if "contradict" in sentence]
-    for line in dataset.understood:
-        if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
-        else: typer.echo(line.replace("`", ""))
-
 # %% ../../nbs/08_apps/09_cli.ipynb #0327212d
 def _trained_here() -> Path:
     "The checkpoint that `make reproduce` writes."
@@ -476,7 +476,7 @@ def _detector(checkpoint: str | None, detector: str | None, device: str, trust: 
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
                                                    "or - for paths on standard input.")],
-    checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION], or `make reproduce`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION], or `make reproduce`'s.")] = None,
     detector: Annotated[str | None, typer.Option(help="Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, "
                                                       "or a linear probe (.safetensors). The YAML's key fit says what it is "
                                                       "shown: crop, crops, resize, squash or own.")] = None,
@@ -485,12 +485,13 @@ def predict(
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
                                                           "changed; rows of other detectors, options, libraries are refused.")] = False,
-    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images that may be misclassified; what lies between "
-                                                   "is unsure. 0.05, 0.01 or 0.001, as far as the detector was calibrated.")] = 0.05,
+    error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
+                                                   "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
     views: Annotated[bool, typer.Option("--views/--no-views", help="Score images re-saved and reduced, too: three times the work.")] = True,
-    calibration: Annotated[Path | None, typer.Option(help="File of `imaginet calibrate`, in the place of the detector's own.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Of `imaginet calibrate`, for this detector.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Accept a detector trained on stand-ins, else `demo only`.")] = False,
+    max_megapixels: Annotated[float | None, typer.Option(help="Largest picture that is read; else 250, or IMAGINET_MAX_PIXELS.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines: one folder, list, tar or address.")] = "local",
     root: Annotated[str | None, typer.Option(help="Folder that the paths of a table are relative to, if not that of the table.")] = None,
@@ -507,10 +508,50 @@ def predict(
         raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
     from imaginet_nb.apps.predict import Settings
     from imaginet_nb.apps.calibrate import read_calibration
-    stored = read_calibration(calibration) if calibration else None
-    build = partial(_scorers, checkpoint, detector, trust, Settings(error_rate=error_rate, crops=crops, views=views, demo=demo), stored)
+    settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
+    build = partial(_scorers, checkpoint, detector, trust, settings, calibration and read_calibration(calibration), max_megapixels)
     if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
     else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
+
+# %% ../../nbs/08_apps/09_cli.ipynb #231208b5
+def _is_missing(path: Path) -> bool:
+    "Whether a file is certainly missing; in a folder without permission it may exist."
+    try: os.stat(path)
+    except PermissionError: return False
+    except (OSError, ValueError): return True
+    return False
+
+def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
+    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
+    from imaginet_nb.apps.predict import check_writable, find_files, without_results
+    results = [out, *([] if html is None else [html])]
+    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
+    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
+    files = without_results(find_files(words, listed, root), results)
+    if all(map(_is_missing, files)):
+        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
+        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
+    for result in results: check_writable(result) # before hours of work
+    return files
+
+# %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
+def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
+    "Write the table and print the counts; when interrupted, print how to continue."
+    from imaginet_nb.apps.predict import (DEMO_ONLY, FLAT_NOTE, STAND_IN_NOTE, TOO_SMALL_NOTE, error_promise, part_of, score_to_file,
+                                          trained_on_stand_ins, verdict_words)
+    if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
+    try: counts = score_to_file(files, scorer, out, resume, **options)
+    except KeyboardInterrupt:
+        _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
+        raise typer.Exit(130) from None
+    words = verdict_words(scorer.detector, scorer.settings)
+    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
+    notes = [f"{counts['kept']} rows kept"] if resume else []
+    notes += [f"{counts[note]} {note}" for note in (TOO_SMALL_NOTE, FLAT_NOTE) if note in counts]
+    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
+    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
+    if DEMO_ONLY not in words: typer.echo(error_promise(scorer.detector, scorer.settings.error_rate))
+    return scored
 
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
@@ -519,21 +560,21 @@ def _scorers(
     trust: bool,
     settings: Any, # `predict.Settings`
     stored: Any, # `calibrate.StoredCalibration`; None = the detector's own calibration, if it has one
+    max_megapixels: float | None, # of the largest picture that is read
     device: str, # cpu, cuda, ...
-) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, warnings
+) -> tuple[Any, Any, list[str]]: # scorer, the same with a faster detector, notes for the page
     "The scorer that the options of `predict` describe."
     from imaginet_nb.apps.calibrate import calibrated_detector
     from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.models.fast import fast
-    loaded, identity, notes = _detector(checkpoint, detector, device, trust)
-    if stored:
-        loaded = calibrated_detector(stored, loaded, identity, settings.crops)
-        notes.append(stored.note)
+    loaded, identity, _ = _detector(checkpoint, detector, device, trust)
+    if stored: loaded = calibrated_detector(stored, loaded, identity, settings.crops)
     if calibration_of(loaded) is None:
-        notes.append(_warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5."))
-    scorer = Scorer(loaded, settings, identity, device, None if device == "cpu" or loaded.input_size is None else BATCH)
-    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), notes
+        _warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5.")
+    batch = None if device == "cpu" or loaded.input_size is None else BATCH
+    scorer = Scorer(loaded, settings, identity, device, batch, None if max_megapixels is None else round(1e6*max_megapixels))
+    return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), [stored.note] if stored else []
 
 def _predict_here(
     paths: list[str], root: str | None, table: str, html: Path | None, resume: bool, device: str, build: Callable,
@@ -600,43 +641,6 @@ def calibrate(
     sentences = fit(loaded, find_files(real), find_files(synthetic or []), out, identity, crops, place)
     for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
-
-# %% ../../nbs/08_apps/09_cli.ipynb #231208b5
-def _is_missing(path: Path) -> bool:
-    "Whether a file is certainly missing; in a folder without permission it may exist."
-    try: os.stat(path)
-    except PermissionError: return False
-    except (OSError, ValueError): return True
-    return False
-
-def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
-    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
-    from imaginet_nb.apps.predict import check_writable, find_files, without_results
-    results = [out, *([] if html is None else [html])]
-    if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
-    listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
-    files = without_results(find_files(words, listed, root), results)
-    if all(map(_is_missing, files)):
-        fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
-        raise FileNotFoundError(f"{', '.join(words)}: {fault}")
-    for result in results: check_writable(result) # before hours of work
-    return files
-
-# %% ../../nbs/08_apps/09_cli.ipynb #a7d30004
-def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: Any) -> int: # number of files that could be scored
-    "Write the table and print the counts; when interrupted, print how to continue."
-    from imaginet_nb.apps.predict import STAND_IN_NOTE, part_of, score_to_file, trained_on_stand_ins, verdict_words
-    if part_of(out).exists() and not resume: _warn(f"{part_of(out)}: rows of an interrupted run are made anew; --resume keeps them.")
-    try: counts = score_to_file(files, scorer, out, resume, **options)
-    except KeyboardInterrupt:
-        _warn(f"imaginet: stopped; finished rows are in {part_of(out)}. To go on, run the same command with --resume.")
-        raise typer.Exit(130) from None
-    words = verdict_words(scorer.detector, scorer.settings)
-    scored, told = sum(counts[word] for word in words), ", ".join(f"{counts[word]} {word}" for word in words)
-    notes = [f"{counts['kept']} rows kept"] if resume else []
-    if trained_on_stand_ins(scorer.detector): notes.append(STAND_IN_NOTE)
-    typer.echo("; ".join([f"{out}: {scored} scored ({told})", f"{counts['error']} with an error", *notes]))
-    return scored
 
 # %% ../../nbs/08_apps/09_cli.ipynb #52779b86
 @command(app, "evaluate", "out")

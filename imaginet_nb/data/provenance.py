@@ -129,7 +129,7 @@ def _manifests(picture: Image.Image, stream: BinaryIO) -> Iterator[bytes]:
         elif data.startswith(_BOX): yield data[20:].partition(b"\0")[2][8:] # behind version, purpose and an offset
 
 # %% ../../nbs/01_data/13_provenance.ipynb #7d1e0a13
-ABSENT, EMPTY, PRESENT, VALID, INVALID = "absent", "no manifest in its place", "present, not verified", "valid", "invalid"
+ABSENT, EMPTY, PRESENT, VALID, INVALID = "absent", "chunk without a manifest", "present, not verified", "valid", "invalid"
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "AVIF": "image/avif", "HEIF": "image/heic", "TIFF": "image/tiff"}
 
 def _verified(stream: BinaryIO, format: str) -> tuple[str, str]: # state; signer, where the signature fits

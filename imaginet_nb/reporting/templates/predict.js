@@ -1,7 +1,7 @@
 const $ = id => document.getElementById(id), form = $("filter"), list = $("cards"), detail = $("detail"), cards = [...list.children];
 const rows = cards.map(card => JSON.parse(card.dataset.row)), order = cards.map((card, i) => i);
 const data = JSON.parse($("data").textContent), prior = $("prior");
-let shown = order, last = null, shift = 0; // of the log-odds, by the share of synthetic pictures that the reader expects
+let shown = order, last = null, given = "", shift = 0; // of the log-odds, by the share of synthetic pictures that the reader expects
 const logOdds = p => Math.log(p / (1 - p)), sigmoid = z => 1 / (1 + Math.exp(-z));
 const posterior = p => sigmoid(logOdds(p) + shift);
 const probabilityText = p => p < 0.005 ? "< 0.01" : p > 0.995 ? "> 0.99" : p.toFixed(2); // as on the cards without a script
@@ -11,13 +11,14 @@ function make(tag, text, attributes = {}) {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   return element;
 }
+const last_of_all = row => row.error ? 3 : 2; // behind every picture whose number counts
 const keys = {
-  high: row => -(row.probability ?? -1), low: row => row.probability ?? 2, name: row => row.path,
-  apart: row => -((row.probability_high ?? 0) - (row.probability_low ?? 0)) + (row.error ? 1 : 0),
+  high: row => row.counts ? -row.probability : last_of_all(row), low: row => row.counts ? row.probability : last_of_all(row),
+  apart: row => row.counts ? (row.probability_low ?? 0) - (row.probability_high ?? 0) : last_of_all(row), name: row => row.path,
 };
 function filter() {
   const chosen = new FormData(form), words = chosen.getAll("verdict"), text = chosen.get("text").toLowerCase();
-  const family = chosen.get("family"), key = keys[chosen.get("sort")];
+  const family = chosen.get("family"), key = keys[chosen.get("sort") ?? "name"];
   const keep = row => words.includes(row.verdict) && row.path.toLowerCase().includes(text) && (!family || row.family === family);
   const compare = (a, b) => key(rows[a]) < key(rows[b]) ? -1 : key(rows[a]) > key(rows[b]) ? 1 : a - b;
   const sorted = [...order].sort(compare);
@@ -29,8 +30,11 @@ function expect() {
   const field = prior.elements.share, status = prior.querySelector("[role=status]");
   if (!field.checkValidity()) { status.textContent = "A number between 0.1 and 99.9, please."; return; }
   shift = field.value === field.defaultValue ? 0 : logOdds(field.value / 100) - logOdds(data.share);
-  for (const i of order) if ("probability" in rows[i])
+  given = shift ? ` at ${field.value} %` : "";
+  for (const i of order) if (rows[i].counts) {
     cards[i].querySelector(".p").textContent = probabilityText(posterior(rows[i].probability));
+    cards[i].querySelector(".at").textContent = given;
+  }
   status.textContent = shift ? `${data.measure} is now for ${field.value} %. Verdicts do not change: they promise error rates within each class.` : "";
   if (!detail.hidden) show(last);
 }
@@ -65,10 +69,10 @@ function scores(row) {
   }));
 }
 function facts(row) {
-  const values = {"why unsure": row.reason, "note": row.note, "size": row.width && `${row.width} x ${row.height} pixels`,
-    "format": row.format, "error": row.error, "file": row.path};
-  if (row.flat) values["kind"] = `Perhaps a screenshot, a diagram or text: ${Math.round(100 * row.flat)} % of what was looked at is flat. ` +
-    "ImagiNet has no such pictures, so the score may mean nothing.";
+  const values = {"error": row.error, "why": row.reason, "the file itself says": row.says, "note": row.notes.join("; "),
+    "size": row.width && `${row.width} x ${row.height} pixels`, "format": row.format, "file": row.path};
+  if (row.flat && row.counts) values["kind"] = "Perhaps a screenshot, a diagram or text: " +
+    `${Math.round(100 * row.flat)} % of what was looked at is flat. Without such pictures in the training data the score means nothing.`;
   return table(Object.entries(values).filter(([, value]) => value));
 }
 function folded(title, ...content) {
@@ -77,13 +81,14 @@ function folded(title, ...content) {
   return box;
 }
 function onRequest(row) {
-  const boxes = [];
+  const boxes = [], whose = data.demo ? " of the demo detector" : "";
+  if ("probability" in row && !row.counts) boxes.push(folded(`${data.measure}${whose}, from which nothing follows`, scores(row)));
   if (row.family) boxes.push(folded("Family of the generator, a guess",
     make("p", `${row.family}, nearest known family with ${probabilityText(row.family_probability)} of the score. ${data.family}`)));
   if ("logit" in row) {
     const numbers = [["logit", row.logit.toFixed(3)], ["squares", row.crops]];
     if ("crop_spread" in row) numbers.push(["spread of their logits", row.crop_spread.toFixed(3)]);
-    boxes.push(folded("Numbers behind it", table(numbers)));
+    boxes.push(folded(`Numbers behind it${whose && ","}${whose}`, table(numbers)));
   }
   return boxes;
 }
@@ -112,13 +117,13 @@ function figure(row, image) {
   if (row.problem) caption.append(make("p", row.problem));
   if (!row.map) return figure;
   const over = make("img", undefined, {class: "over", src: row.map, alt: "class-activation map"});
-  const label = make("label", "Class-activation map: which places raised or lowered the score");
+  const label = make("label", `Class-activation map${data.demo ? " of the demo detector" : ""}: which places raised or lowered the score`);
   const box = make("input", undefined, {type: "checkbox", id: "map", checked: ""}), scale = make("div", undefined, {class: "scale"});
   box.addEventListener("change", () => over.hidden = scale.hidden = !box.checked);
   label.prepend(box);
   frame.append(over);
   scale.append(make("span", `real \u2212${row.limit.toFixed(1)}`), make("span", undefined, {class: "bar"}),
-    make("span", `+${row.limit.toFixed(1)} synthetic`), make("span", "contribution to the logit; bare: none", {class: "unit"}));
+    make("span", `+${row.limit.toFixed(1)} synthetic`), make("span", "contribution to the logit; without colour: none", {class: "unit"}));
   caption.append(label, scale);
   return figure;
 }
@@ -133,9 +138,10 @@ function show(number) {
   nav.append(make("span", "Keys: \u2190 and \u2192 for the previous and the next picture, Esc for all.", {class: "keys"}));
   const word = make("p", "Verdict: ", {class: "verdict"});
   word.append(make("b", row.verdict, {class: row.verdict}));
-  if ("probability" in row) word.append(` ${data.measure} ${probabilityText(posterior(row.probability))}`);
-  right.append(word, ...row.tags.map(tag => make("p", tag, {class: "tag"})));
-  if ("probability" in row) right.append(make("p", `${data.measure} of the picture in these views:`), scores(row));
+  if (row.counts) word.append(`, ${data.measure}${given} ${probabilityText(posterior(row.probability))}`);
+  right.append(word);
+  if (!row.error) right.append(...row.tags.filter(tag => !row.says || !tag.startsWith("the file says")).map(tag => make("p", tag, {class: "tag"})));
+  if (row.counts) right.append(make("p", `${data.measure}${given} of the picture in these views:`), scores(row));
   right.append(facts(row), ...onRequest(row));
   detail.replaceChildren(nav, title, image ? figure(row, image) : make("p", row.problem ?? "There is no picture to show."), right);
 }
