@@ -1,7 +1,9 @@
-"""`imaginet predict --engine ray` with two actors on the CPU: the local rows, though an actor is killed, or the run was."""
+"""`imaginet predict --engine ray` with two actors on the CPU: the local rows, though an actor is killed, or the run was stopped."""
+import itertools
 import os
 import re
-import shutil
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from imaginet_nb.apps import ray_engine
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import read_scores
 from imaginet_nb.apps.ray_engine import parts_of
@@ -17,13 +20,14 @@ from imaginet_nb.data.images import save
 ray = pytest.importorskip("ray")
 
 DETECTOR = """
-import os, signal
+import os, signal, time
 class Meter:
     name, input_size = "Meter", 16
     def score(self, images):
         if (images == 77).all() and os.path.exists("kill"):
             os.unlink("kill")
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.path.exists("slow"): time.sleep(0.2)
         return images.float().mean((1, 2, 3)) - 128
 """
 PICTURES = 30
@@ -85,16 +89,30 @@ def test_what_ray_does_not_do_is_said_before_it_starts(here):
     assert predict("set", "--engine", "spark").startswith("2 ")
 
 
-def test_a_restart_scores_only_what_has_no_part(here, local, whole):
-    "What a killed run leaves: some parts, and a temporary file."
-    (here/"cut").mkdir()
-    kept = {}
-    for part in map(Path, parts_of("parts")[:6]):
-        shutil.copy(part, here/"cut")
-        kept[part.name] = os.stat(here/"cut"/part.name).st_mtime_ns
+def test_a_driver_that_is_stopped_and_started_again_scores_only_what_has_no_part(here, local, monkeypatch):
+    "Ten WebDataset tars at an address; what the stopped run leaves: some parts, and perhaps a temporary file."
+    (here/"tars").mkdir()
+    for k in range(10):
+        with tarfile.open(here/"tars"/f"{k}.tar", "w") as archive:
+            for path in sorted((here/"set").iterdir())[3*k:3*k + 3]: archive.add(path, path.name)
+    def stopped(batches, *_, **__):
+        yield from itertools.islice(batches, 2)
+        raise KeyboardInterrupt
+    words = (f"file://{here}/tars/*.tar", "--engine", "ray", "--out", "cut")
+    (here/"slow").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine, "progress", stopped)
+        assert predict(*words).startswith("130 ")
+    (here/"slow").unlink()
+    time.sleep(1) # until Ray has ended the actors
     (here/"cut"/".part-0.0a1b2c3d.parquet").write_bytes(b"PAR1")
-    missing = PICTURES - sum(1 for part in parts_of("cut") for _ in read_scores(part))
-    output = predict("list.parquet", "--engine", "ray", "--out", "cut", "--resume")
+    kept = {part: os.stat(part).st_mtime_ns for part in parts_of("cut")}
+    missing = PICTURES - len(rows("cut"))
+    assert 2 <= len(kept) < 10, "the run was over, or had not begun, when it was stopped"
+    output = predict(*words, "--resume")
     done = sum(map(int, re.search(r"(\d+) scored in this run.*; (\d+) with an error", output).groups()))
     assert output.startswith("0 ") and done == missing, output
-    assert rows("cut") == local and {name: os.stat(here/"cut"/name).st_mtime_ns for name in kept} == kept
+    assert {part: os.stat(part).st_mtime_ns for part in kept} == kept
+    tar = re.compile(rf"file://{re.escape(str(here))}/tars/\d\.tar/")
+    def renamed(row): return {key: tar.sub("set/", value) if isinstance(value, str) else value for key, value in row.items()}
+    assert sorted(map(renamed, rows("cut")), key=lambda row: row["path"]) == local
