@@ -261,6 +261,8 @@ def test_a_repository_that_is_ready_passes(clone):
 def test_each_check_finds_what_is_wrong(clone):
     (clone/"README.md").unlink()
     assert release_check.check_links(clone, alive=lambda url: False) == ["CHANGELOG.md: https://there.org leads nowhere"]
+    def silent(url): raise OSError("no route")
+    assert "https://there.org did not answer (no route); check the network" in release_check.check_links(clone, alive=silent)[0]
     (clone/"CONTRIBUTING.md").write_text("[a](none.md) [b](nbs) [c](../outside)")
     found = release_check.check_links(clone, alive=lambda url: True)
     assert found == ["CONTRIBUTING.md: ../outside leads nowhere", "CONTRIBUTING.md: none.md leads nowhere"]
