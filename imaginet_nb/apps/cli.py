@@ -702,7 +702,7 @@ def evaluate(
                                                        "model, source, content_type, split if there.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
                                                    "list, a folder of pictures or of Parquet files.")] = None,
-    checkpoint: Annotated[list[str] | None, typer.Option(help="Detector (.safetensors, hf:OWNER/NAME); default: of `make reproduce`. Repeat "
+    checkpoint: Annotated[list[str] | None, typer.Option(help="Detector (.safetensors, hf:OWNER/NAME), else of `make reproduce`. Repeat "
                                                                "it, or give --detector too, to compare detectors on one page.")] = None,
     detector: Annotated[list[str] | None, typer.Option(help="Custom detector, as for predict; repeat it. The first checkpoint, or else the "
                                                             "first of these, is what others are compared with.")] = None,
