@@ -3,11 +3,15 @@ PYTHON  ?= python3
 PROFILE ?= demo
 BIN     := .venv/bin
 # uv installs the same lock in a fraction of the time; without it, pip does
-INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --compile-bytecode --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site network distributed)
 FORKING := 01_processes 04_stages
 NBDEV_TEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test
+# a fork that hangs is ended and shows where: at SIGABRT each process writes the lines that its threads are at
+LIMIT := $(if $(shell command -v timeout 2>/dev/null),PYTHONFAULTHANDLER=1 timeout --signal=ABRT --kill-after=10 600 env)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# hundreds of processes import the same modules: each is compiled once
+unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .PHONY: help setup reproduce bench test lab prepare docs release-check check-notebooks clean-reports
@@ -35,7 +39,7 @@ bench: setup ## times of every stage beside the plain way, to reports/benchmark/
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .
 	# mypy has one process: it runs beside the notebooks. Notebooks that fork get a process of their own: others may have left one in which a fork cannot train
-	($(BIN)/mypy && for name in $(FORKING); do $(NBDEV_TEST) --path nbs/03_training/$$name.ipynb || exit 1; done) & rest=$$!; \
+	($(BIN)/mypy && for name in $(FORKING); do $(LIMIT) $(NBDEV_TEST) --path nbs/03_training/$$name.ipynb || exit 1; done) & rest=$$!; \
 	$(NBDEV_TEST) --n_workers 2 --skip_file_re '^[_.]|01_processes|04_stages'; notebooks=$$?; wait $$rest && exit $$notebooks
 	# each file by name, since pytest would sort those of a folder: the longest first. Three workers on two cores, since many tests wait. A worker that crashes ends the run, since what it had left would wait for ever
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py)) -n 3 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder

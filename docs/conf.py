@@ -3,10 +3,12 @@ import html
 import json
 import re
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx import addnodes
 
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).resolve().parents[1]/"settings.ini", encoding="utf-8")
@@ -39,6 +41,27 @@ def add_excerpts(app, pagename, templatename, context, doctree):
         for name in ("excerpts.js", "search.js"): app.add_js_file(name, loading_method="defer") # after Sphinx's own scripts
 
 
+@cache
+def titles(app):
+    "The table of contents of each page without the headings below its title, which the menu does not show."
+    tocs = {name: toc.deepcopy() for name, toc in app.env.tocs.items()}
+    for entry in (entry for toc in tocs.values() for entry in toc if len(entry) > 1):
+        below = list(entry.findall(addnodes.toctree))
+        if below: entry[1][:] = below
+        else: entry.pop(1)
+    return tocs
+
+
+def write_menu_from_titles(app, pagename, templatename, context, doctree):
+    "The menu holds all pages, on every page: Sphinx would copy all headings of the site for each, half of the time of a build."
+    whole = context["toctree"]
+    def menu(**options):
+        everything, app.env.tocs = app.env.tocs, titles(app)
+        try: return whole(**options)
+        finally: app.env.tocs = everything
+    context["toctree"] = menu
+
+
 def text_of(page):
     "The text of a finished page, without its code marks and headings' anchors."
     article = re.search(r"<article[^>]*>(.*)</article>", page, re.S)
@@ -57,6 +80,7 @@ def write_excerpts(app, exception):
 
 
 def setup(app):
+    app.connect("html-page-context", write_menu_from_titles, priority=400) # before the theme asks for the menu
     app.connect("html-page-context", add_excerpts)
     app.connect("build-finished", write_excerpts)
     app.add_html_math_renderer("mathml", mathml(block=False), mathml(block=True))

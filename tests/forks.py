@@ -5,6 +5,7 @@ real program. Tests whose subject is the process itself start a real one: what i
 """
 import array
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -25,9 +26,10 @@ from pathlib import Path
 
 FORK = multiprocessing.get_context("fork")
 ADDRESS = "IMAGINET_TEST_FORKS" # environment variable with the socket of the server
+SHARED = "IMAGINET_TEST_SERVER" # environment variable with what `server` returns, of the server that tests/conftest.py has started
 NOT_YET = {"imaginet_nb.data.imaginet", "imaginet_nb.apps.cards"} # huggingface_hub reads its variables when it is imported
 OTHERS = ("ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "nbconvert",
-          "torchvision.models.resnet")
+          "snakemake.cli", "torchvision.models.resnet")
 
 
 # --- the server: a script, so that nothing of the tests' own process is in it
@@ -54,7 +56,7 @@ def answer(listener: socket.socket, connection: socket.socket) -> None:
     program.start()
     if connection in select.select([program.sentinel, connection], [], [])[0]: program.kill()
     program.join()
-    connection.sendall(str(program.exitcode).encode())
+    with contextlib.suppress(BrokenPipeError): connection.sendall(str(program.exitcode).encode())
 
 
 def become(connection: socket.socket, request: dict, streams: list[int]) -> None:
@@ -74,6 +76,7 @@ def become(connection: socket.socket, request: dict, streams: list[int]) -> None
     sys.argv = [request["program"], *request["words"]]
     match request["program"]:
         case "imaginet": sys.modules["imaginet_nb.apps.cli"].main()
+        case "snakemake": sys.modules["snakemake.cli"].main()
         case "kernel": sys.modules["ipykernel.kernelapp"].launch_new_instance()
         case "python": exec(sys.argv.pop(1), {"__name__": "__main__"})
 
@@ -92,7 +95,8 @@ def ask(request: dict, streams: list[int]) -> int:
 
 @functools.cache
 def server() -> dict[str, str]:
-    "Start the server of this test process; variables with which `imaginet`, and Jupyter's kernels, start there."
+    "Start a server, unless there is one for all test processes; variables with which programs and Jupyter's kernels start there."
+    if SHARED in os.environ: return json.loads(os.environ[SHARED])
     folder = Path(tempfile.mkdtemp(prefix="forks-"))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder/"socket"))
@@ -103,8 +107,9 @@ def server() -> dict[str, str]:
     client, spec = [sys.executable, "-S", __file__], folder/"kernels"/"python3"/"kernel.json"
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps(dict(argv=[*client, "kernel", "-f", "{connection_file}"], display_name="python3", language="python")))
-    (folder/"imaginet").write_text(f'#!/bin/sh\nexec {shlex.join([*client, "imaginet"])} "$@"\n')
-    (folder/"imaginet").chmod(0o755)
+    for program in ("imaginet", "snakemake"):
+        (folder/program).write_text(f'#!/bin/sh\nexec {shlex.join([*client, program])} "$@"\n')
+        (folder/program).chmod(0o755)
     def stop() -> None:
         process.communicate()
         shutil.rmtree(folder)
@@ -114,13 +119,20 @@ def server() -> dict[str, str]:
 
 
 def run(program: str, *words: object, cwd: Path | None = None, limit: int | None = None, **environment: str) -> subprocess.CompletedProcess:
-    "Run `imaginet` or the code of `python` in a process of its own; `limit` is the largest file that it may write, in bytes."
+    "Run `imaginet`, `snakemake` or the code of `python` in a process of its own; `limit` is the largest file that it may write, in bytes."
     request = dict(program=program, words=list(map(str, words)), folder=str(cwd or Path.cwd()), limit=limit,
                    environment={**os.environ, **server(), "TQDM_DISABLE": "1", **environment})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
         status = ask(request, [nothing.fileno(), out.fileno(), err.fileno()])
         for stream in (out, err): stream.seek(0)
         return subprocess.CompletedProcess([program, *request["words"]], status, out.read(), err.read())
+
+
+def reproduce(profile: str, **options: bool) -> None:
+    "`imaginet reproduce` in this process; the notebooks that it runs, and their kernels, fork. Raises where it fails."
+    from unittest import mock  # takes longer to import than a client takes
+    cli = importlib.import_module("imaginet_nb.apps.cli")
+    with mock.patch.object(cli, "_environment", lambda: {**os.environ, **server()}): cli.reproduce(profile, **options)
 
 
 imaginet, python = functools.partial(run, "imaginet"), functools.partial(run, "python")

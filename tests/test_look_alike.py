@@ -4,7 +4,6 @@ Its images are those of a sandbox, its archive has volumes, its server is on the
 are there as well, so that every row of the tables that can be filled here is filled.
 """
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +18,6 @@ from multivolumefile import MultiVolume
 from py7zr import SevenZipFile
 from torchvision.models import resnet50
 
-from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.core import load_profile, repo_root
 from imaginet_nb.data.images import decode
 from imaginet_nb.data.labels import FAMILIES
@@ -91,9 +89,7 @@ def report(tmp_path_factory) -> Path:
     imaginet("data", "external", "corvi", "--images", corvi, "--crops", crops, *options)
     imaginet("data", "external", "practical", "--images", practical, *options)
 
-    with pytest.MonkeyPatch.context() as patch: # a real run, with its own programs, is that of tests/test_pipeline.py
-        patch.setattr("imaginet_nb.apps.cli._environment", lambda: {**os.environ, **forks.server()})
-        reproduce("paper-look-alike", force=True)
+    forks.reproduce("paper-look-alike", force=True)
     yield ROOT/"reports"/"paper-look-alike"
     for made in (DATA, ROOT/"reports"/"paper-look-alike"): shutil.rmtree(made)
 

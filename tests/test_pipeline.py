@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pandas as pd
 import pytest
 from forks import imaginet, server
 
-from imaginet_nb.apps.cli import reproduce
 from imaginet_nb.apps.plan import estimate
 from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import fingerprint, load_profile, repo_root
@@ -59,9 +59,8 @@ def edited(tmp_path: Path, old: str, new: str, name: str = "smoke") -> Path:
 
 @pytest.fixture(scope="module")
 def report() -> Path:
-    words = ["imaginet", "reproduce", "--profile", "smoke", "--force"]
-    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    "Everything, once. Its programs and kernels fork: real ones are those of the run that is killed and of tests/test_gpu_run.py."
+    forks.reproduce("smoke", force=True)
     return ROOT/"reports"/"smoke"
 
 
@@ -207,8 +206,7 @@ def test_a_notebook_that_runs_again_stores_the_same_bytes(report):
     result = imaginet("notebook", "p61_content_ablation", "--profile", "profiles/smoke.yaml", cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
     assert path.read_bytes() == before
-    result = imaginet("reproduce", "--profile", "smoke", cwd=ROOT) # what reads its results is older now
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    forks.reproduce("smoke") # what reads its results is older now
 
 
 def test_cards_are_of_this_run(report):
@@ -266,9 +264,9 @@ def test_a_second_run_does_nothing(report):
                                           "p62_robustness", "p90_summary"}),
 ], ids=["umap", "grid", "speed", "stage 2"])
 def test_a_changed_value_runs_just_what_depends_on_it(report, tmp_path, monkeypatch, capfd, old, new, expected):
-    "The command's function in this process, without its estimate of hours, which times steps of the networks for seconds."
+    "The command in this process, without its estimate of hours, which times steps of the networks for seconds."
     monkeypatch.setattr("imaginet_nb.apps.plan.plan_text", lambda profile: "")
-    reproduce(str(edited(tmp_path, old, new)), dry_run=True)
+    forks.reproduce(str(edited(tmp_path, old, new)), dry_run=True)
     assert listed("".join(capfd.readouterr())) == expected
 
 

@@ -2,23 +2,22 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import server
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
 from imaginet_nb.core import repo_root
 
 ROOT = repo_root()
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def planned(profile: Path, *config: str) -> dict[str, int]:
     "Notebooks that a run of a new profile would execute, and how often."
     words = ["snakemake", "--cores", "1", "--dry-run", "--quiet", "rules", "--nolock", "--config", f"profile={profile}", *config]
-    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    result = subprocess.run(words, cwd=ROOT, env={**os.environ, **server()}, capture_output=True, text=True)
     told = result.stdout + result.stderr
     assert result.returncode == 0, told
     return {name: int(n) for name, n in re.findall(r"^(p\d\d_\w+) +(\d+)$", told, flags=re.M)}
