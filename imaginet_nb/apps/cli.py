@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'checkpoint_app', 'DETECTOR_HELP', 'SyntheticLabels', 'weights_app', 'detectors_app', 'command',
            'reproduce', 'notebook', 'sandbox', 'download', 'unpack', 'verify', 'build', 'perturb', 'pack', 'external',
-           'audit', 'cards', 'info', 'trace', 'convert', 'weights_import', 'weights_list', 'detectors_list',
+           'audit', 'cards', 'info', 'trace', 'convert', 'push', 'weights_import', 'weights_list', 'detectors_list',
            'detectors_show', 'predict', 'calibrate', 'evaluate', 'main']
 
 # %% ../../nbs/08_apps/09_cli.ipynb #1503cd57
@@ -31,7 +31,7 @@ from ..core import ProfileError, load_profile, only_run, repo_root, write_csv
 app = typer.Typer(help="ImagiNet in notebooks: detect synthetic images, name the family of their generator, reproduce the paper.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(help="Make, fetch and check data sets.", no_args_is_help=True, rich_markup_mode=None)
-checkpoint_app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+checkpoint_app = typer.Typer(help="Convert and publish checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
@@ -380,6 +380,29 @@ def convert(
     convert_authors_checkpoint(source, target, stem_stride=stem_stride)
     typer.echo(f"{target} written")
 
+# %% ../../nbs/08_apps/09_cli.ipynb #0b5ec002
+@command(checkpoint_app, "push")
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Detector (.safetensors).")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; made if it does not exist.")],
+    card: Annotated[Path | None, typer.Option(help="Model card of `imaginet cards`; if not given, the one of its report.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; if not given, the repository is private.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send without a question.")] = False,
+) -> None:
+    """Upload a checkpoint and its model card, after a question.
+
+    Needs a token with the right to write: HF_TOKEN, or `hf auth login`. `--checkpoint hf:OWNER/NAME` loads the result.
+    """
+    from imaginet_nb.models.checkpoints import hub_card, hub_token, push_checkpoint
+    card = card or checkpoint.absolute().parents[1]/"model_card.md"
+    text, _ = hub_card(card, checkpoint), hub_token()
+    size, seen = checkpoint.stat().st_size/1e6, "public" if public else "private"
+    typer.echo(f"{checkpoint} ({size:,.1f} MB) and {card} would go to the {seen} repository {repository}.")
+    try: agreed = yes or typer.confirm("Send them?")
+    except typer.Abort: agreed = False
+    if not agreed: raise ValueError("nothing was sent; answer y, or give --yes")
+    typer.echo(f"{push_checkpoint(checkpoint, repository, text, public)}: load it with --checkpoint hf:{repository}")
+
 # %% ../../nbs/08_apps/09_cli.ipynb #5a414e6f
 weights_app = typer.Typer(help="Import the published weights of other detectors.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(weights_app, name="weights")
@@ -433,20 +456,21 @@ def _trained_here() -> Path:
     return repo_root()/"reports"/"demo"/"checkpoints"/"selfcon.safetensors"
 
 def _own_detector(
-    checkpoint: Path | None, # None = the one that `make reproduce` trains
+    checkpoint: str | None, # file or hf:OWNER/NAME[@REVISION]; None = the one that `make reproduce` trains
     device: str, # cpu, cuda, ...
 ) -> tuple[Any, str, list[str]]: # a `Detector`, what identifies it, warnings
     "The detector of a checkpoint, with a warning if it was trained on stand-ins only."
-    from imaginet_nb.models.checkpoints import load_detector, read_header
+    from imaginet_nb.models.checkpoints import HUB_PREFIX, fetch_checkpoint, load_detector, read_header
     from imaginet_nb.apps.predict import trained_on_stand_ins
-    path = checkpoint or _trained_here()
+    if checkpoint and checkpoint.startswith(HUB_PREFIX): path, name = fetch_checkpoint(checkpoint)
+    else: name = (path := Path(checkpoint) if checkpoint else _trained_here()).name
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: `make reproduce` trains one on the embedded data set, "
                                 "`imaginet checkpoint convert` converts one of the authors; name it with --checkpoint")
     header, loaded = read_header(path), load_detector(path, device=device)
     notes = [_warn(f"This detector was trained on the embedded stand-ins (profile {header['profile']}): do not rely on its verdicts.")
              ] if trained_on_stand_ins(loaded) else []
-    return loaded, f"{path.name}, sha256 {header['sha256']}", notes
+    return loaded, f"{name}, sha256 {header['sha256']}", notes
 
 # %% ../../nbs/08_apps/09_cli.ipynb #dbff2158
 def _custom_detector(
@@ -476,7 +500,7 @@ def _custom_detector(
     return loaded, ", ".join([spec, *hashes]), []
 
 def _detector(
-    checkpoint: Path | None, detector: str | None, device: str, trust: bool, labels: list[str] | None = None,
+    checkpoint: str | None, detector: str | None, device: str, trust: bool, labels: list[str] | None = None,
 ) -> tuple[Any, str, list[str]]:
     "The detector that the options name, what identifies it, and warnings."
     if checkpoint and detector: raise ValueError("--checkpoint and --detector both name a detector; give one of them")
@@ -488,7 +512,7 @@ def _detector(
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
                                                    "or - for paths on standard input.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION], or `make reproduce`'s.")] = None,
     detector: Annotated[str | None, typer.Option(help=DETECTOR_HELP)] = None,
     synthetic_label: SyntheticLabels = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
@@ -567,7 +591,7 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: A
 
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
-    checkpoint: Path | None,
+    checkpoint: str | None,
     detector: str | None,
     labels: list[str] | None, # synthetic classes, with hf:...
     trust: bool,
@@ -633,7 +657,8 @@ def calibrate(
     real: Annotated[list[str], typer.Option(help="Folder, pattern or file of real pictures; repeat it. 19 allow 5 % false positives, "
                                                  "99 1 %, 999 0.1 %.")],
     synthetic: Annotated[list[str] | None, typer.Option(help="The same for synthetic pictures; they allow probabilities, too.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Detector (.safetensors), or hf:OWNER/NAME[@REVISION]; if not "
+                                                        "given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
     synthetic_label: SyntheticLabels = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
@@ -664,7 +689,8 @@ def evaluate(
                                                        "content_type and split are used where they are.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
                                                    "list, a folder of pictures or of Parquet files.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Detector (.safetensors); if not given, the one of `make reproduce`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Detector (.safetensors), or hf:OWNER/NAME[@REVISION]; if not "
+                                                        "given, the one of `make reproduce`.")] = None,
     detector: Annotated[str | None, typer.Option(help="Custom detector instead, as for predict.")] = None,
     synthetic_label: SyntheticLabels = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
