@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
-detectors = cfg["detectors_requirements"].split()
+detectors, hub = (cfg[f"{extra}_requirements"].split() for extra in ("detectors", "hub"))
 # files of the repository that the library reads; the wheel carries them in a package of their own, under the same names (`core.shipped`)
 shipped = {"profiles": "*.yaml", "data": "*.csv", "reports/published": "*.csv"}
 names = {folder: "imaginet_nb.shipped." + folder.replace("/", ".") for folder in shipped}
@@ -24,8 +24,8 @@ setup(
     package_dir={name: folder for folder, name in names.items()},
     package_data={names[folder]: [pattern] for folder, pattern in shipped.items()} | {"imaginet_nb.reporting": ["templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"detectors": detectors, "heic": cfg["heic_requirements"].split(), "croissant": cfg["croissant_requirements"].split(),
-                    "provenance": cfg["provenance_requirements"].split(),
-                    "ray": cfg["ray_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *detectors]},
+    extras_require={"detectors": detectors, "hub": hub, "heic": cfg["heic_requirements"].split(),
+                    "croissant": cfg["croissant_requirements"].split(), "provenance": cfg["provenance_requirements"].split(),
+                    "ray": cfg["ray_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *detectors, *hub]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

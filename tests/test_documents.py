@@ -1,10 +1,12 @@
 """`tools/render_documents.py`: README.md from its notebook, and the table of paper items in reports/README.md."""
 import json
+import re
 
 import pandas as pd
 import pytest
 from render_documents import MAP_END, MAP_START, items_map, relink, render_documents, render_map, render_readme, state
 
+from imaginet_nb.core import repo_root
 from imaginet_nb.reporting.published import PaperItem
 from imaginet_nb.reporting.tables import save_table
 
@@ -96,3 +98,9 @@ def test_both_documents_are_written(report):
     render_documents(root)
     assert (root/"README.md").read_text() == render_readme(notebook, root)
     assert (root/"reports"/"README.md").read_text() == render_map(f"{MAP_START}{MAP_END}", report)
+
+
+def test_the_picture_of_the_readme_has_as_many_images_as_its_text_says():
+    record = json.loads((repo_root()/"reports"/"demo"/"figures"/"umap_family.provenance.json").read_text(encoding="utf-8"))
+    n = re.search(r"of ([\d,]+) test images", record["caption"])[1]
+    assert f"![Features of the detector for {n} test images" in (repo_root()/"README.md").read_text(encoding="utf-8")

@@ -137,6 +137,7 @@ def test_nothing_is_wider_than_a_phone(page, report, address):
     page.open(report[0].as_uri() + address)
     page.until("document.getElementById('count').textContent !== ''")
     assert page.ask("document.documentElement.scrollWidth") <= 360
+    if address == "#0": assert page.ask("document.querySelector('#detail .frame').getBoundingClientRect().top") < 300 # the picture first
     targets = "[...document.querySelectorAll('a, button, select, input:not([type=checkbox])')]"
     assert page.ask(f"{targets}.filter(e => e.offsetParent && e.offsetHeight < 30).length") == 0 # large enough for a finger
 
@@ -204,3 +205,16 @@ def test_without_demo_there_is_no_verdict(report):
     assert pd.read_csv(folder/"none.csv")["verdict"].tolist() == ["demo only"]
     page = (folder/"none.html").read_text()
     assert "so no verdict is given" in page and "<b>demo only</b>" in page and 'value="synthetic"' not in page
+    for part in ('class="p"', 'id="prior"', 'name="sort"'): assert part not in page, part # no number, no prior, no order by a number
+
+
+def test_the_share_is_entered_by_keyboard(page):
+    page.ask("document.querySelector('#prior input').select()")
+    assert "Bayes" in page.ask("document.getElementById(document.activeElement.getAttribute('aria-describedby')).textContent")
+    page.call("Input.insertText", text="5")
+    key(page, "Enter", 13) # must not reload the page
+    assert page.ask("document.querySelector('#prior input').value") == "5"
+    assert page.ask(f"{VISIBLE}[0].innerText").count("P(synthetic) at 5 %") == 1 # a card is passed on alone
+    key(page, "Tab", 9)
+    key(page, "Enter", 13)
+    page.until("document.querySelector('#prior input').value === '50'")

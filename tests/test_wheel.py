@@ -95,7 +95,7 @@ def test_the_wheel_says_what_it_needs(wheel):
 
 def test_everything_that_the_library_imports_is_required():
     "Catches a package that is only there because something else, or a development tool, brought it."
-    extras = ("detectors", "heic", "croissant", "provenance", "ray")
+    extras = ("detectors", "hub", "heic", "croissant", "provenance", "ray")
     kinds = ("requirements", *(f"{extra}_requirements" for extra in extras))
     declared = " ".join(SETTINGS["DEFAULT"][key] for key in kinds).split()
     declared = {canonicalize_name(Requirement(r).name) for r in declared}

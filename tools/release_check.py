@@ -13,17 +13,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlcroissant
 import yaml
 from addresses import citation, read_settings, zenodo
 from huggingface_hub import DatasetCard, ModelCard
+from PIL import Image
 from render_documents import render_readme
 
 from imaginet_nb.apps.cards import validate_card
 from imaginet_nb.audit.croissant import write_croissant
 from imaginet_nb.audit.report import audit_source, list_findings, list_tables
-from imaginet_nb.core import published_address, repo_root
+from imaginet_nb.core import repo_root
 from imaginet_nb.data.sandbox import make_sandbox
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "data/README.md", "reports/README.md")
@@ -42,9 +44,11 @@ def check_tree(root: Path) -> list[str]:
 
 
 def check_address(root: Path) -> list[str]:
-    "The address is real."
-    url = read_settings(root)["git_url"]
-    return [] if published_address(url) else [f"settings.ini: git_url {url} is a placeholder; put your own, then `make prepare`"]
+    "The addresses are real; those of a person count as well."
+    settings, remedy = read_settings(root), "is a placeholder; put your own, then `make prepare`"
+    hosts = {name: urlsplit(settings[name]).hostname or "" for name in ("git_url", "doc_host")}
+    hosts["author_email"] = settings["author_email"].rpartition("@")[2]
+    return [f"settings.ini: {name} {settings[name]} {remedy}" for name, host in hosts.items() if host.endswith("example")]
 
 
 def check_versions(root: Path) -> list[str]:
@@ -77,8 +81,15 @@ def check_cards(root: Path) -> list[str]:
     return problems
 
 
+def image_size(
+    path: Path,
+) -> tuple[int, int]: # width, height in pixels
+    "Size of an image by its header."
+    with Image.open(path) as image: return image.size
+
+
 def check_croissant(root: Path) -> list[str]:
-    "The Croissant file of a small sandbox is valid, and its records can be read."
+    "The Croissant file of a small sandbox is valid, and its records and pixels can be read."
     with tempfile.TemporaryDirectory() as folder:
         make_sandbox(Path(folder)/"sandbox", images=80, sides=(40, 48), decoder_steps=1)
         source = audit_source(Path(folder)/"sandbox")
@@ -86,17 +97,20 @@ def check_croissant(root: Path) -> list[str]:
         records = list(data.records("images"))
         problems = [f"Croissant: {error}" for error in data.metadata.issues.errors]
         if len(records) != len(source.manifest): problems.append(f"Croissant: {len(records)} records of {len(source.manifest)} images")
+        images = [record for record in data.records("pixels") if record["pixels/path"]]
+        sizes = {record["pixels/path"].decode(): record["pixels/image"].size for record in images}
+        if sizes != {path: image_size(Path(folder)/"sandbox"/path) for path in source.manifest["path"]}:
+            problems.append(f"Croissant: the pixels of {len(sizes)} images are not those of {len(source.manifest)} listed files")
         if not data.metadata.data_biases: problems.append("Croissant: the audit's findings are missing")
     return problems
 
 
 def answers(url: str) -> bool:
-    "Whether a server has something at an address."
+    "Whether a server has something at an address. Raises `OSError` if no server answers."
     request = urllib.request.Request(url, headers={"User-Agent": "imaginet_nb release check"})
     try:
         with urllib.request.urlopen(request, timeout=30): return True
     except urllib.error.HTTPError as error: return error.code not in (404, 410) # others forbid machines, and are there
-    except OSError: return False
 
 
 def check_links(
@@ -108,7 +122,11 @@ def check_links(
     folders = {parent.as_posix() for name in known for parent in Path(name).parents}
     for path in (root/name for name in DOCUMENTS if (root/name).is_file()):
         for link in sorted(set(re.findall(r"\]\(([^)\s#]+)[^)]*\)", path.read_text(encoding="utf-8")))):
-            if link.startswith(("http://", "https://")): lives = alive(link)
+            if link.startswith(("http://", "https://")):
+                try: lives = alive(link)
+                except OSError as error:
+                    problems.append(f"{path.relative_to(root)}: {link} did not answer ({error}); check the network and run it again")
+                    continue
             else:
                 target = (path.parent/link).resolve()
                 lives = target.is_relative_to(root.resolve()) and target.relative_to(root.resolve()).as_posix() in known | folders

@@ -17,6 +17,7 @@ from ..core import git_state, read_yaml, repo_root, repository_url, shipped, ver
 # %% ../../nbs/08_apps/07_info.ipynb #1f000006
 EXTRAS = { # name in settings.ini -> packages, and what they are for
     "detectors": (("open_clip_torch", "timm", "onnxruntime", "onnx"), "LASTED's CLIP, linear probes, ONNX files"),
+    "hub": (("transformers", "timm"), "classifiers of the Hugging Face Hub"),
     "heic": (("pillow-heif",), "HEIC pictures"),
     "provenance": (("c2pa-python",), "checking C2PA signatures"),
     "croissant": (("mlcroissant",), "imaginet audit --croissant"),

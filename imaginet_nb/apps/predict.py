@@ -279,7 +279,7 @@ class Settings:
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1c1
 _LIBRARIES = ("numpy", "scipy", "pillow", "pillow-heif", "opencv-python-headless", "opencv-python", "torch", "torchvision", "onnx",
-              "onnxruntime", "onnxruntime-gpu", "timm", "open_clip_torch")
+              "onnxruntime", "onnxruntime-gpu", "timm", "open_clip_torch", "transformers")
 _CODECS = ("libjpeg_turbo", "jpg", "jpg_2000", "webp", "avif", "libtiff", "zlib") # Pillow may be linked with others than its wheels bring
 
 @cache
@@ -342,6 +342,12 @@ class Reader:
         views = tuple(VIEWS) if self.settings.views else ("original",)
         return prepare(picture, self.spec, self.settings.crops, views, self.thumbnail)
 
+# %% ../../nbs/08_apps/00_predict.ipynb #5e1a0401
+def _revision(detector: Any) -> dict[str, str]: # empty for a detector that is not from a repository
+    "The commit of a detector's repository, in full."
+    commit = getattr(detector, "revision", "")
+    return {"revision": commit} if commit else {}
+
 # %% ../../nbs/08_apps/00_predict.ipynb #d0e00005
 @dataclass(frozen=True)
 class Scorer:
@@ -366,14 +372,14 @@ class Scorer:
         return nearest if nearest and nearest.thresholds.get(f"{self.settings.false_alarms:g}") is not None else None
 
     @cached_property
-    def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits
-        "What a row depends on besides the image: a hash for each of five parts."
+    def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits, or a commit
+        "What a row depends on besides the image: a hash for each of five parts, and the commit of a detector from a repository."
         header, here = getattr(self.detector, "header", {}), environment(self.device)
         parts = {"detector": (self.identity, self.detector.name, spec_words(default_spec(self.detector))),
                  "calibration": (calibration_of(self.detector), header.get("open_set")),
                  "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
                  "code": (here["code"], list(SCORE_COLUMNS))}
-        return {part: fingerprint(value)[:8] for part, value in parts.items()}
+        return {part: fingerprint(value)[:8] for part, value in parts.items()} | _revision(self.detector)
     @cached_property
     def fingerprint(self) -> str: # such as `detector 0a1b2c3d calibration ...`
         "Equal in two rows only if both were made in the same way; a column of the table."

@@ -198,14 +198,15 @@ def missing_units(
     root: str | None = None, # as for `units_of`
 ) -> list[dict[str, Any]]:
     "Units without a part. Raises `ValueError` if a part was made in another way."
-    done: set[str] = set()
-    parts = parts_of(out)
+    parts, units, done = parts_of(out), list(units_of(source, root=root)), set[str]()
+    columns = ["settings", "path"] if any("paths" in unit for unit in units) else ["settings"] # tars are recognised by their parts alone
     for part in parts:
-        with fsspec.open(part, "rb") as file: table = pq.read_table(file, columns=["path", "settings"])
+        with fsspec.open(part, "rb") as file: table = pq.read_table(file, columns=columns)
         for settings in set(table["settings"].to_pylist()): refuse_other({"settings": settings}, scorer, part)
-        done.update(table["path"].to_pylist())
+        if "path" in columns: done.update(table["path"].to_pylist())
     names = {part.rpartition("/")[2] for part in parts}
-    return [unit for unit in units_of(source, done, root) if part_name(unit) not in names]
+    if done: units = list(units_of(source, done, root)) # without the files that have a row
+    return [unit for unit in units if part_name(unit) not in names]
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10012
 def _started(address: str | None) -> Any:

@@ -1,0 +1,179 @@
+"""Classifiers of the Hugging Face Hub: the probabilities of their own library, and what goes wrong. Tiny random networks, no hub."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers as hf
+from PIL import Image
+from typer.testing import CliRunner
+
+from imaginet_nb.apps.cli import app
+from imaginet_nb.apps.predict import Scorer, Settings, read_scores, score_files
+from imaginet_nb.data.folders import read_labelled_folder
+from imaginet_nb.data.images import save
+from imaginet_nb.detectors.custom import DetectorError
+from imaginet_nb.detectors.hub import hub_folder, load_hub_detector
+from imaginet_nb.detectors.predictions import predict as predict_manifest
+
+LABELS = {0: "artificial", 1: "human"}
+SHAPES = [(32, 32), (50, 70), (300, 90), (41, 200), (640, 481)]
+WIDE = dict(id2label=LABELS, initializer_range=0.5)
+
+
+def vit(folder: Path, **changes) -> None:
+    config = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+                          **WIDE | changes)
+    hf.ViTForImageClassification(config).save_pretrained(folder)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def swin(folder: Path) -> None:
+    "Resized by the shorter side, bicubic, then cropped."
+    config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4, **WIDE)
+    hf.SwinForImageClassification(config).save_pretrained(folder)
+    hf.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8, resample=3).save_pretrained(folder)
+
+
+def siglip(folder: Path) -> None:
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8)
+    model = hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=vision, **WIDE))
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    model.save_pretrained(folder)
+    hf.SiglipImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5]*3, image_std=[0.5]*3).save_pretrained(folder)
+
+
+def timm_model(folder: Path) -> None:
+    "As timm itself pushes a network: configuration of its own, no image processor of transformers."
+    from timm.models import save_for_hf
+    network = timm.create_model("test_vit.r160_in1k", num_classes=2)
+    torch.nn.init.normal_(network.head.weight, std=0.5)
+    save_for_hf(network, folder, model_config=dict(label_names=["human", "artificial"]), safe_serialization=True)
+    config = json.loads((folder/"config.json").read_text())
+    del config["model_args"] # newer timm repeats the number of classes here, which transformers 5.24 cannot load
+    (folder/"config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    "Five shapes: noise on gradients, as PNG."
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number, (height, width) in enumerate(SHAPES):
+        ramp = np.linspace(0, 200, width)[None, :, None]*np.linspace(0.2, 1, height)[:, None, None]*draw.uniform(0.2, 1, 3)
+        kind = "real" if number % 2 else "synthetic/gan"
+        save(np.clip(ramp + draw.normal(0, 30, (height, width, 3)), 0, 255).astype(np.uint8), folder/kind/f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")/"tiny-vit"
+    vit(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [vit, swin, siglip, timm_model])
+def test_probabilities_are_those_of_the_pipeline_of_its_own_library(tmp_path, pictures, make):
+    torch.manual_seed(1)
+    make(tmp_path/"model")
+    detector, theirs = load_hub_detector(f"hf:{tmp_path/'model'}"), hf.pipeline("image-classification", model=str(tmp_path/"model"))
+    files = sorted(pictures.rglob("*.png"))
+    expected = [{row["label"]: row["score"] for row in theirs(Image.open(path))}["artificial"] for path in files]
+    assert np.ptp(expected) > 0.01 # the pictures are told apart, so equal numbers mean something
+    rows = list(score_files(files, Scorer(detector, Settings(views=False)), readers=0))
+    assert [row["probability"] for row in rows] == pytest.approx(expected, abs=1e-3)
+    whole = read_labelled_folder(pictures).manifest
+    found = predict_manifest(detector, whole, pictures, num_workers=0).set_index("path")["probability"]
+    assert [found[path.relative_to(pictures).as_posix()] for path in files] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_command_asks_for_the_synthetic_label_and_adds_probabilities(tmp_path, pictures):
+    torch.manual_seed(2)
+    vit(tmp_path/"four", id2label={0: "real", 1: "sd", 2: "midjourney", 3: "dalle"})
+    command = ["predict", str(pictures), "--detector", f"hf:{tmp_path/'four'}", "--out", str(tmp_path/"a.csv"), "--no-views"]
+    asked = CliRunner().invoke(app, command)
+    assert asked.exit_code == 1 and "real, sd, midjourney, dalle" in asked.output and "--synthetic-label" in asked.output
+    labels = [word for name in ("sd", "midjourney", "dalle") for word in ("--synthetic-label", name)]
+    done = CliRunner().invoke(app, [*command, *labels])
+    assert done.exit_code == 0, done.output
+    theirs = hf.pipeline("image-classification", model=str(tmp_path/"four"))
+    for row in read_scores(tmp_path/"a.csv"):
+        real = next(found["score"] for found in theirs(Image.open(row["path"])) if found["label"] == "real")
+        assert row["probability"] == pytest.approx(1 - real, abs=1e-3)
+    other = CliRunner().invoke(app, [*command, *labels[:2], "--resume"]) # another class is another detector
+    assert other.exit_code == 1 and "detector" in other.output and "changed" in other.output
+
+
+def test_a_repository_is_found_in_the_cache_by_its_commit_and_a_missing_one_is_named(tmp_path, tiny, monkeypatch):
+    from huggingface_hub import constants
+    commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path/"hub"/"models--owner--detector"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for path in tiny.iterdir(): save_bytes(repository/"snapshots"/commit/path.name, path.read_bytes())
+    save_bytes(repository/"refs"/"main", commit.encode())
+    for spec in ("hf:owner/detector", "hf:owner/detector@main", f"hf:owner/detector@{commit}"):
+        detector = load_hub_detector(spec)
+        assert (detector.name, detector.revision) == ("owner/detector", commit)
+        assert Scorer(detector, identity=detector.identity).fingerprint.endswith(f"revision {commit}")
+    with pytest.raises(DetectorError, match="hf:owner/other: not in the cache, and no download.*hf download owner/other"):
+        hub_folder("owner/other")
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def changed(tiny: Path, folder: Path, name: str = "config.json", **keys) -> str:
+    "A copy of a classifier with other settings, as a specification."
+    for path in tiny.iterdir(): save_bytes(folder/path.name, path.read_bytes())
+    (folder/name).write_text(json.dumps(json.loads((folder/name).read_text()) | keys))
+    return f"hf:{folder}"
+
+
+def test_nothing_but_data_is_loaded(tiny, tmp_path):
+    "Code in a folder is not run, and pickled weights are not read."
+    spec = changed(tiny, tmp_path/"code", model_type="unheard-of", architectures=["Evil"],
+                   auto_map={"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Evil"})
+    (tmp_path/"code"/"evil.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\n")
+    with pytest.raises(DetectorError, match="not an image classifier"): load_hub_detector(spec)
+    code = dict(image_processor_type="Evil", auto_map={"AutoImageProcessor": "evil.Evil"})
+    spec = changed(tiny, tmp_path/"processor", "preprocessor_config.json", **code)
+    (tmp_path/"processor"/"evil.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\n")
+    with pytest.raises(DetectorError, match="image processor"): load_hub_detector(spec)
+    assert not (tmp_path/"ran").exists()
+    spec = changed(tiny, tmp_path/"pickle")
+    (tmp_path/"pickle"/"model.safetensors").rename(tmp_path/"pickle"/"pytorch_model.bin")
+    with pytest.raises(DetectorError, match="no weights as safetensors"): load_hub_detector(spec)
+
+
+@pytest.mark.parametrize("keys, words", [
+    (dict(num_hidden_layers=2), "weights are missing"), (dict(model_type="bert"), "not an image classifier"),
+    (dict(problem_type="multi_label_classification"), "exclude each other"),
+    (dict(id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1}), "cat, dog")])
+def test_what_cannot_be_used_is_refused(tiny, tmp_path, keys, words):
+    with pytest.raises(DetectorError, match=words): load_hub_detector(changed(tiny, tmp_path/"other", **keys))
+
+
+def test_processors_of_any_size_and_missing_ones_are_refused(tiny, tmp_path):
+    spec = changed(tiny, tmp_path/"any", "preprocessor_config.json", do_resize=False)
+    with pytest.raises(DetectorError, match="different sizes"): load_hub_detector(spec)
+    (tmp_path/"any"/"preprocessor_config.json").unlink()
+    with pytest.raises(DetectorError, match="image processor of its own"): load_hub_detector(spec)
+
+
+def test_the_image_processor_belongs_to_the_fingerprint(tiny, tmp_path):
+    def detector_part(spec): return Scorer(load_hub_detector(spec)).made_with["detector"]
+    nearest = changed(tiny, tmp_path/"tiny-vit", "preprocessor_config.json", resample=0)
+    assert detector_part(f"hf:{tiny}") != detector_part(nearest)
+
+
+def test_the_list_of_detectors():
+    listed = CliRunner().invoke(app, ["detectors", "list"]).output
+    assert "OwensLab/commfor-model-384" in listed and "Grag2021" in listed
+    shown = CliRunner().invoke(app, ["detectors", "show", "Organika/sdxl-detector"])
+    assert "CC BY-NC 3.0" in shown.output and "not run here" in shown.output
+    assert CliRunner().invoke(app, ["detectors", "show", "nobody"]).exit_code == 1
