@@ -4,7 +4,7 @@ PROFILE ?= demo
 BIN     := .venv/bin
 # uv installs the same lock in a fraction of the time; without it, pip does
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --compile-bytecode --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
-LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site network distributed)
+LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site ray network distributed wheel)
 FORKING := 01_processes 04_stages
 NBDEV_TEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 # a fork that hangs is ended and shows where: at SIGABRT each process writes the lines that its threads are at

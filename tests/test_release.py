@@ -56,6 +56,7 @@ def published(tmp_path) -> Path:
         (tmp_path/name).write_bytes((ROOT/name).read_bytes())
     settings = (ROOT/"settings.ini").read_text(encoding="utf-8")
     settings = re.sub(r"^git_url = .*$", f"git_url = {ADDRESS}/", settings, flags=re.M) # a slash at the end does no harm
+    settings = re.sub(r"^author_email = .*$", "author_email = someone@there.org", settings, flags=re.M)
     (tmp_path/"settings.ini").write_text(re.sub(r"^doc_host = .*$", "doc_host = https://someone.github.io", settings, flags=re.M))
     (tmp_path/"reports"/"demo").mkdir(parents=True)
     (tmp_path/"reports"/"demo"/"data_card.md").write_text("# Data card\n\nCode: imaginet_nb.\n\nText.\n")
@@ -277,6 +278,9 @@ def test_each_check_finds_what_is_wrong(clone):
     first, second = release_check.check_versions(clone)
     assert "the first heading has to be `## 9." in first and "CITATION.cff: version" in second
     assert "is a placeholder" in release_check.check_address(clone)[0]
+    (clone/"settings.ini").write_bytes((ROOT/"settings.ini").read_bytes())
+    if not github(read_settings(ROOT)): # also the site of the badge, which a reader would follow
+        assert [problem.split()[1] for problem in release_check.check_address(clone)] == ["git_url", "doc_host", "author_email"]
 
 
 def test_a_failed_check_is_counted_and_an_unknown_one_refused(clone, capsys):

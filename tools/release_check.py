@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlcroissant
 import yaml
@@ -24,7 +25,7 @@ from render_documents import render_readme
 from imaginet_nb.apps.cards import validate_card
 from imaginet_nb.audit.croissant import write_croissant
 from imaginet_nb.audit.report import audit_source, list_findings, list_tables
-from imaginet_nb.core import published_address, repo_root
+from imaginet_nb.core import repo_root
 from imaginet_nb.data.sandbox import make_sandbox
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "data/README.md", "reports/README.md")
@@ -43,9 +44,11 @@ def check_tree(root: Path) -> list[str]:
 
 
 def check_address(root: Path) -> list[str]:
-    "The address is real."
-    url = read_settings(root)["git_url"]
-    return [] if published_address(url) else [f"settings.ini: git_url {url} is a placeholder; put your own, then `make prepare`"]
+    "The addresses are real; those of a person count as well."
+    settings, remedy = read_settings(root), "is a placeholder; put your own, then `make prepare`"
+    hosts = {name: urlsplit(settings[name]).hostname or "" for name in ("git_url", "doc_host")}
+    hosts["author_email"] = settings["author_email"].rpartition("@")[2]
+    return [f"settings.ini: {name} {settings[name]} {remedy}" for name, host in hosts.items() if host.endswith("example")]
 
 
 def check_versions(root: Path) -> list[str]:

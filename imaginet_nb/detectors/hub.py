@@ -182,10 +182,11 @@ def named_detector(
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b00000d
 def _libraries() -> Any:
-    "The package transformers, without its progress bars."
+    "The package transformers, without its progress bars and reports; what is wrong is an error here."
     try: import transformers
     except ImportError: raise DetectorError("classifiers of the Hugging Face Hub need transformers: pip install imaginet_nb[hub]") from None
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     return transformers
 
 def _classifier(folder: Path, spec: str) -> tuple[Any, HubProcessor]:
