@@ -563,7 +563,8 @@ def _existing_files(words: list[str], root: str | None, out: Path, html: Path | 
     results = [out, *([] if html is None else [html])]
     if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
     listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
-    files = without_results(find_files(words, listed, root), results)
+    named = [word for word in words if Path(word) not in results] # the table that this run writes is no list of pictures
+    files = without_results(find_files(named, listed, root), results)
     if all(map(_is_missing, files)):
         fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
         raise FileNotFoundError(f"{', '.join(words)}: {fault}")
