@@ -74,6 +74,7 @@ PARSED_ONLY = {
     "imaginet audit pictures/": "its notebook, which nbdev_test runs, calls the same function on such a folder",
     "imaginet evaluate --root pictures/": "see audit; tests/test_evaluate.py runs the command",
     "imaginet evaluate --manifest list.csv": "see audit; tests/test_evaluate.py runs the command",
+    "imaginet predict my_pictures/ --detector hf:": "the hub; tests/test_hub.py loads classifiers from folders and the cache",
     "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
 }
 SHOWN = [(path, line) for path in [*PAGES, *NOTEBOOKS] for line in commands(path)]
@@ -139,8 +140,9 @@ def playground(tmp_path_factory) -> Path:
     save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32),
                     folder/"reports"/"demo"/"checkpoints"/"selfcon.safetensors", profile="demo")
     draw = np.random.default_rng(0)
-    for name in ("my_pictures/a.png", "my_pictures/deep/b.jpg", *(f"my_data/{kind}/{i}.{suffix}" for i in range(3) for kind, suffix in
-                                                                  (("real", "jpg"), ("fake", "png")))):
+    photos = [f"my_photos/{i}.jpg" for i in range(20)]
+    labelled = [f"my_data/{kind}/{i}.{suffix}" for i in range(3) for kind, suffix in (("real", "jpg"), ("fake", "png"))]
+    for name in ("my_pictures/a.png", "my_pictures/deep/b.jpg", *photos, *labelled):
         save(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8), folder/name)
     (folder/"my_pictures"/"notes.txt").write_text("no picture")
     (folder/"mine.py").write_text("class Detector:\n    name, input_size = 'Mine', None\n"
