@@ -14,8 +14,9 @@ from forks import python
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from imaginet_nb.apps.evaluate import judge, read_custom_dataset
+from imaginet_nb.apps.evaluate import judge
 from imaginet_nb.apps.predict import Scorer, Settings, score_files
+from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.custom import DetectorError, load_custom_detector, read_settings, weights_sha256

@@ -75,6 +75,11 @@ PARSED_ONLY = {
     "imaginet evaluate --root pictures/": "see audit; tests/test_evaluate.py runs the command",
     "imaginet evaluate --manifest list.csv": "see audit; tests/test_evaluate.py runs the command",
     "imaginet predict my_pictures/ --detector hf:": "the hub; tests/test_hub.py loads classifiers from folders and the cache",
+    "imaginet predict --detector hf:": "see above",
+    "imaginet calibrate --detector model.onnx": "its notebook, which nbdev_test runs, calls the same functions; the README's command is executed",
+    "imaginet predict new_pictures": "see above; its notebook scores with a calibration",
+    "imaginet evaluate --root genimage/": "its notebook calls the same function on such a folder; tests/test_evaluate.py runs the command",
+    "imaginet evaluate --root hub/": "see above",
     "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
 }
 SHOWN = [(path, line) for path in [*PAGES, *NOTEBOOKS] for line in commands(path)]
