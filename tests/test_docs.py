@@ -78,7 +78,7 @@ PARSED_ONLY = {
     "imaginet predict --detector hf:": "see above",
     "imaginet calibrate --detector model.onnx": "its notebook, which nbdev_test runs, calls the same functions; the README's command is executed",
     "imaginet predict new_pictures": "see above; its notebook scores with a calibration",
-    "imaginet evaluate --root genimage/": "its notebook calls the same function on such a folder; tests/test_evaluate.py runs the command",
+    "imaginet evaluate --root genimage/": "its notebook calls the same function; tests/test_evaluate.py runs the command",
     "imaginet evaluate --root hub/": "see above",
     "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
 }
