@@ -76,9 +76,9 @@ PARSED_ONLY = {
     "imaginet evaluate --manifest list.csv": "see audit; tests/test_evaluate.py runs the command",
     "imaginet predict my_pictures/ --detector hf:": "the hub; tests/test_hub.py loads classifiers from folders and the cache",
     "imaginet predict --detector hf:": "see above",
-    "imaginet calibrate --detector model.onnx": "its notebook, which nbdev_test runs, calls the same functions; the README's command is executed",
+    "imaginet calibrate --detector model.onnx": "as its notebook; the command of the README is executed",
     "imaginet predict new_pictures": "see above; its notebook scores with a calibration",
-    "imaginet evaluate --root genimage/": "its notebook calls the same function; tests/test_evaluate.py runs the command",
+    "imaginet evaluate --root genimage/": "as its notebook; tests/test_evaluate.py runs the command",
     "imaginet evaluate --root hub/": "see above",
     "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
 }
