@@ -712,13 +712,13 @@ def calibrate(
     from imaginet_nb.apps.calibrate import calibrate as fit, read_calibration
     from imaginet_nb.apps.predict import check_writable, find_files
     from imaginet_nb.core import pick_device
-    files = [find_files(words) for words in (real, synthetic or [])]
-    _keep_sources([out], [*real, *(synthetic or []), checkpoint, detector,
-                          *(file for kind in files for file in kind if file.name == out.name)], read_calibration)
+    ours, theirs = find_files(real), find_files(synthetic or [])
+    reached = [file for file in (*ours, *theirs) if file.name == out.name]
+    _keep_sources([out], [*real, *(synthetic or []), *reached, checkpoint, detector], read_calibration)
     check_writable(out)
     place = str(pick_device(device))
     loaded, identity, _ = _detector(checkpoint, detector, place, trust, synthetic_label)
-    sentences = fit(loaded, *files, out, identity, crops, place)
+    sentences = fit(loaded, ours, theirs, out, identity, crops, place)
     for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 
