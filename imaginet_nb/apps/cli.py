@@ -576,10 +576,8 @@ def predict(
         raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
     from imaginet_nb.apps.predict import Settings
     from imaginet_nb.apps.calibrate import read_calibration
-    _keep_sources([Path(out), *([] if html is None else [html])], [*paths, checkpoint, detector, calibration],
-                  _read_earlier)
-    settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
-    stored = calibration and read_calibration(calibration)
+    _keep_sources([Path(out), *filter(None, [html])], [*paths, checkpoint, detector, calibration], _read_earlier)
+    settings, stored = Settings(error_rate, crops, views, demo=demo), calibration and read_calibration(calibration)
     build = partial(_scorers, checkpoint, detector, synthetic_label, trust, settings, stored, max_megapixels)
     if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
     else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
@@ -769,8 +767,7 @@ def evaluate(
     _keep_sources([out], [manifest, root])
     from imaginet_nb.apps.evaluate import Contender, compare, evaluate as measure
     from imaginet_nb.data.folders import read_custom_dataset
-    pictures = read_custom_dataset(source, root if manifest else None)
-    _show(pictures)
+    _show(pictures := read_custom_dataset(source, root if manifest else None))
     several = len(checkpoint or []) + len(detector or []) > 1
     if several and robustness: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
     chosen = _detectors(checkpoint or [], detector or [], str(pick_device(device)), trust, synthetic_label)
