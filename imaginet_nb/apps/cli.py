@@ -393,8 +393,8 @@ def push(
 
     Needs a token with the right to write: HF_TOKEN, or `hf auth login`. `--checkpoint hf:OWNER/NAME` loads the result.
     """
-    from imaginet_nb.models.checkpoints import hub_card, hub_token, push_checkpoint
-    card = card or checkpoint.absolute().parents[1]/"model_card.md"
+    from imaginet_nb.models.checkpoints import hub_card, hub_token, push_checkpoint, push_target
+    repository, card = push_target(repository), card or checkpoint.absolute().parent.parent/"model_card.md"
     text, _ = hub_card(card, checkpoint), hub_token()
     size, seen = checkpoint.stat().st_size/1e6, "public" if public else "private"
     typer.echo(f"{checkpoint} ({size:,.1f} MB) and {card} would go to the {seen} repository {repository}.")
