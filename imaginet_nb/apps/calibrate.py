@@ -9,7 +9,6 @@ __all__ = ['FEWEST', 'files_of_kind', 'labelled_scores', 'counted', 'fit_picture
 # %% ../../nbs/08_apps/01_calibrate.ipynb #ca1b0004
 import datetime
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import pandas as pd
 from pydantic import Field, ValidationError
 
 from .predict import Scorer, Settings, find_files, is_list, read_list, score_files, score_frame
-from ..core import Section, fingerprint, progress, write_text
+from ..core import Section, fingerprint, progress, versions, write_text
 from ..data.labels import label_of
 from ..evaluation.bootstrap import exact_interval
 from ..evaluation.calibration import (
@@ -194,7 +193,7 @@ def calibrate(
     scores = labelled_scores(scorer, real, synthetic)
     before = pd.Series(calibrated_probability(detector, scores["logit"]) > scorer.limits[1], scores.index)
     fitted = fit_pictures(scores)
-    stored = StoredCalibration(made=datetime.date.today().isoformat(), program=version("imaginet_nb"), detector=detector.name,
+    stored = StoredCalibration(made=datetime.date.today().isoformat(), program=versions()["imaginet_nb"], detector=detector.name,
                                identity=identity, fingerprint=scorer.made_with["detector"], crops=crops,
                                probability=ProbabilityHeader(**fitted.header()))
     write_text(stored.model_dump_json(indent=1) + "\n", out)
