@@ -98,6 +98,13 @@ def test_the_largest_picture_that_is_read_is_an_option(net, tmp_path):
     assert refused.exit_code == 1 and "more than max_pixels=2000" in error and "--max-megapixels 1" in error
 
 
+@pytest.mark.parametrize("number", ["inf", "nan", "0", "-1", "1e-9"])
+def test_an_impossible_limit_of_the_largest_picture_is_refused(net, tmp_path, number):
+    Image.fromarray(noise(0, SIDE, SIDE)).save(tmp_path/"a.png")
+    result = predict(tmp_path/"a.png", "--checkpoint", net, "--out", tmp_path/"preds.csv", "--max-megapixels", number)
+    assert result.exit_code == 1 and f"--max-megapixels {float(number):g}: choose a number" in result.output, result.output
+
+
 def test_every_format_is_read_and_every_file_has_a_row(net, tmp_path):
     import pillow_heif
     pillow_heif.register_heif_opener()

@@ -642,6 +642,8 @@ def _scorers(
     from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.models.fast import fast
+    if max_megapixels is not None and not 1e-6 <= max_megapixels <= 1e6: # not for nan, either
+        raise ValueError(f"--max-megapixels {max_megapixels:g}: choose a number between 0.000001 and 1000000")
     loaded, identity, _ = _detector(checkpoint, detector, device, trust, labels)
     if stored: loaded = calibrated_detector(stored, loaded, identity, settings.crops)
     if calibration_of(loaded) is None:

@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'TOO_SMALL', 'FLAT', 'SMALL_SHARE', 'TOO_SMALL_NOTE', 'FLAT_NOTE', 'SCORE_COLUMNS', 'DEMO_ONLY',
            'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'is_list', 'read_list', 'find_files', 'Prepared', 'shrink',
            'prepare', 'looked_at', 'flat_share', 'cautions', 'looked_text', 'verdict_thresholds', 'verdict',
-           'error_promise', 'Settings', 'environment', 'trained_on_stand_ins', 'trained_on_imaginet', 'verdict_words',
+           'trained_on_imaginet', 'error_promise', 'Settings', 'environment', 'trained_on_stand_ins', 'verdict_words',
            'Reader', 'Scorer', 'score_pictures', 'read_picture', 'default_readers', 'read_pictures', 'score_prepared',
            'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of',
            'refuse_other', 'without_results', 'score_to_file']
@@ -197,7 +197,7 @@ TOO_SMALL = 16 # pixels; a picture with a shorter side is less than two blocks o
 FLAT = 0.5 # share of flat pixels from which a picture is perhaps no photograph or painting
 SMALL_SHARE = 0.25 # of the area; a row says if less was looked at
 TOO_SMALL_NOTE = f"too small to judge: a side has fewer than {TOO_SMALL} pixels"
-FLAT_NOTE = "perhaps a screenshot, a diagram or text, of which the training data had none"
+FLAT_NOTE = "perhaps flat (a screenshot, a diagram or text): nothing can be concluded"
 
 def cautions(
     prepared: Prepared, # of the picture
@@ -245,6 +245,12 @@ def verdict(
     return ("unsure", f"{VIEWS[first][0]} {own}, but not {' nor '.join(against)}") if against else (own, None)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #9a6e0d02
+def trained_on_imaginet(
+    detector: Any, # `Detector`
+) -> bool:
+    "Whether a detector is a checkpoint of this package, trained on ImagiNet or its stand-ins."
+    return "profile" in getattr(detector, "header", {})
+
 def error_promise(
     detector: Any, # with or without a stored calibration
     error_rate: float, # as for `verdict_thresholds`
@@ -259,8 +265,9 @@ def error_promise(
                 f"({100*least:.2g} to {100*most:.2g} % from {n:,} {kind} images)")
     parts = [called(calibration.n_real, "real", "synthetic"), "how many of the synthetic ones are called real was not measured"]
     if not calibration.real_only: parts[1] = called(calibration.n - calibration.n_real, "synthetic", "real")
+    measured = " The model card has the rates measured on test images." if trained_on_imaginet(detector) else ""
     return (f"On pictures like those of the calibration, {', and '.join(parts)}. The range holds for 95 % of the calibration sets of this "
-            "size. On other pictures the rate can be far higher.")
+            "size, and for images that the detector was not trained on. On other pictures the rate can be far higher." + measured)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #1e57840b
 SCORE_COLUMNS = {"path": str, "logit": float, "probability": float, "verdict": str, "family": str, "error": str, # then what is behind them
@@ -310,12 +317,6 @@ def trained_on_stand_ins(
     header = getattr(detector, "header", {})
     if "data_source" in header: return bool(header["data_source"] != "imaginet")
     return header.get("profile") in _STAND_IN_PROFILES
-
-def trained_on_imaginet(
-    detector: Any, # `Detector`
-) -> bool:
-    "Whether a detector is a checkpoint of this package, trained on ImagiNet or its stand-ins."
-    return "profile" in getattr(detector, "header", {})
 
 def verdict_words(
     detector: Any, # `Detector`

@@ -224,7 +224,7 @@ def _verdict_rule(scorer: Scorer) -> str:
     if low < high: between = f"real up to {low:.3g}, synthetic above {high:.3g}, unsure between"
     others = ["the picture, re-saved or reduced, gets the opposite verdict"] if scorer.settings.views else []
     others.append(f"a side has fewer than {TOO_SMALL} pixels")
-    if trained_on_imaginet(scorer.detector): others.append(f"it is {FLAT_NOTE}")
+    if trained_on_imaginet(scorer.detector): others.append(f"it is {FLAT_NOTE.partition(':')[0]}")
     refused = verdict_words(scorer.detector, scorer.settings) == (DEMO_ONLY,)
     would, also = ("would be", "would also be") if refused else ("is", "is also")
     return f"The verdict {would} {between}. It {also} unsure if {', or if '.join(others)}."

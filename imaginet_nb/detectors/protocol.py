@@ -120,6 +120,15 @@ def spec_boxes(
     return [_middle(height, width, side)]
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0010
+def _used_part(picture: np.ndarray) -> np.ndarray:
+    "The middle of a picture, at most eight times as long as wide: of a line of pixels all of it, resized, would fill the memory."
+    longest = 8*min(picture.shape[:2])
+    def middle(side: int) -> slice:
+        cut = max(side - longest, 0)//2 # as much on either side, so that the centre stays
+        return slice(cut, side - cut)
+    height, width = picture.shape[:2]
+    return picture[middle(height), middle(width)]
+
 def fit_picture(
     spec: InputSpec,
     picture: Picture, # `(H, W, 3)` uint8; a crop, where the specification cuts at full resolution
@@ -130,6 +139,7 @@ def fit_picture(
     if spec.size is None or spec.crop_side: return pixels
     height, width = spec.size
     if spec.fit == "squash": return resize_picture(pixels, height, width, spec.interpolation, spec.antialias)
+    pixels = _used_part(pixels)
     short, shape = spec.short_side or height, pixels.shape[:2]
     tall, wide = (max(short*side//min(shape), short) for side in shape) # rounded down, as torchvision does
     resized = resize_picture(pixels, tall, wide, spec.interpolation, spec.antialias)
