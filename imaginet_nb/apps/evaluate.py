@@ -36,7 +36,7 @@ from ..reporting.pages import Block, render_page, table_blocks
 from ..reporting.tables import interval_text, reading_frame, save_table, text_frame
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
-from .predict import STAND_IN_NOTE, _state, environment, trained_on_stand_ins
+from .predict import STAND_IN_NOTE, environment, file_state, trained_on_stand_ins
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #2941d85a
 _TRAINING = ("train", "val", "calibration")
@@ -118,7 +118,7 @@ def keeping(
     def score(detector: Detector, manifest: pd.DataFrame, root: Path, transform: Any = None, stage: str = "test",
               **reading: Any) -> pd.DataFrame:
         def run(rows: pd.DataFrame) -> pd.DataFrame: return predict(detector, rows, root, transform, stage=stage, **reading)
-        states = [_state(picture_file(root, path)) for path in manifest["path"]]
+        states = [file_state(picture_file(root, path)) for path in manifest["path"]]
         made_from = (identity, detector.name, repr(transform), stage, manifest, states, environment())
         file = folder/f"{fingerprint(*made_from)[:24]}.csv"
         if not file.is_file(): found = run(manifest)
