@@ -94,6 +94,7 @@ def test_swapped_labels_are_asked_about(pictures):
         terminal, page = " ".join(result.output.split()), (pictures/name/"index.html").read_text()
         swapped = name == "wrong"
         assert ["Are the labels swapped?" in text for text in (terminal, page)] == [swapped]*2
+        assert ("Brightness meter: the AUC lies below 0.5" in terminal) == swapped # several detectors share a page
         assert table["note"].astype(str).str.contains("labels swapped").tolist() == [swapped]*len(table)
         assert (table["auc_high"] < 0.5).tolist() == [swapped]*len(table)
 
@@ -272,8 +273,13 @@ def test_detectors_are_compared_in_pairs_on_the_same_images(pictures, tmp_path):
 
     seen = [contender.detector.seen for contender in two]
     again = dict(resamples=20, num_workers=0, kept=tmp_path/"out"/"kept")
-    judge_all([*two, Contender(Bright("C", 0.1), "c")], dataset, **again)
+    found = judge_all([*two, Contender(Bright("C", 0.1), "c")], dataset, **again)
     assert [contender.detector.seen for contender in two] == seen == [90, 90]      # only the one that was added is run
+    assert all("30 real and 60 synthetic images" in found.figures[name][1] for name in ("roc", "scores")) # not once per detector
+    forest, _ = found.figures["detection_by_generator"][0].axes[0].get_legend_handles_labels()
+    colours = {str(bars.get_label()): bars.lines[0].get_color() for bars in forest if hasattr(bars, "lines")}
+    for name, panel in zip("ABC", found.figures["roc"][0].axes, strict=True):
+        assert panel.lines[1].get_color() == colours[name]                         # a detector has one colour on a page
     os.utime(pictures/"set"/"real"/"0.png", (1, 1))
     judge_all(two, dataset, **again)
     assert [contender.detector.seen for contender in two] == [180, 180]            # a picture changed

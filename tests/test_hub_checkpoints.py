@@ -141,6 +141,20 @@ def test_a_checkpoint_is_sent_once_agreed_and_is_the_same_when_it_comes_back(hub
     assert found["logit"] == pytest.approx(expected["logit"], abs=1e-5)
 
 
+@pytest.mark.parametrize("repository", ["someone/detector@v2", "hf:someone/detector"])
+def test_only_a_repository_is_pushed_to(hub, checkpoint, repository):
+    "Every push goes to the main branch, so another address is refused before the question."
+    refused = run("checkpoint", "push", checkpoint, repository, input="y\n")
+    assert refused.exit_code == 1 and "write someone/detector, without" in refused.output, refused.output
+    assert "would go to" not in refused.output and hub.models == {}
+
+
+def test_a_checkpoint_in_the_root_folder_is_an_error_like_any_other():
+    refused = run("checkpoint", "push", "/no-such-detector.safetensors", "someone/detector")
+    assert refused.exit_code == 1 and isinstance(refused.exception, SystemExit), refused.exception
+    assert "/no-such-detector.safetensors: cannot be read" in refused.output
+
+
 def test_revisions_are_commits_and_the_cache_serves_without_a_network(hub, checkpoint, monkeypatch):
     assert run("checkpoint", "push", checkpoint, "someone/detector", "--yes", "--public").exit_code == 0
     first = next(iter(hub.models["someone/detector"].commits))

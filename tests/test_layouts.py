@@ -208,6 +208,61 @@ def test_a_picture_inside_that_is_none_and_a_file_that_is_none(tmp_path):
     with pytest.raises(AnnotationError, match="d.parquet, row 2: unknown label 'perhaps'"): read_custom_dataset(tmp_path/"d.parquet")
 
 
+def test_the_column_of_the_pictures_is_not_another_one(tmp_path):
+    "A mask or a hash before the image was scored in its place, and the sentence named the wrong columns."
+    rows = [dict(mask=dict(bytes=content(255), path="m.png"), md5=b"\1\2", image=dict(bytes=content(10*k), path=f"{k}.png"),
+                 label=("real", "fake")[k]) for k in range(2)]
+    pd.DataFrame(rows).to_parquet(tmp_path/"a.parquet")
+    found = read_custom_dataset(tmp_path/"a.parquet")
+    assert [decode(picture_source(found.root, path)).max() for path in found.manifest["path"]] == [0, 10]
+    assert found.columns == ["Columns that were not used: mask, md5."]
+    pd.DataFrame(rows).rename(columns={"image": "scan"}).drop(columns="md5").to_parquet(tmp_path/"b.parquet")
+    with pytest.raises(AnnotationError, match=r"b.parquet: which column holds the pictures, mask or scan\? Call one of them image"):
+        read_custom_dataset(tmp_path/"b.parquet")
+    pd.DataFrame(rows).rename(columns={"image": "scan"})[["scan", "label"]].to_parquet(tmp_path/"c.parquet")
+    assert read_custom_dataset(tmp_path/"c.parquet").columns == []                 # chosen, so it was used
+
+
+def test_a_damaged_page_costs_its_rows_and_not_the_others(tmp_path):
+    "An evaluation or audit that ends, an error that names no file, `empty file` for rows that are damaged."
+    draw = np.random.default_rng(0)
+    def noise(dark: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(dark, dark + 100, (40, 40, 3), np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+    stored = pa.table({"image": [noise(100*(k % 2)) for k in range(40)], "label": [k % 2 for k in range(40)]})
+    for name in ("a", "b"):
+        pq.write_table(stored, tmp_path/f"{name}.parquet", use_dictionary=False, write_batch_size=1, data_page_size=1)
+    place = pq.ParquetFile(tmp_path/"b.parquet").metadata.row_group(0).column(0).data_page_offset
+    with open(tmp_path/"b.parquet", "r+b") as file:
+        file.seek(place)
+        file.write(b"\xff"*20)                                                     # the header of the first page
+    found = read_custom_dataset(tmp_path)
+    predictions = judge(Light(), found, resamples=20, num_workers=0).predictions
+    for _ in range(2): # the second time in the same process
+        errors = read_properties(found.manifest, found.root, jobs=1)["error"]
+        assert errors[:40].isna().all() and errors[40:].str.contains(r"b.parquet/0/\d+: the Parquet file is damaged", regex=True).all()
+    assert predictions["error"].notna().sum() == 40 and predictions["error"][79] == errors[79]
+
+
+class Light:
+    name, input_size, tracks = "light", 32, ("detection",)
+    def score(self, images): return (images.float().mean((1, 2, 3)) - 100)/10
+
+
+def test_a_parquet_file_in_capitals_is_read(tmp_path):
+    pd.DataFrame({"image": [content(1), content(2)], "label": ["real", "fake"]}).to_parquet(tmp_path/"DATA.PARQUET")
+    found = read_custom_dataset(tmp_path/"DATA.PARQUET")
+    assert [decode(picture_source(found.root, path)).max() for path in found.manifest["path"]] == [1, 2]
+
+
+def test_parts_of_which_only_some_have_a_column(tmp_path):
+    frame = pd.DataFrame({"image": [content(1), content(2)], "label": ["real", "fake"], "model": ["", "Flux"]})
+    frame.assign(source=["flickr", "laion"]).to_parquet(tmp_path/"a.parquet")
+    frame.to_parquet(tmp_path/"b.parquet")
+    assert read_custom_dataset(tmp_path).manifest["image_source"].tolist() == ["flickr", "laion", "", ""]
+
+
 def test_pictures_inside_need_little_memory(tmp_path):
     "Several row groups, read from the first row to the last: never more than a small part of the file."
     draw = np.random.default_rng(0)

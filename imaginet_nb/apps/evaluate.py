@@ -181,15 +181,16 @@ class Findings:
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e1
 def _score_figures(
-    predictions: pd.DataFrame, # of one detector
+    predictions: pd.DataFrame, # of one detector or several on the same images
     fits: Fits,
-    about: str, # detector, data set and origin of the probability
+    about: str, # detectors, data set and origin of the probability
+    labels: pd.Series, # detectors and baselines of the page, so that a detector has one colour in all figures
 ) -> dict[str, tuple[Figure, str]]: # file stem -> figure, caption
     "ROC curve and histogram of the scores."
-    scored = predictions.loc[has_score(predictions), "origin"]
+    scored = predictions[has_score(predictions)].drop_duplicates("path")["origin"]
     n = f"{scored.eq('real').sum():,} real and {scored.eq('synthetic').sum():,} synthetic images"
     curve = f"ROC curve over {n}, all generators together, with the decision thresholds. {about}"
-    return {"roc": (plot_roc(predictions, fits), curve),
+    return {"roc": (plot_roc(predictions, fits, labels=labels), curve),
             "scores": (plot_scores(predictions, fits), f"Scores of {n}, and the decision thresholds. {about}")}
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0699d079
@@ -264,7 +265,7 @@ def judge(
         f"True-positive rate at chosen false-positive rates, and empirical rates at the calibrated thresholds. {about}")
     by_generator = tables["detection_by_generator"][0]
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
-    figures |= _score_figures(predictions, fits, about)
+    figures |= _score_figures(predictions, fits, about, by_generator["detector"])
     if robustness:
         loss, shifts = _robustness(detector, dataset, predictions, fits, robustness, options, reading)
         found = _robustness_results(loss, shifts, about)
@@ -347,11 +348,11 @@ def _swapped(
     found = []
     for row in below.to_dict("records"):
         where = "mean over the generators" if row["group"] == MEAN else f"generator {row['group']}"
-        found.append(f"The AUC lies below 0.5 ({where}: {_value(row, 'auc')}), so real images have the higher scores. "
+        found.append(f"{name}: the AUC lies below 0.5 ({where}: {_value(row, 'auc')}), so real images have the higher scores. "
                      "Are the labels swapped?")
     if slope < 0:
-        found.append("In the score calibration real images have the higher scores, so it reverses the order of all "
-                     "scores. Are the labels of its images swapped?")
+        found.append(f"{name}: in the score calibration real images have the higher scores, so it reverses the order "
+                     "of all scores. Are the labels of its images swapped?")
     return found
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #7c2f90e5
@@ -546,9 +547,10 @@ def judge_all(
     about = f"{len(frames)} detectors on {dataset.name}, {len(common):,} images."
     properties = read_properties(common[list(dataset.manifest)], dataset.root)
     tables, baselines = _compared_tables(frames, properties, about, options)
-    figures = {"detection_by_generator": (plot_detection(tables["detection_by_generator"][0]), f"Detection by generator. {about}")}
+    by_generator = tables["detection_by_generator"][0]
+    figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
     all_fits = {name: found.fits[name] for name, found in scored.items()}
-    figures |= _score_figures(pd.concat(frames.values(), ignore_index=True), all_fits, about)
+    figures |= _score_figures(pd.concat(frames.values(), ignore_index=True), all_fits, about, by_generator["detector"])
     sentences = _compared_sentences(frames, scored, tables, baselines, options)
     return Findings(every, tables, figures, (*sentences, *_not_judged(dataset.manifest, common), *dataset.remarks))
 

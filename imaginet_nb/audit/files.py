@@ -100,11 +100,12 @@ def _header(
 
 # %% ../../nbs/06_audit/00_files.ipynb #5e2feb6e
 def image_properties(
-    file: str | Path | bytes, # a file, or the content of one
+    file: str | Path | bytes | ImageError, # a file, the content of one, or why there is none
 ) -> dict[str, Any]: # `PROPERTY_COLUMNS` without `path`; None where a property does not apply or is not known
     "Properties of one file; a failure becomes the property `error`."
     import imagehash
     found: dict[str, Any] = dict.fromkeys(PROPERTY_COLUMNS[1:])
+    if isinstance(file, ImageError): return found | {"error": str(file)}
     def text(error: Exception) -> str:
         if isinstance(file, bytes): return str(error).removeprefix(f"image of {len(file)} bytes: ")
         return str(error).removeprefix(f"{file}: ").replace(str(file), path_text(Path(file).name))
@@ -130,10 +131,13 @@ def read_properties(
     jobs: int | None = None, # processes; None = all cores
 ) -> pd.DataFrame: # the manifest's columns, then `PROPERTY_COLUMNS`; one row per path
     "Properties of every file of a manifest."
+    def source(path: str) -> Path | bytes | ImageError:
+        try: return picture_source(root, path)
+        except ImageError as error: return error # inside a damaged Parquet file
     unique = manifest.drop_duplicates("path", ignore_index=True)
     if len(unique) < 1000: jobs = 1 # starting processes would take longer
     with worker_processes(jobs) as parallel:
-        found = parallel(delayed(image_properties)(picture_source(root, path)) for path in unique["path"])
+        found = parallel(delayed(image_properties)(source(path)) for path in unique["path"])
         properties = pd.DataFrame(list(progress(found, "reading files", total=len(unique))), columns=list(PROPERTY_COLUMNS[1:]))
     return unique.join(properties)
 

@@ -22,7 +22,7 @@ from ..core import path_text
 from .images import is_image_path, walk, why_no_image
 from .labels import CONTENT_TYPES, FAMILIES, LABEL_RULE, UNKNOWN, AnnotationError, Generator, label_of, label_place
 from .manifest import RowSource, read_table, validate_manifest
-from .parquet import parquet_file, picture_file, read_parquet
+from .parquet import parquet_file, picture_column, picture_file, read_parquet
 from .splits import read_annotations, read_corvi, read_practical
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e200009
@@ -68,21 +68,31 @@ def _with_labels(
     return complete_manifest(frame.assign(origin=origins), listing.name, listing.lines, allow_duplicates)
 
 def _columns_sentence(
-    columns: Sequence[str], # of a table
+    columns: Sequence[str], # of a table, without that of the pictures
 ) -> list[str]: # empty if there is nothing to say
     "Which column names the generator, and which columns are not understood."
     named = next((name for name in _GENERATORS if name in columns), None)
-    other = [name for name in columns if name not in COLUMNS and name != "image"]
+    other = [name for name in columns if name not in COLUMNS]
     found = [f"The column {named} names the generator."] if named not in (None, "generator") else []
     return [*found, *([f"Columns that were not used: {', '.join(other)}."] if other else [])]
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e200021
+def _read_inside(
+    file: Path, # Parquet
+    name: str | None = None, # of the file in the paths of its pictures; None = its own
+) -> tuple[pd.DataFrame, RowSource, list[str]]: # columns as text; for messages; names of the columns, without that of the pictures
+    "The table of a Parquet file."
+    import pyarrow.parquet as pq
+    frame, listing, columns = read_parquet(file, COLUMNS, name)
+    picture = picture_column(pq.read_schema(file))
+    return frame, listing, [column for column in columns if column != picture]
+
 def read_labelled_list(
     path: str | Path, # CSV, TSV or Parquet
     allow_duplicates: bool = False, # accept a path that occurs more than once
 ) -> tuple[pd.DataFrame, list[str]]: # manifest, whose generators and content types may have any name; what is to be said of its columns
     "Read a table with the columns path and label (or origin). Raises `AnnotationError` with file and line."
-    if Path(path).suffix.lower() == ".parquet": frame, listing, columns = read_parquet(path, COLUMNS)
+    if Path(path).suffix.lower() == ".parquet": frame, listing, columns = _read_inside(Path(path))
     else:
         frame, listing = read_table(path)
         columns = frame.columns.tolist()
@@ -192,11 +202,12 @@ def _read_parts(
     frames, columns = [], dict[str, None]()
     for part in parts:
         name = path_text(part.relative_to(folder))
-        frame, listing, found = read_parquet(part, COLUMNS, name)
+        frame, listing, found = _read_inside(part, name)
         columns |= dict.fromkeys(found)
         if "split" not in frame: frame = frame.assign(split=_split_of(re.split(r"[/_.-]", name)))
         frames.append(_with_labels(frame, listing, allow_duplicates))
-    return pd.concat(frames, ignore_index=True), _columns_sentence(list(columns))
+    whole = pd.concat(frames, ignore_index=True).fillna("") # a column that only some of the parts have
+    return whole, _columns_sentence(list(columns))
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e200028
 MAIN_LISTS = ("train_annotations.txt", "test_annotations.txt") # of the authors

@@ -11,12 +11,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pandas as pd
 
 from ..core import path_text
+from .images import ImageError
 from .labels import AnnotationError
 from .manifest import RowSource, image_file
 
@@ -24,15 +26,25 @@ if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/01_data/03_parquet.ipynb #9a700006
 ROWS = 64 # in memory at a time
+_PICTURES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content") # the first that is there
 
 def picture_column(
     schema: "pa.Schema", # of a Parquet file
+    file: str | Path = "Parquet file", # for messages
 ) -> str | None: # None for a table without pictures
-    "Name of the column that holds pictures; one of plain bytes comes first."
+    """Name of the column that holds pictures: `image`, else another usual name, else the only one of a fitting type.
+
+    Beside a column `path`, plain bytes of an unusual name are something else, such as a hash. Raises `AnnotationError` where
+    several columns may be meant."""
     import pyarrow as pa
     plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
     records = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    return next(iter([*plain, *records]), None)
+    usual = next((name for name in _PICTURES if name in [*plain, *records]), None)
+    found = [*records, *([] if "path" in schema.names else plain)]
+    if usual is not None: found = [name for name in [*records, *plain] if name == usual]
+    if len(found) > 1:
+        raise AnnotationError(f"{file}: which column holds the pictures, {' or '.join(found)}? Call one of them image")
+    return found[0] if found else None
 
 def group_pictures(
     file: str | Path | BinaryIO,
@@ -50,7 +62,7 @@ def _content(cell: Any) -> bytes:
     return (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
 # %% ../../nbs/01_data/03_parquet.ipynb #9a700008
-_MEMBER = re.compile(r"(.+\.parquet)/(\d+)/(\d+)(\.\w+)?")
+_MEMBER = re.compile(r"(.+\.parquet)/(\d+)/(\d+)(\.\w+)?", re.IGNORECASE)
 
 def parquet_file(
     root: str | Path, # folder of the images
@@ -69,23 +81,29 @@ def picture_file(
     return parquet_file(root, path) or image_file(root, path)
 
 # %% ../../nbs/01_data/03_parquet.ipynb #9a700009
+def _until_damage(pictures: Iterator[bytes]) -> Iterator[bytes | Exception]:
+    "Pictures, and for every row from a damaged page on what is wrong, without reading the file again for each."
+    try: yield from pictures
+    except Exception as error: yield from repeat(error) # a damaged file can raise nearly anything
+
 class _Place:
     "The last picture that this process read from a Parquet file, and those that follow."
     def __init__(self) -> None:
         self.key, self.row = ("", 0, 0), 0
-        self.left: Iterator[bytes] = iter(())
+        self.left: Iterator[bytes | Exception] = iter(())
 
     def read(self, file: Path, group: int, row: int) -> bytes:
-        "The picture of a row of a row group."
+        "The picture of a row of a row group. Raises what the file raises."
         import pyarrow.parquet as pq
         key = (str(file), file.stat().st_mtime_ns, group)
         if key != self.key or row < self.row:
             column = picture_column(pq.read_schema(file))
-            if column is None: raise AnnotationError(f"{file}: no column with pictures any more; read the data set anew")
-            self.key, self.row, self.left = key, 0, group_pictures(file, group, column)
+            if column is None: raise AnnotationError("no column with pictures any more")
+            self.key, self.row, self.left = key, 0, _until_damage(group_pictures(file, group, column))
         while self.row <= row: # rows that this process does not need are passed over
             content = next(self.left, b"")
             self.row += 1
+        if isinstance(content, Exception): raise content.with_traceback(None) # which would grow with every row
         return content
 
 _place = _Place()
@@ -94,10 +112,15 @@ def picture_source(
     root: str | Path, # folder of the images
     path: str, # as in a manifest
 ) -> Path | bytes:
-    "What `read_image` takes for the picture of a path: the file, or the content where it lies in a Parquet file."
+    """What `read_image` takes for the picture of a path: the file, or the content where it lies in a Parquet file.
+
+    Raises `ImageError` with the path where that Parquet file is damaged."""
     file, member = parquet_file(root, path), _MEMBER.fullmatch(path)
     if file is None or member is None: return image_file(root, path)
-    return _place.read(file, int(member[2]), int(member[3]))
+    try: return _place.read(file, int(member[2]), int(member[3]))
+    except Exception as error: # a damaged file can raise nearly anything
+        reason = str(error).replace(str(file), file.name).rstrip(".")
+        raise ImageError(f"{path}: the Parquet file is damaged or changed ({reason}); fetch or write it again") from None
 
 # %% ../../nbs/01_data/03_parquet.ipynb #9a70000c
 def class_names(
@@ -122,24 +145,30 @@ def read_parquet(
     wanted: Sequence[str] | None = None, # columns; None = all that hold text, numbers or booleans
     name: str | None = None, # of the file in the paths of its pictures; None = its own
 ) -> tuple[pd.DataFrame, RowSource, list[str]]: # columns as text, with `path` for pictures inside; for messages; names of all columns
-    "The table of a Parquet file, without its pictures. Raises `AnnotationError` for a file that is none."
+    "The table of a Parquet file, without its pictures. Raises `AnnotationError` for a file that is none, or with two such columns."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    try: table = pq.ParquetFile(file)
+    try:
+        with pq.ParquetFile(file) as table:
+            return _frame(table, file, wanted, name or path_text(Path(file).name)), RowSource(str(file)), table.schema_arrow.names
     except (OSError, pa.ArrowException) as error:
         raise AnnotationError(f"{file}: not a readable Parquet file ({str(error).partition('.')[0]}); fetch or write it again") from None
-    with table:
-        schema, parts = table.schema_arrow, []
-        picture = picture_column(schema)
-        plain = [f.name for f in schema if f.name != picture and not pa.types.is_nested(f.type) and (wanted is None or f.name in wanted)]
-        for group in range(table.num_row_groups):
-            cells = table.read_row_group(group, columns=plain)
-            texts = {c: _texts(cells[c].to_pylist(), class_names(schema, c)) for c in plain}
-            part = pd.DataFrame(texts, index=range(cells.num_rows), dtype=object)
-            if picture is not None: part["path"] = list(_member_paths(table, group, picture, name or path_text(Path(file).name)))
-            parts.append(part)
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=plain, dtype=object)
-    return frame, RowSource(str(file)), [f.name for f in schema]
+
+def _frame(table: Any, file: str | Path, wanted: Sequence[str] | None, name: str) -> pd.DataFrame:
+    "The columns of `read_parquet`."
+    import pyarrow as pa
+    schema, parts = table.schema_arrow, []
+    picture = picture_column(schema, file)
+    plain = [f.name for f in schema if f.name != picture and not pa.types.is_nested(f.type) and (wanted is None or f.name in wanted)]
+    twice = [column for column in plain if plain.count(column) > 1]
+    if twice: raise AnnotationError(f"{file}: two columns are called {twice[0]}; rename or delete one")
+    for group in range(table.num_row_groups):
+        cells = table.read_row_group(group, columns=plain)
+        texts = {c: _texts(cells[c].to_pylist(), class_names(schema, c)) for c in plain}
+        part = pd.DataFrame(texts, index=range(cells.num_rows), dtype=object)
+        if picture is not None: part["path"] = list(_member_paths(table, group, picture, name))
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=plain, dtype=object)
 
 def _member_paths(table: Any, group: int, picture: str, name: str) -> Iterator[str]:
     "Paths of the pictures of a row group, with the suffix that a picture had as a file."

@@ -40,7 +40,7 @@ class _Files(Dataset):
     def __len__(self) -> int: return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, list[Tensor] | str]:
-        source: Path | bytes = self.root
+        source: Path | bytes = b"" # as long as there is none
         try: image = decode(source := picture_source(self.root, self.paths[row]))
         except ValueError as error:
             return row, str(error).replace(f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source), self.paths[row])

@@ -8,7 +8,7 @@ __all__ = ['PROBABILITY_COLUMNS', 'BAD_THRESHOLD', 'RELIABILITY_COLUMNS', 'OPERA
            'plot_decisions']
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #e17a5bfa
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -225,10 +225,11 @@ def plot_roc(
     predictions: pd.DataFrame, # of one detector or several
     fits: Fits, # on other images
     title: str = "",
+    labels: Iterable[str] = (), # of another figure with these detectors and more, so that each has the same colour in both
 ) -> Figure:
     "ROC curve of each detector, with the rates at its decision thresholds."
     found = list(_log_odds(predictions, fits))
-    looks = label_styles([name for name, *_ in found], "detector")
+    looks = label_styles([*labels, *(name for name, *_ in found)], "detector")
     figure, panels = new_figure(len(found), 0.9 + (3.7 if len(found) == 1 else 2.9), width=4.6 if len(found) == 1 else 6)
     for axes, (name, z, synthetic, fit) in zip(panels, found, strict=True):
         axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="chance")

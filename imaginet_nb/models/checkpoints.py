@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'EXTRA', 'Model', 'Share', 'HUB_PREFIX', 'HUB_FI
            'ProbabilityHeader', 'OpenSetHeader', 'check_header', 'weights_digest', 'save_weights', 'save_checkpoint',
            'read_weights_header', 'read_header', 'training_outcome', 'verified_tensors', 'check_fit', 'fill',
            'load_checkpoint', 'amend_checkpoint', 'read_torch_file', 'read_published', 'convert_authors_checkpoint',
-           'load_detector', 'hub_repository', 'hub_error', 'fetch_checkpoint', 'hub_card', 'hub_token',
+           'load_detector', 'hub_repository', 'hub_error', 'fetch_checkpoint', 'hub_card', 'hub_token', 'push_target',
            'push_checkpoint']
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0d46f92e
@@ -515,6 +515,16 @@ def hub_token() -> str:
     return token
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0009
+def push_target(
+    repository: str, # as the user wrote it
+) -> str: # the same
+    "The repository to push to. Raises `CheckpointError` unless it is OWNER/NAME alone: a push makes a new commit on the main branch."
+    name, revision = hub_repository(repository)
+    if revision or repository != name:
+        raise CheckpointError(f"{repository}: a checkpoint goes to the main branch of a repository; write {name}, without "
+                              f"{HUB_PREFIX} and @REVISION, which belong to the address that --checkpoint loads")
+    return name
+
 def push_checkpoint(
     checkpoint: str | Path, # read and checked before anything is sent
     repository: str, # OWNER/NAME; made if it does not exist
@@ -523,7 +533,7 @@ def push_checkpoint(
 ) -> str: # address of the commit
     "Upload a checkpoint and its card in one commit. Raises `CheckpointError` with the remedy."
     from huggingface_hub import CommitOperationAdd, HfApi
-    (name, _), (_, header) = hub_repository(repository), load_checkpoint(checkpoint)
+    name, (_, header) = push_target(repository), load_checkpoint(checkpoint)
     api = HfApi(token=hub_token())
     files = [CommitOperationAdd(HUB_FILE, str(checkpoint)), CommitOperationAdd("README.md", card.encode())]
     try:
