@@ -9,7 +9,6 @@ __all__ = ['FEWEST', 'labelled_scores', 'counted', 'fit_pictures', 'rate_text', 
 # %% ../../nbs/08_apps/01_calibrate.ipynb #ca1b0004
 import datetime
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import pandas as pd
 from pydantic import Field, ValidationError
 
 from .predict import Scorer, Settings, score_files, score_frame
-from ..core import Section, fingerprint, progress, write_text
+from ..core import Section, fingerprint, progress, versions, write_text
 from ..evaluation.bootstrap import exact_interval
 from ..evaluation.calibration import (
     FALSE_POSITIVE_RATES, Calibration, calibrated_probability, fit_calibration, fit_real, images_needed, rate_interval)
@@ -166,7 +165,7 @@ def calibrate(
     scores = labelled_scores(scorer, real, synthetic)
     before = pd.Series(calibrated_probability(detector, scores["logit"]) > scorer.limits[1], scores.index)
     fitted = fit_pictures(scores)
-    stored = StoredCalibration(made=datetime.date.today().isoformat(), program=version("imaginet_nb"), detector=detector.name,
+    stored = StoredCalibration(made=datetime.date.today().isoformat(), program=versions()["imaginet_nb"], detector=detector.name,
                                identity=identity, fingerprint=scorer.made_with["detector"], crops=crops,
                                probability=ProbabilityHeader(**fitted.header()))
     write_text(stored.model_dump_json(indent=1) + "\n", out)

@@ -250,14 +250,20 @@ def page_facts(
     method = {"platt": "Platt scaling", "temperature": "temperature scaling", "none": "sigmoid of the logit"}
     facts |= {name: str(header[key]) for name, key in (("Trained with profile", "profile"), ("Training data", "data_hash"),
                                                       ("Commit of the training", "git_commit")) if header.get(key)}
-    if calibration:
+    if calibration and calibration.real_only:
+        facts["Probability"] = (f"sigmoid of the logit, no probability; threshold from {calibration.n_real} real pictures, "
+                                f"data {calibration.data[:12]}")
+    elif calibration:
         facts["Probability"] = (f"{method[calibration.method]}, fitted on {calibration.n} images ({calibration.n_real} real), "
                                 f"data {calibration.data[:12]}")
     else: facts["Probability"] = "sigmoid of the logit: this detector has no calibration, so it is a score, not a probability"
     names = [title for title, _ in VIEWS.values()] if settings.views else ["as it is"]
-    facts["Views"] = ", ".join(names) + (f"; up to {settings.crops} crops of a large picture" if settings.crops > 1 else "; one crop")
+    facts["Views"] = ", ".join(names)
+    if default_spec(scorer.detector).fit == "crops": # any other detector is shown one part, or the whole picture
+        facts["Views"] += f"; up to {settings.crops} crops of a large picture" if settings.crops > 1 else "; one crop"
     if scorer.nearest: facts["Unknown families"] = f"said of about {100*settings.false_alarms:g} % of the pictures by known generators"
-    facts["Settings"] = f"error rate {100*settings.error_rate:g} %; hashes of what a row depends on: {scorer.fingerprint}"
+    rate = f"error rate {100*settings.error_rate:g} %; " if calibration else "" # without a calibration, none is promised
+    facts["Settings"] = f"{rate}hashes of what a row depends on: {scorer.fingerprint}"
     return facts | {"Versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #d0e00002

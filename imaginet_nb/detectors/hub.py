@@ -25,7 +25,7 @@ from ..core import file_sha256, fingerprint, pick_device
 from .protocol import InputSpec
 from .custom import DetectorError, FileDetector, FileSettings, Network, check_detector
 from .prior_work import PRIOR_METHODS, WEIGHTS
-from ..models.checkpoints import fill
+from ..models.checkpoints import fill, without_retries
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b000006
 _PATTERNS = ("config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -39,7 +39,8 @@ def hub_folder(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DetectorError(f"hf:{place}: no such folder, and not OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub")
     from huggingface_hub import snapshot_download
-    try: folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_PATTERNS)))
+    try:
+        with without_retries(): folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_PATTERNS)))
     except Exception as error: # whatever the network library calls it
         why = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise DetectorError(f"hf:{place}: not in the cache, and no download ({type(error).__name__}: {why[:200]}); check the name and the "
@@ -170,14 +171,16 @@ NAMED: dict[str, NamedDetector] = {
     "OwensLab/commfor-model-224": _community(224, 256), "OwensLab/commfor-model-384": _community(384, 440)}
 
 def named_detector(
-    name: str, # key of `NAMED`
+    name: str, # key of `NAMED`, in upper or lower case
 ) -> str: # lines
     "What is known of a detector, to print. Raises `DetectorError` for an unknown name."
-    if name not in NAMED: raise DetectorError(f"no detector {name!r} in the list; there are: {', '.join(NAMED)}")
-    known = NAMED[name]
-    rows = {"detector": name, "get it by": known.address, "licence": known.licence, "is shown": known.shown, "labels": known.labels,
+    key = next((key for key in NAMED if key.casefold() == name.casefold()), None) # as the hub reads names
+    if key is None: raise DetectorError(f"no detector {name!r} in the list; there are: {', '.join(NAMED)}")
+    known = NAMED[key]
+    get = f"--detector {known.address}" if known.address.startswith("hf:") else known.address
+    rows = {"detector": key, "get it by": get, "licence": known.licence, "is shown": known.shown, "labels": known.labels,
             "trained on": known.trained_on, "network": known.network, "page": known.page}
-    if name != "SelfCon (ours)": rows["run here"] = "no: the published weights were not run here, and these facts are its authors'"
+    if key != "SelfCon (ours)": rows["run here"] = "no: the published weights were not run here, and these facts are its authors'"
     return "\n".join(f"{key + ':':12}{value}" for key, value in rows.items())
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b00000d
