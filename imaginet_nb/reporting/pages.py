@@ -145,6 +145,7 @@ def _chapters(report: Path) -> list[Chapter]:
     rest = [_result(report, kind, stem, "") for kind, stem in present if (kind, stem) not in seen]
     return [*chapters, *([Chapter("Further results", "further", "", "", rest, {})] if rest else [])]
 
+# %% ../../nbs/05_reporting/03_pages.ipynb #98fc92d7
 _STAND_INS = ("Its generators are small autoencoders, stand-ins that bear the names of the paper's generators and are none of "
               "them. Its real images are drawn scenes and tiles of photographs that come with scikit-image and scikit-learn; "
               "ImageNet, FFHQ and the other names of sources stand for their places in ImagiNet alone.")
