@@ -707,10 +707,10 @@ def calibrate(
 
     Prints what the thresholds promise, and how many real pictures were flagged before.
     """
-    from imaginet_nb.apps.calibrate import calibrate as fit, read_calibration
-    from imaginet_nb.apps.predict import check_writable, find_files
+    from imaginet_nb.apps.calibrate import calibrate as fit, files_of_kind, read_calibration
+    from imaginet_nb.apps.predict import check_writable
     from imaginet_nb.core import pick_device
-    ours, theirs = find_files(real), find_files(synthetic or [])
+    ours, theirs = files_of_kind(real, "real"), files_of_kind(synthetic or [], "synthetic")
     reached = [file for file in (*ours, *theirs) if file.name == out.name]
     _keep_sources([out], [*real, *(synthetic or []), *reached, checkpoint, detector], read_calibration)
     check_writable(out)

@@ -33,7 +33,7 @@ from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import (DEMO_ONLY, FLAT, FLAT_NOTE, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL, TOO_SMALL_NOTE, VIEWS, Prepared,
                                       Scorer, error_promise, flat_share, looked_at, looked_text, prepare, trained_on_imaginet,
                                       trained_on_stand_ins, verdict_words)
-from ..detectors.protocol import default_spec
+from ..detectors.protocol import default_spec, spec_words
 from ..reporting.pages import templates
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #075f9bc5
@@ -246,7 +246,8 @@ def page_facts(
 ) -> dict[str, str]:
     "Settings and provenance of a report."
     header, settings, calibration = getattr(scorer.detector, "header", {}), scorer.settings, calibration_of(scorer.detector)
-    facts = {"Detector": scorer.detector.name, "Identified by": scorer.identity or "its name"}
+    facts = {"Detector": scorer.detector.name, "Identified by": scorer.identity or "its name",
+             "Is shown": spec_words(default_spec(scorer.detector))}
     method = {"platt": "Platt scaling", "temperature": "temperature scaling", "none": "sigmoid of the logit"}
     facts |= {name: str(header[key]) for name, key in (("Trained with profile", "profile"), ("Training data", "data_hash"),
                                                       ("Commit of the training", "git_commit")) if header.get(key)}

@@ -88,7 +88,7 @@ class ProbabilityHeader(Section):
     slope: FiniteFloat
     intercept: FiniteFloat
     thresholds: dict[str, Share | None]
-    n: NonNegativeInt
+    n: int = Field(ge=0, le=10**9)
     n_real: NonNegativeInt
     data: str = ""
     misses: dict[str, Share | None] = {}
