@@ -326,6 +326,7 @@ def _better(tables: Path) -> list[Finding]: # reports/<profile>/tables
     return [("Which detector is better?",
              f"Mean over the families, perturbed test images. {' '.join(difference_sentences(rows))}{_single_rows(tables)}")]
 
+# %% ../../nbs/08_apps/03_cards.ipynb #5f1d20d7
 def _metadata_alone(tables: Path) -> list[Finding]: # reports/<profile>/tables
     "What the metadata-only baselines achieve, beside the best detector."
     table = read_table(tables/"detection_by_family")
