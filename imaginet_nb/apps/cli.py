@@ -626,6 +626,14 @@ def _score(files: list[Path], scorer: Any, out: Path, resume: bool, **options: A
     if DEMO_ONLY not in words: typer.echo(error_promise(scorer.detector, scorer.settings.error_rate))
     return scored
 
+# %% ../../nbs/08_apps/09_cli.ipynb #a7d30014
+def _pixels(megapixels: float | None) -> int | None:
+    "The limit of `--max-megapixels` in pixels. Raises `ValueError` for a number that is none."
+    if megapixels is None: return None
+    if not 1e-6 <= megapixels <= 1e6: # nor for nan
+        raise ValueError(f"--max-megapixels {megapixels:g}: choose a number between 0.000001 and 1000000")
+    return round(1e6*megapixels)
+
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
     checkpoint: str | None,
@@ -642,14 +650,12 @@ def _scorers(
     from imaginet_nb.apps.predict import BATCH, Scorer
     from imaginet_nb.evaluation.calibration import calibration_of
     from imaginet_nb.models.fast import fast
-    if max_megapixels is not None and not 1e-6 <= max_megapixels <= 1e6: # not for nan, either
-        raise ValueError(f"--max-megapixels {max_megapixels:g}: choose a number between 0.000001 and 1000000")
     loaded, identity, _ = _detector(checkpoint, detector, device, trust, labels)
     if stored: loaded = calibrated_detector(stored, loaded, identity, settings.crops)
     if calibration_of(loaded) is None:
         _warn(f"{loaded.name} has no calibration: its probability is a plain sigmoid, its verdict is given at 0.5.")
     batch = None if device == "cpu" or loaded.input_size is None else BATCH
-    scorer = Scorer(loaded, settings, identity, device, batch, None if max_megapixels is None else round(1e6*max_megapixels))
+    scorer = Scorer(loaded, settings, identity, device, batch, _pixels(max_megapixels))
     return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), [stored.note] if stored else []
 
 def _predict_here(
