@@ -8,6 +8,7 @@ import timm
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
@@ -52,7 +53,7 @@ def timm_model(folder: Path) -> None:
     torch.nn.init.normal_(network.head.weight, std=0.5)
     save_for_hf(network, folder, model_config=dict(label_names=["human", "artificial"]), safe_serialization=True)
     config = json.loads((folder/"config.json").read_text())
-    del config["model_args"] # newer timm repeats the number of classes here, which transformers 5.24 cannot load
+    config["model_args"] = dict(img_size=160) # the number of classes, repeated here, makes the pipeline of transformers 5.24 fail
     (folder/"config.json").write_text(json.dumps(config))
 
 
@@ -134,6 +135,45 @@ def changed(tiny: Path, folder: Path, name: str = "config.json", **keys) -> str:
     return f"hf:{folder}"
 
 
+def test_a_folder_whose_timm_arguments_repeat_the_number_of_classes_gives_the_same_scores(tmp_path):
+    torch.manual_seed(3)
+    timm_model(tmp_path/"model")
+    repeated = changed(tmp_path/"model", tmp_path/"repeated", model_args=dict(num_classes=2, img_size=160))
+    images = torch.randint(0, 256, (2, 3, 200, 170), dtype=torch.uint8)
+    found, expected = (load_hub_detector(spec).score(images) for spec in (repeated, f"hf:{tmp_path/'model'}"))
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5) and expected.abs().max() > 1e-3
+
+
+def sharded(tiny: Path, folder: Path, scale: float = 1) -> str:
+    "A classifier whose weights have a name that only its index says, beside a file that is not read; a specification."
+    spec, names = changed(tiny, folder), list(tensors := load_file(tiny/"model.safetensors"))
+    (folder/"model.safetensors").unlink()
+    save_bytes(folder/"model-dummy.safetensors", b"")
+    save_file({name: tensor*scale for name, tensor in tensors.items()}, folder/"w.safetensors", metadata={"format": "pt"})
+    index = dict(metadata=dict(total_size=1), weight_map=dict.fromkeys(names, "w.safetensors"))
+    save_bytes(folder/"model.safetensors.index.json", json.dumps(index).encode())
+    return spec
+
+
+def test_weights_that_only_an_index_names_belong_to_the_fingerprint(tiny, tmp_path):
+    "A calibration of one detector is refused by another."
+    first = load_hub_detector(sharded(tiny, tmp_path/"a"/"tiny"))
+    same, other = (load_hub_detector(sharded(tiny, tmp_path/part/"tiny", scale)) for part, scale in (("b", 1), ("c", 2)))
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    assert first.score(images).tolist() == pytest.approx(load_hub_detector(f"hf:{tiny}").score(images).tolist())
+    assert first.identity == same.identity != other.identity
+
+
+@pytest.mark.parametrize("index, words", [
+    ("{", "not an index of weights"), ('{"weight_map": {}}', "names no weights"),
+    ('{"weight_map": {"a": "gone.safetensors"}}', "names gone.safetensors, which is not here"),
+    ('{"weight_map": {"a": "config.json"}}', "names config.json.* no safetensors file")])
+def test_an_index_without_its_weights_is_named(tiny, tmp_path, index, words):
+    spec = sharded(tiny, tmp_path/"model")
+    (tmp_path/"model"/"model.safetensors.index.json").write_text(index)
+    with pytest.raises(DetectorError, match=f"model.safetensors.index.json: .*{words}"): load_hub_detector(spec)
+
+
 def test_nothing_but_data_is_loaded(tiny, tmp_path):
     "Code in a folder is not run, and pickled weights are not read."
     spec = changed(tiny, tmp_path/"code", model_type="unheard-of", architectures=["Evil"],
@@ -153,9 +193,30 @@ def test_nothing_but_data_is_loaded(tiny, tmp_path):
 @pytest.mark.parametrize("keys, words", [
     (dict(num_hidden_layers=2), "weights are missing"), (dict(model_type="bert"), "not an image classifier"),
     (dict(problem_type="multi_label_classification"), "exclude each other"),
-    (dict(id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1}), "cat, dog")])
+    (dict(id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1}), "cat, dog"),
+    (dict(id2label={"1": "real", "2": "fake"}), "config.json: id2label has the keys 1, 2; expected 0 to 1"),
+    (dict(transformers_weights="model-other.safetensors"), "config.json: transformers_weights names model-other.safetensors")])
 def test_what_cannot_be_used_is_refused(tiny, tmp_path, keys, words):
-    with pytest.raises(DetectorError, match=words): load_hub_detector(changed(tiny, tmp_path/"other", **keys))
+    spec = changed(tiny, tmp_path/"other", **keys)
+    save_bytes(tmp_path/"other"/"model-other.safetensors", (tiny/"model.safetensors").read_bytes())
+    with pytest.raises(DetectorError, match=words): load_hub_detector(spec)
+
+
+@pytest.mark.parametrize("key, value", [("resample", 99), ("image_mean", "abc"), ("image_std", None), ("rescale_factor", "a"),
+                                        ("size", {"height": -5, "width": 32})])
+def test_a_wrong_setting_of_an_image_processor_is_named_with_its_file(tiny, tmp_path, key, value):
+    spec = changed(tiny, tmp_path/"wrong", "preprocessor_config.json", **{key: value})
+    with pytest.raises(DetectorError) as error: load_hub_detector(spec)
+    assert f"{spec}: preprocessor_config.json: {key} {value!r}: no picture" in str(error.value)
+
+
+def test_weights_of_a_named_detector_that_are_damaged_or_asked_for_labels(tmp_path):
+    folder = tmp_path/"commfor-model-224"
+    save_bytes(folder/"model.safetensors", b"garbage")
+    with pytest.raises(DetectorError, match="commfor-model-224: the weights are not complete safetensors files"):
+        load_hub_detector(f"hf:{folder}")
+    with pytest.raises(DetectorError, match="leave out --synthetic-label"):
+        load_hub_detector(f"hf:{folder}", synthetic_labels=["fake"])
 
 
 def test_processors_of_any_size_and_missing_ones_are_refused(tiny, tmp_path):

@@ -196,6 +196,37 @@ def test_a_slip_does_not_cost_an_earlier_table(net, tmp_path, monkeypatch):
     assert Path("preds.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("words", [
+    ["predict", "{here}/list.csv", "--out", "list.csv"], ["predict", "list.csv", "a.png", "--out", "list.csv"],
+    ["predict", "link.csv", "--out", "list.csv"], ["predict", "*.csv", "a.png", "--out", "list.csv"],
+    ["predict", "a.png", "page.html", "--html", "page.html"], ["predict", ".", "--html", "{here}/page.html"],
+    ["calibrate", "--real", "list.csv", "--out", "list.csv"], ["calibrate", "--real", ".", "--out", "a.png"],
+    ["calibrate", "--real", "a.png", "--synthetic", "{here}/list.csv", "--out", "link.csv"],
+    ["evaluate", "--manifest", "list.csv", "--out", "."], ["evaluate", "--root", ".", "--out", "{here}"],
+    ["audit", "list.csv", "--out", "{here}"], ["audit", ".", "--out", "."]], ids=" ".join)
+def test_a_source_is_never_replaced_by_a_result(net, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(0, SIDE, SIDE)).save("a.png")
+    Path("list.csv").write_text("path,label\na.png,real\n")
+    Path("link.csv").symlink_to("list.csv")
+    Path("page.html").write_text("notes")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    detector = [] if words[0] == "audit" else ["--checkpoint", net]
+    result = CliRunner().invoke(app, [*(word.format(here=tmp_path) for word in words), *map(str, detector)])
+    assert result.exit_code == 1 and "which its results could replace" in result.output, result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"} == before
+
+
+def test_an_earlier_table_among_the_words_is_made_anew(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(0, SIDE, SIDE)).save("a.png")
+    words = ["--checkpoint", net, "--html", "report.html"]
+    assert predict("a.png", *words).exit_code == 0
+    again = predict("a.png", "preds.csv", "report.html", *words) # as `*` of a shell names them
+    assert again.exit_code == 0 and "not read as a list" in again.output, again.output
+    assert [row["path"] for row in read_scores("preds.csv")] == ["a.png"]
+
+
 @pytest.fixture
 def slow(tmp_path, monkeypatch) -> Path:
     "A folder of pictures and a detector that takes its time."

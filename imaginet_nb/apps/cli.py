@@ -75,6 +75,38 @@ def _show(
         if line in doubts: _warn(f"Warning: {line.replace('`', '')}")
         else: typer.echo(line.replace("`", ""))
 
+# %% ../../nbs/08_apps/09_cli.ipynb #26e6cff0
+def _place(name: str | Path) -> str:
+    "The file or folder that a name stands for, behind all links; the name itself if no file can have it."
+    return str(name) if "\0" in str(name) else os.path.realpath(name)
+
+def _read_earlier(path: str) -> None:
+    "Raises `ValueError` if this file is no earlier result of `predict`."
+    from imaginet_nb.apps.predict import read_scores
+    if not path.lower().endswith((".html", ".htm")): next(read_scores(path), None)
+    elif b"<title>Real or synthetic?</title>" not in Path(path).read_bytes()[:4096]: raise ValueError("another page")
+
+def _is_by(read: Callable, path: str) -> bool:
+    "Whether a function that raises `ValueError` for other files can read this one."
+    with contextlib.suppress(ValueError, OSError):
+        read(path)
+        return True
+    return False
+
+def _keep_sources(
+    results: list[Path], # files, or folders of results
+    sources: list[Any], # files and folders that the command reads; names of other things, and None, do not count
+    earlier: Callable | None = None, # reads an earlier result, which may be replaced, and raises `ValueError` for other files
+) -> None:
+    "`ValueError` if a result would replace what the command reads."
+    read = {_place(source): source for source in sources if source is not None and os.path.exists(source)}
+    for result in results:
+        place = _place(result)
+        held = [name for path, name in read.items() if place == path or os.path.isfile(path) and place == os.path.dirname(path)]
+        if held and not (earlier and os.path.isfile(place) and _is_by(earlier, place)):
+            raise ValueError(f"{result}: this run reads {held[0]}, which its results could replace; choose another name or folder")
+
+
 # %% ../../nbs/08_apps/09_cli.ipynb #5e1a0301
 DETECTOR_HELP = ("Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, whose key fit says what the network "
                  "is shown (crop, crops, resize, squash, own), a linear probe (.safetensors), or a classifier of the Hugging Face "
@@ -323,6 +355,7 @@ def audit(
     """
     from imaginet_nb.audit.croissant import croissant_library, write_croissant
     from imaginet_nb.audit.report import audit as write_audit, audit_source
+    _keep_sources([out], [source])
     if croissant: croissant_library() # before the work, not after it
     found = audit_source(source, root)
     _show(found)
@@ -543,8 +576,8 @@ def predict(
         raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
     from imaginet_nb.apps.predict import Settings
     from imaginet_nb.apps.calibrate import read_calibration
-    settings = Settings(error_rate=error_rate, crops=crops, views=views, demo=demo)
-    stored = calibration and read_calibration(calibration)
+    _keep_sources([Path(out), *filter(None, [html])], [*paths, checkpoint, detector, calibration], _read_earlier)
+    settings, stored = Settings(error_rate, crops, views, demo=demo), calibration and read_calibration(calibration)
     build = partial(_scorers, checkpoint, detector, synthetic_label, trust, settings, stored, max_megapixels)
     if engine == "local": _predict_here(paths, root, out, html, resume, device, build)
     else: _predict_with_ray(paths, root, out, html, resume, device, build, address)
@@ -558,13 +591,16 @@ def _is_missing(path: Path) -> bool:
     return False
 
 def _existing_files(words: list[str], root: str | None, out: Path, html: Path | None) -> list[Path]:
-    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced."
-    from imaginet_nb.apps.predict import check_writable, find_files, without_results
+    "Files to score. Raises `FileNotFoundError` if none exists, before an earlier table is replaced; `ValueError` as `_keep_sources`."
+    from imaginet_nb.apps.predict import check_writable, find_files, is_list, without_results
     results = [out, *([] if html is None else [html])]
     if html is not None and html.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--html {html}: a report ends in .html")
     listed = map(os.fsdecode, sys.stdin.buffer) if "-" in words else () # names are bytes, in whatever encoding
-    named = [word for word in words if Path(word) not in results] # the table that this run writes is no list of pictures
-    files = without_results(find_files(named, listed, root), results)
+    own = [word for word in words if _place(word) in map(_place, results)]
+    if any(map(is_list, own)): _warn(f"{', '.join(own)}: written by this run, so not read as a list of pictures.")
+    found = find_files([word for word in words if word not in own], listed, root)
+    _keep_sources(results, [file for file in found if file.name in [result.name for result in results]], _read_earlier)
+    files = without_results(found, results)
     if all(map(_is_missing, files)):
         fault = "no such file or folder; check the spelling" if files else "the folder or the list is empty"
         raise FileNotFoundError(f"{', '.join(words)}: {fault}")
@@ -671,13 +707,16 @@ def calibrate(
 
     Prints what the thresholds promise, and how many real pictures were flagged before.
     """
-    from imaginet_nb.apps.calibrate import calibrate as fit
-    from imaginet_nb.apps.predict import check_writable, find_files
+    from imaginet_nb.apps.calibrate import calibrate as fit, files_of_kind, read_calibration
+    from imaginet_nb.apps.predict import check_writable
     from imaginet_nb.core import pick_device
+    ours, theirs = files_of_kind(real, "real"), files_of_kind(synthetic or [], "synthetic")
+    reached = [file for file in (*ours, *theirs) if file.name == out.name]
+    _keep_sources([out], [*real, *(synthetic or []), *reached, checkpoint, detector], read_calibration)
     check_writable(out)
     place = str(pick_device(device))
     loaded, identity, _ = _detector(checkpoint, detector, place, trust, synthetic_label)
-    sentences = fit(loaded, find_files(real), find_files(synthetic or []), out, identity, crops, place)
+    sentences = fit(loaded, ours, theirs, out, identity, crops, place)
     for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 
@@ -725,10 +764,10 @@ def evaluate(
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
+    _keep_sources([out], [manifest, root])
     from imaginet_nb.apps.evaluate import Contender, compare, evaluate as measure
     from imaginet_nb.data.folders import read_custom_dataset
-    pictures = read_custom_dataset(source, root if manifest else None)
-    _show(pictures)
+    _show(pictures := read_custom_dataset(source, root if manifest else None))
     several = len(checkpoint or []) + len(detector or []) > 1
     if several and robustness: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
     chosen = _detectors(checkpoint or [], detector or [], str(pick_device(device)), trust, synthetic_label)

@@ -62,7 +62,7 @@ def read_list(
         try: frame, listing = pd.read_parquet(table), RowSource(str(table))
         except (OSError, ValueError) as error: raise AnnotationError(f"{table}: not a Parquet table ({error}); write it anew") from None
     if "path" not in frame: raise AnnotationError(f"{table}: no column path, only {', '.join(map(str, frame.columns))}; name one, or "
-                                                  "use --engine ray if the pictures are inside")
+                                                  "use --engine ray and --out FOLDER if the pictures are inside")
     named = [isinstance(text, str) and text != "" for text in frame["path"]]
     listing.refuse(~np.array(named, bool), frame["path"], "no path:", "name the picture or delete the line")
     folder, paths = Path(table).parent if root is None else Path(root), list[str]()

@@ -33,7 +33,7 @@ from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import (DEMO_ONLY, FLAT, FLAT_NOTE, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL, TOO_SMALL_NOTE, VIEWS, Prepared,
                                       Scorer, error_promise, flat_share, looked_at, looked_text, prepare, trained_on_imaginet,
                                       trained_on_stand_ins, verdict_words)
-from ..detectors.protocol import default_spec
+from ..detectors.protocol import default_spec, spec_words
 from ..reporting.pages import templates
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #075f9bc5
@@ -246,18 +246,25 @@ def page_facts(
 ) -> dict[str, str]:
     "Settings and provenance of a report."
     header, settings, calibration = getattr(scorer.detector, "header", {}), scorer.settings, calibration_of(scorer.detector)
-    facts = {"Detector": scorer.detector.name, "Identified by": scorer.identity or "its name"}
+    facts = {"Detector": scorer.detector.name, "Identified by": scorer.identity or "its name",
+             "Is shown": spec_words(default_spec(scorer.detector))}
     method = {"platt": "Platt scaling", "temperature": "temperature scaling", "none": "sigmoid of the logit"}
     facts |= {name: str(header[key]) for name, key in (("Trained with profile", "profile"), ("Training data", "data_hash"),
                                                       ("Commit of the training", "git_commit")) if header.get(key)}
-    if calibration:
+    if calibration and calibration.real_only:
+        facts["Probability"] = (f"sigmoid of the logit, no probability; threshold from {calibration.n_real} real pictures, "
+                                f"data {calibration.data[:12]}")
+    elif calibration:
         facts["Probability"] = (f"{method[calibration.method]}, fitted on {calibration.n} images ({calibration.n_real} real), "
                                 f"data {calibration.data[:12]}")
     else: facts["Probability"] = "sigmoid of the logit: this detector has no calibration, so it is a score, not a probability"
     names = [title for title, _ in VIEWS.values()] if settings.views else ["as it is"]
-    facts["Views"] = ", ".join(names) + (f"; up to {settings.crops} crops of a large picture" if settings.crops > 1 else "; one crop")
+    facts["Views"] = ", ".join(names)
+    if default_spec(scorer.detector).fit == "crops": # any other detector is shown one part, or the whole picture
+        facts["Views"] += f"; up to {settings.crops} crops of a large picture" if settings.crops > 1 else "; one crop"
     if scorer.nearest: facts["Unknown families"] = f"said of about {100*settings.false_alarms:g} % of the pictures by known generators"
-    facts["Settings"] = f"error rate {100*settings.error_rate:g} %; hashes of what a row depends on: {scorer.fingerprint}"
+    rate = f"error rate {100*settings.error_rate:g} %; " if calibration else "" # without a calibration, none is promised
+    facts["Settings"] = f"{rate}hashes of what a row depends on: {scorer.fingerprint}"
     return facts | {"Versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #d0e00002

@@ -10,12 +10,11 @@ __all__ = ['PAPER', 'CITATION', 'IMAGINET', 'SANDBOX', 'UNKNOWN', 'COLUMNS', 'Ab
 import json
 from collections.abc import Iterable, Sequence
 from glob import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .report import AuditSource
-from ..core import file_sha256, repository_url, write_csv, write_text
+from ..core import file_sha256, repository_url, versions, write_csv, write_text
 
 # %% ../../nbs/06_audit/04_croissant.ipynb #4f000006
 class About(NamedTuple):
@@ -62,7 +61,7 @@ def about(
     from imaginet_nb.data.sandbox import MARKER # imports torch
     if source.root is not None and (source.root/MARKER).is_file(): return SANDBOX
     if source.groups: return IMAGINET
-    return About(source.title, f"Labelled images, audited by imaginet_nb {version('imaginet_nb')}.", UNKNOWN, UNKNOWN, "Others", UNKNOWN,
+    return About(source.title, f"Labelled images, audited by imaginet_nb {versions()['imaginet_nb']}.", UNKNOWN, UNKNOWN, "Others", UNKNOWN,
                  "Only what the audit measured is known.", UNKNOWN)
 
 # %% ../../nbs/06_audit/04_croissant.ipynb #4f00000b
@@ -142,7 +141,7 @@ def write_croissant(
     left_out = [f"{source.left_out:,} files of the folder have no record."] if source.left_out else []
     metadata = mlc.Metadata(
         name=known.name, description=known.description, license=[known.license], url=known.url or repository_url(), cite_as=known.cite_as,
-        version=version("imaginet_nb") if known is SANDBOX else None, distribution=files, record_sets=sets,
+        version=versions()["imaginet_nb"] if known is SANDBOX else None, distribution=files, record_sets=sets,
         data_biases=[sentence.replace("`", "") for sentence in findings], data_collection=f"{known.collection} {counted}",
         data_collection_type=[known.collection_type], data_use_cases=[known.uses],
         data_limitations=[known.limitations, *left_out, *source.remarks], personal_sensitive_information=[known.personal])

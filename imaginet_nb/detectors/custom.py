@@ -294,6 +294,7 @@ def load_custom_detector(
     "Load a custom detector and try it on two random images. Raises `DetectorError` for one that cannot be used."
     if Path(spec).suffix in _SUFFIXES: return check_detector(_from_file(Path(spec), pick_device(device), trust), spec)
     if spec.rpartition(":")[0]: return check_detector(_from_module(spec, pick_device(device)), spec)
+    if os.path.isdir(spec): raise DetectorError(f"{spec}: a folder; for a classifier of transformers, write hf:{spec}")
     raise DetectorError(f"{spec}: not module:Class, and not a file that ends in {', '.join(_SUFFIXES)}")
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #5e77a1d1

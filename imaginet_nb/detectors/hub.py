@@ -7,6 +7,7 @@ __all__ = ['NAMED', 'hub_folder', 'synthetic_classes', 'class_logits', 'HubProce
            'named_detector', 'load_hub_detector']
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b000004
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from ..core import file_sha256, fingerprint, pick_device
 from .protocol import InputSpec
 from .custom import DetectorError, FileDetector, FileSettings, Network, check_detector
 from .prior_work import PRIOR_METHODS, WEIGHTS
-from ..models.checkpoints import fill
+from ..models.checkpoints import fill, without_retries
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b000006
 _PATTERNS = ("config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -39,7 +41,8 @@ def hub_folder(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DetectorError(f"hf:{place}: no such folder, and not OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub")
     from huggingface_hub import snapshot_download
-    try: folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_PATTERNS)))
+    try:
+        with without_retries(): folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_PATTERNS)))
     except Exception as error: # whatever the network library calls it
         why = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise DetectorError(f"hf:{place}: not in the cache, and no download ({type(error).__name__}: {why[:200]}); check the name and the "
@@ -170,15 +173,38 @@ NAMED: dict[str, NamedDetector] = {
     "OwensLab/commfor-model-224": _community(224, 256), "OwensLab/commfor-model-384": _community(384, 440)}
 
 def named_detector(
-    name: str, # key of `NAMED`
+    name: str, # key of `NAMED`, in upper or lower case
 ) -> str: # lines
     "What is known of a detector, to print. Raises `DetectorError` for an unknown name."
-    if name not in NAMED: raise DetectorError(f"no detector {name!r} in the list; there are: {', '.join(NAMED)}")
-    known = NAMED[name]
-    rows = {"detector": name, "get it by": known.address, "licence": known.licence, "is shown": known.shown, "labels": known.labels,
+    key = next((key for key in NAMED if key.casefold() == name.casefold()), None) # as the hub reads names
+    if key is None: raise DetectorError(f"no detector {name!r} in the list; there are: {', '.join(NAMED)}")
+    known = NAMED[key]
+    get = f"--detector {known.address}" if known.address.startswith("hf:") else known.address
+    rows = {"detector": key, "get it by": get, "licence": known.licence, "is shown": known.shown, "labels": known.labels,
             "trained on": known.trained_on, "network": known.network, "page": known.page}
-    if name != "SelfCon (ours)": rows["run here"] = "no: the published weights were not run here, and these facts are its authors'"
+    if key != "SelfCon (ours)": rows["run here"] = "no: the published weights were not run here, and these facts are its authors'"
     return "\n".join(f"{key + ':':12}{value}" for key, value in rows.items())
+
+# %% ../../nbs/04_detectors/06_hub.ipynb #6b00001e
+def _weights(
+    folder: Path,
+    spec: str, # for the message
+) -> list[Path]: # files, all of them safetensors
+    "The weights that a loader reads: one file, or those that an index names. Raises `DetectorError`."
+    single, index = folder/"model.safetensors", folder/"model.safetensors.index.json"
+    if single.is_file(): return [single]
+    if not index.is_file():
+        raise DetectorError(f"{spec}: no weights as safetensors (model.safetensors); other formats can run code and are "
+                            "not loaded")
+    try: names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DetectorError(f"{index}: not an index of weights ({type(error).__name__}: {error}); "
+                            "fetch it again") from None
+    if not names: raise DetectorError(f"{index}: names no weights; fetch it again")
+    for name in names:
+        if str(name).endswith(".safetensors") and (folder/name).is_file(): continue
+        raise DetectorError(f"{index}: names {name}, which is not here or no safetensors file; fetch all files again")
+    return [folder/name for name in names]
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b00000d
 def _libraries() -> Any:
@@ -193,8 +219,11 @@ def _classifier(folder: Path, spec: str) -> tuple[Any, HubProcessor]:
     "Network and image processor, from data alone."
     transformers, safe = _libraries(), dict[str, Any](local_files_only=True, trust_remote_code=False)
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, **safe)
+        if isinstance(arguments := getattr(config, "model_args", None), dict):
+            arguments.pop("num_classes", None) # timm 1.0.31 repeats it here, and transformers passes it a second time
         model, found = transformers.AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **safe)
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **safe)
         processor = HubProcessor(transformers.AutoImageProcessor.from_pretrained(folder, **safe))
     except Exception as error: # transformers raises almost anything
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -203,29 +232,49 @@ def _classifier(folder: Path, spec: str) -> tuple[Any, HubProcessor]:
     if lost: raise DetectorError(f"{spec}: {len(lost)} weights are missing or of another shape (such as {lost[0]}), and would be random")
     return model.eval(), processor
 
-def _prepared_size(processor: HubProcessor, spec: str) -> tuple[int, int]:
+# %% ../../nbs/04_detectors/06_hub.ipynb #6b00001f
+def _doubtful_settings(settings: dict[str, Any]) -> list[str]:
+    "Settings of an image processor that no picture can be prepared with, as `key value`."
+    def number(value: Any) -> bool: return isinstance(value, (int, float))
+    def per_channel(value: Any) -> bool: return isinstance(value, (list, tuple)) and all(number(part) for part in value)
+    def lengths(value: Any) -> bool: return isinstance(value, dict) and all(number(v) and v > 0 for v in value.values())
+    rules = {"image_mean": per_channel, "image_std": per_channel, "rescale_factor": number, "size": lengths,
+             "resample": list(Image.Resampling).__contains__}
+    return [f"{key} {settings[key]!r}" for key, holds in rules.items() if key in settings and not holds(settings[key])]
+
+def _prepared_size(processor: HubProcessor, folder: Path, spec: str) -> tuple[int, int]:
     "Height and width of what a processor makes of any picture."
-    shapes = {processor(np.zeros((height, width, 3), np.uint8)).shape for height, width in ((40, 60), (700, 500))}
+    try: shapes = {processor(np.zeros((height, width, 3), np.uint8)).shape for height, width in ((40, 60), (700, 500))}
+    except Exception as error: # transformers checks few settings, and fails anywhere
+        files = [name for name in ("preprocessor_config.json", "processor_config.json") if (folder/name).is_file()]
+        wrong = ", ".join(_doubtful_settings(processor.processor.to_dict())) or "a setting"
+        raise DetectorError(f"{spec}: {' or '.join(files) or 'config.json'}: {wrong}: no picture can be prepared with it "
+                            f"({type(error).__name__}: {str(error)[:200]}); correct it, or use the original file") from None
     if len(shapes) == 1: return next(iter(shapes))[:2]
     raise DetectorError(f"{spec}: its image processor gives images of different sizes ({', '.join(map(str, sorted(shapes)))})")
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b00000e
-def _identity(name: str, folder: Path, revision: str, about: Sequence[str]) -> str:
+def _identity(name: str, folder: Path, weights: Sequence[Path], revision: str, about: Sequence[str]) -> str:
     "What tells a detector from others: repository and commit, hash of its files, and what was chosen."
-    files = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
-    digest = fingerprint([(path.name, file_sha256(path)) for path in files])
+    files = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)} | set(weights))
+    digest = fingerprint([(os.path.relpath(path, folder), file_sha256(path)) for path in files])
     return ", ".join([f"hf:{name}" + (f"@{revision}" if revision else ""), f"files {digest[:16]}", *about])
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b000017
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225] # of ImageNet
 
-def _timm_form(known: NamedDetector, folder: Path, device: str, identity: str, revision: str) -> FileDetector:
+def _timm_form(
+    known: NamedDetector, weights: Sequence[Path], device: str, identity: str, revision: str,
+) -> FileDetector:
     "A network of timm with one output, whose weights lie under the prefix `vit.`."
     try: import timm
     except ImportError: raise DetectorError(f"{known.address}: needs timm: pip install imaginet_nb[hub]") from None
-    path, place = folder/"model.safetensors", pick_device(device)
+    path, place = weights[0], pick_device(device)
     with torch.random.fork_rng(devices=[]): model = timm.create_model(known.timm, pretrained=False, num_classes=1).eval()
-    tensors = {name.removeprefix("vit."): tensor for name, tensor in load_file(path).items()}
+    try: tensors = {name.removeprefix("vit."): tensor for file in weights for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise DetectorError(f"{path.parent}: the weights are not complete safetensors files ({error}); "
+                            "fetch them again") from None
     fill(model, tensors, path, f"it should hold the weights of {known.timm} with one output")
     model.to(place)
 
@@ -248,19 +297,27 @@ def load_hub_detector(
     place = spec.removeprefix("hf:")
     folder, revision = hub_folder(place)
     name = place.partition("@")[0] if revision else folder.resolve().name
-    if not any(folder.glob("model*.safetensors")):
-        raise DetectorError(f"{spec}: no weights as safetensors (model.safetensors); other formats can run code and are not loaded")
+    weights = _weights(folder, spec)
     known = next((known for key, known in NAMED.items() if name in (key, key.rpartition("/")[2])), None) # a folder has no owner
-    if known and known.timm: return _timm_form(known, folder, device, _identity(name, folder, revision, []), revision)
+    if known and known.timm:
+        if synthetic_labels: raise DetectorError(f"{spec}: has one output and no labels; leave out --synthetic-label")
+        return _timm_form(known, weights, device, _identity(name, folder, weights, revision, []), revision)
     model, processor = _classifier(folder, spec)
     config = model.config
     if config.problem_type not in (None, "single_label_classification"):
         raise DetectorError(f"{spec}: its outputs are for {config.problem_type}, not probabilities of classes that exclude each other")
+    if named := getattr(config, "transformers_weights", None):
+        raise DetectorError(f"{spec}: config.json: transformers_weights names {named}; remove the entry, and call "
+                            "the file model.safetensors")
+    if set(config.id2label) != set(range(config.num_labels)):
+        keys = ", ".join(map(str, config.id2label))
+        raise DetectorError(f"{spec}: config.json: id2label has the keys {keys}; expected 0 to {config.num_labels - 1}, "
+                            "one for each output")
     labels = [str(config.id2label[k]) for k in range(config.num_labels)]
     try: classes = synthetic_classes(labels, synthetic_labels)
     except DetectorError as error: raise DetectorError(f"{spec}: {error}") from None
     about = [type(model).__name__, f"synthetic: {', '.join(labels[k] for k in classes)}"]
-    detector = HubDetector(model.to(pick_device(device)), processor, name, _prepared_size(processor, spec), classes,
-                           _identity(name, folder, revision, about), revision)
+    detector = HubDetector(model.to(pick_device(device)), processor, name, _prepared_size(processor, folder, spec), classes,
+                           _identity(name, folder, weights, revision, about), revision)
     check_detector(detector, spec)
     return detector

@@ -152,9 +152,17 @@ def fit_real(
     logit: Any, # `(n,)` of real images outside the test set
     data: str = "", # fingerprint of the images
 ) -> Calibration:
-    "Thresholds from real images alone. The logit is taken for the log-odds, since one class says nothing of probabilities."
+    """Thresholds from real images alone. The logit is taken for the log-odds, since one class says nothing of probabilities.
+
+    Raises `ValueError` if a threshold is 0 or 1, where the sigmoid no longer tells logits apart.
+    """
     logit = np.asarray(logit, dtype=float)
-    return Calibration("none", 1.0, 0.0, _thresholds(expit(logit)), len(logit), len(logit), data)
+    thresholds = _thresholds(expit(logit))
+    if {0.0, 1.0} & set(thresholds.values()):
+        raise ValueError(f"the logits of the real images, {logit.min():.4g} to {logit.max():.4g}, are so large that their sigmoid is "
+                         "0 or 1, which is no threshold; add synthetic images, by which the logit is scaled, or let the "
+                         "detector divide its logits")
+    return Calibration("none", 1.0, 0.0, thresholds, len(logit), len(logit), data)
 
 def fit_calibration(
     logit: Any, # `(n,)` of images outside the test set

@@ -7,18 +7,20 @@ __all__ = ['FORMAT', 'VERSION', 'EXTRA', 'Model', 'Share', 'HUB_PREFIX', 'HUB_FI
            'ProbabilityHeader', 'OpenSetHeader', 'check_header', 'weights_digest', 'save_weights', 'save_checkpoint',
            'read_weights_header', 'read_header', 'training_outcome', 'verified_tensors', 'check_fit', 'fill',
            'load_checkpoint', 'amend_checkpoint', 'read_torch_file', 'read_published', 'convert_authors_checkpoint',
-           'load_detector', 'hub_repository', 'hub_error', 'fetch_checkpoint', 'hub_card', 'hub_token', 'push_target',
-           'push_checkpoint']
+           'load_detector', 'hub_repository', 'hub_error', 'without_retries', 'fetch_checkpoint', 'hub_card',
+           'hub_token', 'push_target', 'push_checkpoint']
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0d46f92e
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
 import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,7 +88,7 @@ class ProbabilityHeader(Section):
     slope: FiniteFloat
     intercept: FiniteFloat
     thresholds: dict[str, Share | None]
-    n: NonNegativeInt
+    n: int = Field(ge=0, le=10**9)
     n_real: NonNegativeInt
     data: str = ""
     misses: dict[str, Share | None] = {}
@@ -240,6 +242,7 @@ def read_weights_header(
     remedy: str, # for the message about another format
 ) -> dict[str, Any]: # plain JSON; so far only format and version are known to be right
     "The header in the metadata of a safetensors file."
+    if os.path.isdir(path): raise CheckpointError(f"{path}: a folder; name the .safetensors file in it")
     try:
         with safe_open(path, framework="pt") as file: text = (file.metadata() or {}).get("header", "")
     except OSError as error: raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
@@ -459,7 +462,8 @@ def hub_repository(
     "What an address on the hub names. Raises `CheckpointError` for another form."
     repository, _, revision = spec.removeprefix(HUB_PREFIX).partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) or spec.endswith("@"):
-        raise CheckpointError(f"{spec}: write {HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION")
+        other = "; a classifier of transformers, there or in a folder, goes to --detector" if spec.startswith(HUB_PREFIX) else ""
+        raise CheckpointError(f"{spec}: write {HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION{other}")
     return repository, revision or None
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0008
@@ -480,13 +484,23 @@ def hub_error(
     return CheckpointError(f"{spec}: {next((text for kind, text in remedies.items() if isinstance(error, kind)), failed)}")
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0007
+@contextlib.contextmanager
+def without_retries() -> Iterator[None]:
+    "The hub's library without its two warnings per attempt; the error that follows the last one says enough."
+    from huggingface_hub.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try: yield
+    finally: logging.set_verbosity(before)
+
 def fetch_checkpoint(
     spec: str, # hf:OWNER/NAME[@REVISION]
 ) -> tuple[Path, str]: # file in the cache of huggingface_hub; OWNER/NAME@commit
     "Download a checkpoint, or find it in the cache. Raises `CheckpointError` with the remedy."
     from huggingface_hub import hf_hub_download
     repository, revision = hub_repository(spec)
-    try: path = Path(hf_hub_download(repository, HUB_FILE, revision=revision))
+    try:
+        with without_retries(): path = Path(hf_hub_download(repository, HUB_FILE, revision=revision))
     except Exception as error: raise hub_error(spec, error) from None # the transport has errors of its own, others in each release
     return path, f"{repository}@{path.parent.name}" # the cache has a folder for each commit
 
