@@ -211,7 +211,7 @@ def _measured_fpr(
     "Share of these real images that a threshold flags, which may differ from the nominal rate in its name."
     return f"{100*np.mean(expit(z[~synthetic]) > threshold):.1f} %" if not synthetic.all() else "–"
 
-# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51b3
 def _log_odds(
     predictions: pd.DataFrame, # of one detector or several
     fits: Fits, # on other images
@@ -241,6 +241,7 @@ def _heading(
     "Heading of a panel, broken so that it fits if there are several side by side."
     return "\n".join(fill(line, 60 if n == 1 else 26) for line in lines)
 
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
 @mpl.rc_context(STYLE)
 def plot_roc(
     predictions: pd.DataFrame, # of one detector or several
