@@ -8,14 +8,17 @@ import pytest
 import torch
 from browser import browser, needs_browser
 from click.testing import Result
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
-from imaginet_nb.apps.evaluate import Contender, compare, judge, judge_all
+from imaginet_nb.apps.evaluate import Contender, compare, judge, judge_all, keeping
 from imaginet_nb.core import seed_everything
 from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
+from imaginet_nb.data.labels import AnnotationError
+from imaginet_nb.detectors.predictions import predict
 from imaginet_nb.models.checkpoints import save_checkpoint
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
@@ -283,6 +286,64 @@ def test_detectors_are_compared_in_pairs_on_the_same_images(pictures, tmp_path):
     os.utime(pictures/"set"/"real"/"0.png", (1, 1))
     judge_all(two, dataset, **again)
     assert [contender.detector.seen for contender in two] == [180, 180]            # a picture changed
+
+
+class Busy(Bright):
+    "Fails on bright pictures while the memory is full."
+    full = True
+    def score(self, images):
+        if self.full and (images.float().mean((1, 2, 3)) > 105).any(): raise RuntimeError("CUDA out of memory")
+        return super().score(images)
+
+
+def test_an_error_of_the_moment_is_not_kept(pictures, tmp_path):
+    "Rows with `CUDA out of memory` that stay for good; a second run that fails, or that scores all anew."
+    dataset, detector = read_custom_dataset(pictures/"set"), Busy("A", 0)
+    def errors() -> pd.Series:
+        found = score(detector, dataset.manifest, dataset.root, num_workers=0)
+        assert found["path"].tolist() == dataset.manifest["path"].tolist() and found["logit"].isna().equals(found["error"].notna())
+        return found["error"].dropna()
+    score = keeping(tmp_path, "a")
+    first = errors()
+    lost = first.str.contains("out of memory").sum()
+    assert 20 < lost < 60 and len(first) == lost + 1 and errors().to_dict() == first.to_dict() # the detector fails on all of them again
+    detector.full, detector.seen = False, 0
+    assert "out of memory" not in "".join(errors()) and detector.seen == lost
+    assert len(errors()) == 1 and detector.seen == lost                            # now they are kept; one file is broken
+    everything = predict(detector, dataset.manifest, dataset.root, num_workers=0)
+    assert np.allclose(score(detector, dataset.manifest, dataset.root)["logit"], everything["logit"], equal_nan=True)
+
+
+def test_a_picture_that_was_replaced_is_scored_again(tmp_path):
+    "Catches a state of size and time alone: `cp -p` and archives set the time."
+    for k, name in enumerate(("real/0.bmp", "real/1.bmp", "synthetic/Flux/0.bmp")): save_plain(tmp_path/"set"/name, 50*k)
+    dataset, score = read_custom_dataset(tmp_path/"set"), keeping(tmp_path/"kept", "a")
+    before = score(Bright("A", 0), dataset.manifest, dataset.root, num_workers=0)
+    file = tmp_path/"set"/"synthetic"/"Flux"/"0.bmp"
+    was = file.stat()
+    save_plain(file, 250)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert file.stat().st_size == was.st_size
+    after = score(Bright("A", 0), dataset.manifest, dataset.root, num_workers=0)
+    assert (after["logit"] - before["logit"]).tolist() == pytest.approx([0, 0, 15])
+
+
+def save_plain(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("column, what", [("model", "generator"), ("content_type", "content type"), ("source", "source")])
+def test_a_group_that_is_called_as_the_mean_is_refused(pictures, tmp_path, column, what):
+    "Its row was taken for the mean over all generators."
+    paths = [f"{kind}/{k}.png" for kind in ("real", "synthetic/Flux") for k in range(4)]
+    rows = pd.DataFrame({"path": paths, "label": [0]*4 + [1]*4})
+    rows.assign(**{"model": "Flux", column: "Mean"}).to_csv(tmp_path/"list.csv", index=False)
+    dataset = read_custom_dataset(tmp_path/"list.csv", pictures/"set")
+    message = f"a {what} is called Mean, which is how the tables call the mean over all of them; rename"
+    with pytest.raises(AnnotationError, match=message): judge(Bright("A", 0), dataset, num_workers=0)
+    two = [Contender(Bright("A", 0)), Contender(Bright("B", 1))]
+    with pytest.raises(AnnotationError, match=message): judge_all(two, dataset, num_workers=0)
 
 
 def test_two_detectors_in_the_terminal(pictures):

@@ -25,7 +25,7 @@ from ..detectors.protocol import DETECTORS
 from ..evaluation.detection import MEAN, difference_name, difference_sentences, metadata_name
 from ..evaluation.seeds import seed_text
 from ..models.checkpoints import read_header, training_outcome
-from ..reporting.pages import origin_text, profile_scope, render
+from ..reporting.pages import image_origin, origin_text, profile_scope, render
 from ..reporting.tables import INTERVAL_NOTE, LABELS, interval_text, markdown_table, read_table, reading_frame
 
 # %% ../../nbs/08_apps/03_cards.ipynb #76168b31
@@ -64,15 +64,29 @@ def _table(
 # %% ../../nbs/08_apps/03_cards.ipynb #bf8c9cfe
 _RULES = {"format": "the file's format", "content": "the type of content", "format+content": "both"} # the simplest first
 
+def _told(
+    scores: Mapping[str, float], # rule -> balanced accuracy
+) -> str: # such as "0.850 from the file's format, 0.500 from …"
+    "What each metadata-only rule achieves."
+    return ", ".join(f"{score:.3f} from {_RULES[rule]}" for rule, score in scores.items())
+
+def _one_rule(
+    table: Path, # table of the metadata-only baseline
+) -> dict[str, float]: # rule -> balanced accuracy; empty without the table
+    "What one rule for all families achieves."
+    rows = _rows(table, track="detection", fit="in_sample", group="all")
+    if rows.empty: return {}
+    score = rows.set_index("rule")["balanced_accuracy"].astype(float)
+    return {rule: float(score[rule]) for rule in _RULES}
+
 def _shortcuts(
     table: Path, # table of the metadata-only baseline, of a report or of an audit
 ) -> list[str]: # none without the table
     "Results of the metadata-only baselines, in sentences."
     rows = _rows(table, track="detection", fit="in_sample")
     if rows.empty: return []
-    score = rows.set_index(["group", "rule"])["balanced_accuracy"]
-    told = ", ".join(f"{float(score['all', rule]):.3f} from {what}" for rule, what in _RULES.items())
-    found = [f"Metadata alone tell real from synthetic images, all families at once, with a balanced accuracy of {told}; chance is 0.5."]
+    found = ["Metadata alone tell real from synthetic images, all families at once, with a balanced accuracy of "
+             f"{_told(_one_rule(table))}; chance is 0.5."]
     groups = separated_groups(rows[rows["group"].ne("all")].astype({"balanced_accuracy": float}))
     return [*found, f"Groups that metadata separate completely, and by what: {', '.join(groups)}."] if groups else found
 
@@ -280,19 +294,49 @@ def model_card(
 # %% ../../nbs/08_apps/03_cards.ipynb #5f1d20c9
 Finding = tuple[str, str] # a question of the reader, and its answer
 
-def _better(table: pd.DataFrame) -> list[Finding]: # of detection by family
+def _differences(tables: Path, by: str) -> pd.DataFrame: # `by` family, content or generator; empty without the table
+    "The paired differences of our two detectors, without the mean over the families, which has its own sentence."
+    path = tables/f"detection_by_{by}"
+    if not path.with_suffix(".csv").is_file(): return pd.DataFrame()
+    table = read_table(path)
+    return table[table["detector"].eq(difference_name()) & ~(table["group"].eq(MEAN) & (by == "family"))]
+
+def _single_rows(tables: Path) -> str: # a sentence with a space before it; "" if no interval excludes 0
+    "Where single groups, or the means of other tables, tell our two detectors apart."
+    counted, told = 0, []
+    for by in ("family", "content", "generator"):
+        rows, apart = _differences(tables, by), []
+        if rows.empty: continue
+        for metric in ("acc", "auc"):
+            low, high = (rows[f"{metric}{end}"].astype(float) for end in ("_low", "_high"))
+            counted += int(low.notna().sum())
+            decided = rows[(low > 0) | (high < 0)]
+            apart += [f"{metric.upper()} {row['group']} {row[metric]:+.3f}" for row in decided.to_dict("records")]
+        if apart: told.append((len(apart), f"by {by}: {', '.join(apart)}"))
+    if not told: return ""
+    apart_in = sum(number for number, _ in told)
+    return (f" Other rows tell them apart ({DETECTORS[0]} minus {DETECTORS[1]}; {apart_in} of {counted} intervals exclude 0, and those of "
+            f"equal detectors would about once in twenty): {'; '.join(text for _, text in told)}.")
+
+def _better(tables: Path) -> list[Finding]: # reports/<profile>/tables
     "Which of our two detectors is better."
+    table = read_table(tables/"detection_by_family")
     rows = table[table["detector"].eq(difference_name()) & table["group"].eq(MEAN)]
     if rows.empty: return []
-    return [("Which detector is better?", f"Mean over the families, perturbed test images. {' '.join(difference_sentences(rows))}")]
+    return [("Which detector is better?",
+             f"Mean over the families, perturbed test images. {' '.join(difference_sentences(rows))}{_single_rows(tables)}")]
 
-def _metadata_alone(table: pd.DataFrame) -> list[Finding]: # of detection by family
+# %% ../../nbs/08_apps/03_cards.ipynb #5f1d20d7
+def _metadata_alone(tables: Path) -> list[Finding]: # reports/<profile>/tables
     "What the metadata-only baselines achieve, beside the best detector."
+    table = read_table(tables/"detection_by_family")
     mean = {row["detector"]: row for row in table[table["group"].eq(MEAN) & table["acc"].notna()].to_dict("records")}
     rules = {rule: mean[metadata_name(rule)] for rule in _RULES if metadata_name(rule) in mean}
     ours = [mean[name] for name in DETECTORS if name in mean]
     if not rules or not ours: return []
-    told = ", ".join(f"{row['acc']:.3f} from {_RULES[rule]}" for rule, row in rules.items())
+    told = _told({rule: row["acc"] for rule, row in rules.items()})
+    at_once = _one_rule(tables/"metadata_baseline.csv")
+    one = f" One rule for all families at once, as in the data card, has {_told(at_once)}." if at_once else ""
     rule, best = (max(rows, key=lambda row: row["acc"]) for rows in (rules.values(), ours))
     verdict = "The best of them and the best detector cannot be told apart"
     if rule["acc_low"] > best["acc_high"]:
@@ -300,9 +344,9 @@ def _metadata_alone(table: pd.DataFrame) -> list[Finding]: # of detection by fam
                    "pixels were used")
     if rule["acc_high"] < best["acc_low"]:
         verdict = "Our best detector is more accurate than all of them"
-    return [("What do metadata alone achieve?",
-             f"Without a pixel, rules on the original files have a balanced accuracy of {told}, mean over the families; chance is 0.5. "
-             f"{verdict} ({best['detector']}: {best['acc']:.3f}).")]
+    return [("What does metadata alone achieve?",
+             "Without a pixel, rules on the original files, one for each family, have a balanced accuracy of "
+             f"{told}, mean over the families; chance is 0.5. {verdict} ({best['detector']}: {best['acc']:.3f}).{one}")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #5f1d20ca
 def _synthetic_share(
@@ -317,11 +361,13 @@ def _flags(tables: Path) -> list[Finding]: # reports/<profile>/tables
     "How often a real image is flagged at the threshold for 5 % false positives, and what a flag means."
     points = _measured_points(tables, rate="5.0%", detector=list(DETECTORS))
     if not points: return []
-    told = "; ".join(f"{row['detector']}, {row['setting']}: {_percent(row, 'empirical_fpr')}, {_against_nominal(row)}" for row in points)
+    told = "; ".join(f"{row['detector']}, {row['setting']}: {_percent(row, 'empirical_fpr')}, {_against_nominal(row)}, and "
+                     f"{_percent(row, 'empirical_tpr')} of the synthetic images" for row in points)
     first = points[0]
     found = [("How often is a real image flagged?",
-              "An image is flagged if its probability exceeds the stored threshold, which was chosen on other real images so that 5 % "
-              f"of them are (the nominal rate). Measured on {first['n_real']} real test images: {told}.")]
+              "An image is flagged if its probability exceeds the stored threshold; ACC is counted at probability 0.5 instead. The "
+              "threshold was chosen on other real images so that 5 % of them are flagged (the nominal rate); stage 1 of the training had "
+              f"seen most of these. Measured on {first['n_real']} real and {first['n_synthetic']} synthetic test images: {told}.")]
     if not float(first["empirical_fpr"]) + float(first["empirical_tpr"]): return found
     meaning = (f"Of the {first['setting']} images that {first['detector']} flags, {_synthetic_share(first, 0.5)} are synthetic "
                f"where half of all images are, as in this test set, and {_synthetic_share(first, 0.01)} where one in a hundred is. "
@@ -344,12 +390,11 @@ def findings(
     tables = Path(report)/"tables"
     found: list[Finding] = []
     if (tables/"detection_by_family.csv").is_file():
-        table = read_table(tables/"detection_by_family")
-        found = [*_better(table), *_metadata_alone(table)]
+        found = [*_better(tables), *_metadata_alone(tables)]
     return [*found, *_flags(tables), ("What do the intervals contain?", _randomness(tables, profile)),
             ("Where does each picture come from?",
-             "The data card says it, and the sheet under Table 1 shows examples. Test images are perturbed (cropped, resized, compressed) "
-             "unless a row says “unperturbed”.")]
+             f"{image_origin(profile)} The sheet under Table 1 shows examples. Test images are perturbed (cropped, resized, "
+             "compressed) unless a row says “unperturbed”.")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #1e2c5b9d
 def write_cards(

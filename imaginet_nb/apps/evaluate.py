@@ -36,7 +36,7 @@ from ..reporting.pages import Block, render_page, table_blocks
 from ..reporting.tables import interval_text, reading_frame, save_table, text_frame
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
-from .predict import STAND_IN_NOTE, environment, trained_on_stand_ins
+from .predict import STAND_IN_NOTE, environment, file_state, trained_on_stand_ins
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #2941d85a
 _TRAINING = ("train", "val", "calibration")
@@ -52,6 +52,10 @@ def _judged(manifest: pd.DataFrame, split: str | None) -> pd.DataFrame:
     if kinds != {"real", "synthetic"}:
         raise AnnotationError(f"{len(rows)} pictures to judge, {' and '.join(kinds)} only: accuracy needs real and synthetic "
                               "ones; for pictures of one kind there is `imaginet predict`")
+    for column, what in (("generator", "generator"), ("content_type", "content type"), ("image_source", "source")):
+        if column in rows and rows[column].eq(MEAN).any():
+            raise AnnotationError(f"a {what} is called {MEAN}, which is how the tables call the mean over all of them; "
+                                  "rename it in the list or folder")
     return rows.reset_index(drop=True)
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #5f0c3a41
@@ -95,26 +99,33 @@ def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     return [f"Not judged, because they are of the split {split}: {n:,} pictures; --split chooses another." for split, n in others.items()]
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00002
-def _states(manifest: pd.DataFrame, root: Path) -> list[tuple[int, int] | None]:
-    "Size and time of change of the file of each picture; None for one that is missing."
-    def state(path: str) -> tuple[int, int] | None:
-        try: found = picture_file(root, path).stat()
-        except OSError: return None
-        return found.st_size, found.st_mtime_ns
-    return [state(path) for path in manifest["path"]]
+def _complete(
+    kept: pd.DataFrame, # predictions, perhaps with errors
+    run: Callable[[pd.DataFrame], pd.DataFrame], # scores the rows of a manifest
+) -> pd.DataFrame: # the same rows
+    "Score again what has an error, which may have been one of the moment, such as a lack of memory."
+    failed = kept["error"].notna()
+    try: again = run(kept[failed].drop(columns=list(PREDICTION_COLUMNS)))
+    except ValueError: return kept # the detector fails on all of them, as before
+    return pd.concat([kept[~failed], again.set_axis(kept.index[failed])]).sort_index()
 
 def keeping(
     folder: Path, # for the predictions
     identity: str, # what tells the detector from others, such as the hash of its file; empty = keep nothing
 ) -> Callable[..., pd.DataFrame]: # with the arguments of `predict`
-    "`predict`, which does not run a detector a second time on the same pictures."
+    "`predict`, which does not run a detector a second time on the same pictures, except on those with an error."
     if not identity: return predict
     def score(detector: Detector, manifest: pd.DataFrame, root: Path, transform: Any = None, stage: str = "test",
               **reading: Any) -> pd.DataFrame:
-        made_from = (identity, detector.name, repr(transform), stage, manifest, _states(manifest, root), environment())
+        def run(rows: pd.DataFrame) -> pd.DataFrame: return predict(detector, rows, root, transform, stage=stage, **reading)
+        states = [file_state(picture_file(root, path)) for path in manifest["path"]]
+        made_from = (identity, detector.name, repr(transform), stage, manifest, states, environment())
         file = folder/f"{fingerprint(*made_from)[:24]}.csv"
-        if file.is_file(): return manifest.join(load_predictions(file)[list(PREDICTION_COLUMNS)])
-        found = predict(detector, manifest, root, transform, stage=stage, **reading)
+        if not file.is_file(): found = run(manifest)
+        else:
+            kept = manifest.join(load_predictions(file)[list(PREDICTION_COLUMNS)])
+            if kept["error"].isna().all(): return kept
+            found = _complete(kept, run)
         save_predictions(found, file)
         return found
     return score

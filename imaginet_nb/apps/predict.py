@@ -7,9 +7,9 @@ __all__ = ['VIEWS', 'TOO_SMALL', 'FLAT', 'SMALL_SHARE', 'TOO_SMALL_NOTE', 'FLAT_
            'STAND_IN_NOTE', 'BATCH', 'FORMATS_OUT', 'is_list', 'read_list', 'find_files', 'Prepared', 'shrink',
            'prepare', 'looked_at', 'flat_share', 'cautions', 'looked_text', 'verdict_thresholds', 'verdict',
            'error_promise', 'Settings', 'environment', 'trained_on_stand_ins', 'trained_on_imaginet', 'verdict_words',
-           'Reader', 'Scorer', 'score_pictures', 'read_picture', 'default_readers', 'read_pictures', 'score_prepared',
-           'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of',
-           'refuse_other', 'without_results', 'score_to_file']
+           'Reader', 'Scorer', 'score_pictures', 'file_state', 'read_picture', 'default_readers', 'read_pictures',
+           'score_prepared', 'score_files', 'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores',
+           'part_of', 'refuse_other', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import contextlib
@@ -474,8 +474,10 @@ def _facts(
     if (share := looked_at(prepared)[1]) < SMALL_SHARE: notes.append(looked_text(share))
     return {"width": width, "height": height, "format": read.format, "note": "; ".join(notes) or None, "provenance": said}
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    "State that changes when a file is written or replaced; None if it cannot be read."
+def file_state(
+    path: Path,
+) -> tuple[int, ...] | None: # None if it cannot be read
+    "State that changes when a file is written or replaced: device, inode, size, times of change of content and of inode, in ns."
     try: found = os.stat(path)
     except (OSError, ValueError): return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -499,8 +501,8 @@ def read_picture(
         if isinstance(source, bytes): read, digest = read_image(source, reader.max_pixels), hashlib.sha256(source).hexdigest()
         else:
             if os.path.isdir(source): raise ImageError(f"{source}: a link to a folder, or one that cannot be opened; name it to score it")
-            before, read, digest = _state(source), read_image(source, reader.max_pixels), file_sha256(source)
-            if before != _state(source): raise ImageError(f"{source}: changed while it was read; score it again")
+            before, read, digest = file_state(source), read_image(source, reader.max_pixels), file_sha256(source)
+            if before != file_state(source): raise ImageError(f"{source}: changed while it was read; score it again")
         prepared = reader.prepare(read.pixels)
         return prepared, row | _facts(source, read, reader, prepared) | {"sha256": digest}
     except Exception as error: # a malicious file can raise nearly anything; the other files are scored all the same

@@ -117,14 +117,21 @@ def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
     address, start = unit["parquet"], unit["start"]
     with fsspec.open(address, "rb") as file:
         schema = pq.read_schema(file)
-        column = picture_column(schema)
+        column = picture_column(schema, address)
         if column is not None:
             contents = islice(group_pictures(file, unit["group"], column), start, start + ROWS)
             for row, content in enumerate(contents, start): yield f"{_name(address)}/{unit['group']}/{row}", content
         elif "path" in schema.names:
             paths = pq.ParquetFile(file).read_row_group(unit["group"], columns=["path"])["path"].to_pylist()
-            yield from _path_items([_beside(unit["folder"], path) for path in paths[start:start + ROWS]])
+            for row, path in enumerate(paths[start:start + ROWS], start):
+                try: yield from _path_items([_beside(unit["folder"], _named(path))])
+                except ValueError as error: yield f"{_name(address)}/{unit['group']}/{row}", error
         else: raise ValueError(f"{address}: no column path, and none with pictures; found {', '.join(schema.names)}")
+
+def _named(path: Any) -> str:
+    "A cell of a column of paths. Raises `ValueError` where it names no file."
+    if not isinstance(path, str) or not path: raise ValueError("no path; name the picture or delete the row")
+    return path
 
 def _path_items(paths: list[str]) -> Iterator[tuple[str, Source]]:
     for path in paths: yield _name(path), (path if _is_remote(path) else Path(path))
@@ -138,7 +145,7 @@ class _Items(Dataset):
     def __getitem__(self, number: int) -> tuple[Prepared | None, dict[str, Any]]:
         name, source = self.items[number]
         try: content = _content(source)
-        except (FileNotFoundError, tarfile.TarError) as error:
+        except (FileNotFoundError, tarfile.TarError, ValueError) as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
             return None, {"path": name, "settings": self.reader.fingerprint, "error": f"{name}: {reason}"}
         return read_picture(self.reader, content, name)

@@ -80,10 +80,23 @@ def _not_detected(
     table: pd.DataFrame, # of `generalisation_table`
 ) -> list[str]: # a warning for each method that has one
     "Families that a network does not detect although it was trained with them: leaving them out cannot cost anything."
-    seen = table[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5)]
-    return [f"Warning: {method} does not detect what it was trained with ({', '.join(rows['group'])}: the interval of the AUC with the "
-            "family reaches down to chance, 0.5, or lies below it). Its comparison of with and without says nothing about them."
-            for method, rows in seen.groupby("detector", sort=False)]
+    seen, warnings = table[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5)], []
+    kinds = {False: ("does not detect what it was trained with", "reaches down to chance, 0.5"),
+             True: ("ranks real above synthetic images of what it was trained with", "lies below chance, 0.5")}
+    for (method, below), rows in seen.groupby(["detector", seen["auc_high"] < 0.5], sort=False):
+        fault, where = kinds[bool(below)]
+        warnings.append(f"Warning: {method} {fault} ({', '.join(rows['group'])}: the interval of the AUC with the family {where}). Its "
+                        "comparison of with and without says nothing about them.")
+    return warnings
+
+def _reservation(
+    table: pd.DataFrame, # of `generalisation_table`
+) -> str: # the end of the sentence that compares the methods; "" without a warning
+    "What the comparison of the methods does not show if one of them does not detect what it was trained with."
+    weak = table.loc[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5), "detector"].unique()
+    if not len(weak): return ""
+    return (f"; but even with the families in training, detection fails or cannot be told from chance for some of them "
+            f"({', '.join(weak)}; see the warnings), so this is no comparison of generalisation")
 
 def generalisation_text(
     table: pd.DataFrame, # of `generalisation_table`
@@ -95,5 +108,5 @@ def generalisation_text(
              for _, row in costs.iterrows()]
     between = mean[mean["detector"].str.startswith("difference:")].iloc[0]
     first, _, second = between["detector"].removeprefix("difference: ").partition(" − ")
-    verdict = difference_words(between, "auc", f"{second} is better", f"{first} is better")
+    verdict = difference_words(between, "auc", f"{second} is better", f"{first} is better") + _reservation(table)
     return "\n".join([*lines, f"On families left out of training, {first} against {second}: {verdict}.", *_not_detected(table)])

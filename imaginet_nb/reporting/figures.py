@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -225,8 +226,10 @@ def plot_content_ablation(
         for i, (label, (colour, _)) in enumerate(styles.items()):
             rows = table[table[name] == label]
             x = [groups.index(g) + width*(i - (len(styles) - 1)/2) for g in rows["group"]]
-            axes.bar(x, rows[metric], width*0.92, color=colour, label=label, yerr=error_arms(rows, metric), ecolor="black", zorder=2,
-                     error_kw={"elinewidth": 1})
+            bars = axes.bar(x, rows[metric], width*0.92, color=colour, label=label, yerr=error_arms(rows, metric), ecolor="black", zorder=2,
+                            error_kw={"elinewidth": 1})
+            for line in bars.errorbar.lines[2] if bars.errorbar else ():
+                line.set_path_effects([withStroke(linewidth=2.4, foreground="white")]) # seen on dark bars as well
         axes.axhline(0.5, color="black", ls="--", lw=1, zorder=3, label="chance")
         axes.set(title=METRICS[metric], xticks=range(len(groups)), xticklabels=[labels[g] for g in groups], xlabel="tested on", ylim=(0, 1))
         axes.grid(axis="x", visible=False)

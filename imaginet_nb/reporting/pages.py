@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Block', 'KINDS', 'LONG_TABLE', 'html_inline', 'templates', 'render', 'table_blocks', 'render_page', 'Result',
-           'origin_text', 'Chapter', 'profile_scope', 'report_index']
+           'origin_text', 'Chapter', 'image_origin', 'stand_in_caption', 'profile_scope', 'report_index']
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #5e1ab024
 import json
@@ -145,16 +145,33 @@ def _chapters(report: Path) -> list[Chapter]:
     rest = [_result(report, kind, stem, "") for kind, stem in present if (kind, stem) not in seen]
     return [*chapters, *([Chapter("Further results", "further", "", "", rest, {})] if rest else [])]
 
+# %% ../../nbs/05_reporting/03_pages.ipynb #98fc92d7
+_STAND_INS = ("Its generators are small autoencoders, stand-ins that bear the names of the paper's generators and are none of "
+              "them. Its real images are drawn scenes and tiles of photographs that come with scikit-image and scikit-learn; "
+              "ImageNet, FFHQ and the other names of sources stand for their places in ImagiNet alone.")
+
+def image_origin(
+    profile: Profile,
+) -> str: # one sentence, or several for the sandbox
+    "Where the images of a profile come from."
+    if profile.data.source == "imaginet": return "The images are those of ImagiNet."
+    return f"The images are those of the embedded sandbox. {_STAND_INS}"
+
+def stand_in_caption(
+    caption: str, # of a figure that shows images
+    profile: Profile,
+) -> str: # the same, with a sentence for the sandbox
+    "Caption that says so where the named generators and sources are stand-ins."
+    if profile.data.source == "imaginet": return caption
+    return f"{caption} Generators and sources are the sandbox's stand-ins for those named."
+
 def profile_scope(
     profile: Profile,
 ) -> str: # one sentence, or several for the sandbox
     "What the numbers of a profile are about."
     if profile.data.source == "imaginet": return "Every number under “measured” was measured on ImagiNet."
-    return ("Every number under “measured” was measured on the embedded sandbox. Its generators are small autoencoders, stand-ins that "
-            "bear the names of the paper's generators and are none of them. Its real images are drawn scenes and tiles of photographs that "
-            "come with scikit-image and scikit-learn; ImageNet, FFHQ and the other names of sources stand for their places in ImagiNet "
-            "alone. These numbers show that the pipeline runs; they say nothing about ImagiNet and cannot be compared with the published "
-            "ones.")
+    return (f"Every number under “measured” was measured on the embedded sandbox. {_STAND_INS} These numbers show that the "
+            "pipeline runs; they say nothing about ImagiNet and cannot be compared with the published ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
 def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:
