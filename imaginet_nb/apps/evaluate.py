@@ -29,7 +29,7 @@ from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import CustomDataset
 from ..data.parquet import picture_file
 from ..evaluation.calibration import Fits, fit_all
-from ..evaluation.bootstrap import has_score, interval_cells, join_notes, mean_over_groups
+from ..evaluation.bootstrap import has_score, interval_cells, join_notes, mean_over_groups, metric_cells
 from ..evaluation.probabilities import OPERATING_COLUMNS, operating_table, plot_roc, plot_scores
 from ..reporting.figures import plot_detection, save_figure
 from ..reporting.pages import Block, render_page, table_blocks
@@ -291,8 +291,9 @@ def judge(
 # %% ../../nbs/08_apps/02_evaluate.ipynb #a39d3d67
 def _value(row: Mapping[Any, Any], name: str) -> str:
     "A value of a table with its interval, if it has one."
-    cells = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
-    return interval_text(*("" if pd.isna(cell) else f"{cell:.4f}" for cell in cells))
+    cells = ["" if pd.isna(cell) else f"{cell:.4f}" for cell in (row[name], row[f"{name}_low"], row[f"{name}_high"])]
+    if cells[1] and cells[1] == cells[2]: return f"{interval_text(cells[0], '', '')}, all resamples agree"
+    return interval_text(*cells)
 
 def _sentences(
     table: pd.DataFrame, # by generator
@@ -475,7 +476,7 @@ def _leaderboard(
     for row in table[table["group"].eq(MEAN)].drop(columns="group").to_dict("records"):
         acc, auc = mean_over_groups(values[row["detector"]] - values[first])[0]
         own = {f"difference_{name}{end}": np.nan for name in ("acc", "auc") for end in ("", "_low", "_high")}
-        differences = own if row["detector"] == first else interval_cells(difference_acc=acc, difference_auc=auc)
+        differences = own if row["detector"] == first else metric_cells(difference_acc=acc, difference_auc=auc)
         note = join_notes(row.pop("note"), "differences are to this one" if row["detector"] == first else "")
         rows.append(row | differences | dict(note=note))
     frame = pd.DataFrame(rows)
@@ -483,6 +484,8 @@ def _leaderboard(
     return frame.drop(columns="rule").reset_index(drop=True)
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00013
+_AGREE = "A difference without an interval is the same in all resamples, which says little if the images are few."
+
 def _compared_tables(
     frames: Mapping[str, pd.DataFrame], # detector -> predictions of the same images, all scored
     properties: pd.DataFrame, # of these images
@@ -492,6 +495,7 @@ def _compared_tables(
     "Leaderboard, and tables by generator, by source and by content: detectors, differences to the first, baselines."
     first, every = next(iter(frames)), pd.concat(frames.values(), ignore_index=True)
     one, kinds = frames[first], dict[str, str | Grouping](generator="generator")
+    intervals = f"with paired intervals. {_AGREE} {about}"
     tables: dict[str, tuple[pd.DataFrame, str]] = {}
     by_generator: dict[str, Baseline] = {}
     if "image_source" in one and one["image_source"].nunique() > 1: kinds["source"] = group_by_source
@@ -499,12 +503,12 @@ def _compared_tables(
     for kind, by in kinds.items():
         table, baselines = _with_rules(detection_table(every, by, **options), one, by, properties, options)
         if kind == "generator":
-            by_generator, caption = baselines, f"Mean over the generators, and differences to {first} with paired intervals. {about}"
+            by_generator, caption = baselines, f"Mean over the generators, and differences to {first} {intervals}"
             tables["leaderboard"] = _leaderboard(frames, table, baselines, options), caption
         pairs = [difference_rows(every, by, pair=(name, first), **options) for name in list(frames)[1:]]
         paired = pd.concat(pairs, ignore_index=True)
         tables[f"detection_by_{kind}"] = table, f"Detection by {kind}. {about}"
-        tables[f"differences_by_{kind}"] = paired, f"Differences to {first} by {kind}, with paired intervals. {about}"
+        tables[f"differences_by_{kind}"] = paired, f"Differences to {first} by {kind}, {intervals}"
     return tables, by_generator
 
 # %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00014
@@ -578,6 +582,8 @@ def _compared_blocks(
     paired, caption = tables[f"differences_by_{kind}"]
     names = paired["detector"].str.removeprefix("difference: ").str.partition(" − ")[0]
     shown = paired.assign(detector=names).drop(columns=["n_real", "n_synthetic", "note"])
+    for low, high in (("acc_low", "acc_high"), ("auc_low", "auc_high")):
+        shown[[low, high]] = shown[[low, high]].mask(shown[low].eq(shown[high])) # all resamples agree
     return [("heading", f"By {kind}"), *table_blocks(tables, f"detection_by_{kind}", rows=60), ("text", caption),
             ("table", reading_frame(text_frame(shown)))]
 

@@ -380,6 +380,7 @@ def difference_words(
     "A difference in words, and in numbers."
     value, low, high = row[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) + 0.0 # as in the CSV file
     numbers = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if low == high: numbers = f"{value:+.3f}, all resamples agree" # an interval without width would look certain
     if high < 0: return f"{lower} ({numbers})"
     if low > 0: return f"{higher} ({numbers})"
     return f"cannot be told from these images ({numbers})"

@@ -8,7 +8,8 @@ __all__ = ['PROBABILITY_COLUMNS', 'BAD_THRESHOLD', 'RELIABILITY_COLUMNS', 'OPERA
            'plot_decisions']
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #e17a5bfa
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -210,7 +211,7 @@ def _measured_fpr(
     "Share of these real images that a threshold flags, which may differ from the nominal rate in its name."
     return f"{100*np.mean(expit(z[~synthetic]) > threshold):.1f} %" if not synthetic.all() else "–"
 
-# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51b3
 def _log_odds(
     predictions: pd.DataFrame, # of one detector or several
     fits: Fits, # on other images
@@ -220,6 +221,27 @@ def _log_odds(
         fit, (usable, synthetic, _) = of_detector(fits, name, "calibration predictions")["platt"], _usable(frame)
         yield name, fit.log_odds(usable["logit"]), synthetic, fit
 
+def _panels(
+    n: int, # detectors
+    height: float, # of a row of panels, in inches
+    **options: Any, # of `new_figure`
+) -> tuple[Figure, list[Axes]]: # the figure, a panel for each detector
+    "Up to three panels side by side, then another row."
+    across = min(n, 3)
+    rows = -(-n//across)
+    figure, panels = new_figure(across, rows*height, rows, 4.6 if n == 1 else 6, sharey=True, **options)
+    for panel in panels[n:]: panel.remove()
+    for panel in panels[:n]: panel.tick_params(labelbottom=True)
+    return figure, panels[:n]
+
+def _heading(
+    lines: Sequence[str],
+    n: int, # detectors
+) -> str:
+    "Heading of a panel, broken so that it fits if there are several side by side."
+    return "\n".join(fill(line, 60 if n == 1 else 26) for line in lines)
+
+# %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
 @mpl.rc_context(STYLE)
 def plot_roc(
     predictions: pd.DataFrame, # of one detector or several
@@ -230,7 +252,11 @@ def plot_roc(
     "ROC curve of each detector, with the rates at its decision thresholds."
     found = list(_log_odds(predictions, fits))
     looks = label_styles([*labels, *(name for name, *_ in found)], "detector")
-    figure, panels = new_figure(len(found), 0.9 + (3.7 if len(found) == 1 else 2.9), width=4.6 if len(found) == 1 else 6)
+    legend, gap, height = dict[str, Any](loc="lower right"), " ", 4.6
+    if len(found) > 1: # panels are too narrow for a legend inside
+        most = max(len(decision_thresholds(fit)) for *_, fit in found)
+        legend, gap, height = dict(loc="upper center", bbox_to_anchor=(0.5, -0.22)), "\n", 5.4/min(len(found), 3) + 1.2 + 0.27*most
+    figure, panels = _panels(len(found), height)
     for axes, (name, z, synthetic, fit) in zip(panels, found, strict=True):
         axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="chance")
         axes.plot(*roc_curve(synthetic, z)[:2], color=looks[name][0], lw=1.6)
@@ -238,10 +264,11 @@ def plot_roc(
         for label, marker in zip(thresholds, "os^D", strict=False):
             flagged = expit(z) > thresholds[label]
             fpr, tpr = flagged[~synthetic].mean(), flagged[synthetic].mean()
-            axes.plot(fpr, tpr, marker, color=DARK, ms=6, label=f"{label}: {fpr:.3f}, {tpr:.3f}")
-        axes.set(xlabel="false-positive rate (FPR)", aspect="equal", title=f"{name}, AUC {roc_auc_score(synthetic, z):.3f}")
-        axes.legend(loc="lower right", title="threshold: measured FPR, TPR", fontsize=7, title_fontsize=7)
-    panels[0].set_ylabel("true-positive rate (TPR)")
+            axes.plot(fpr, tpr, marker, color=DARK, ms=6, label=f"{label}:{gap}{fpr:.3f}, {tpr:.3f}")
+        axes.set(xlabel="false-positive rate (FPR)", aspect="equal")
+        axes.set_title(_heading([f"{name}, AUC {roc_auc_score(synthetic, z):.3f}"], len(found)))
+        axes.legend(title="threshold: measured FPR, TPR", fontsize=7, title_fontsize=7, **legend)
+    for axes in panels[::3]: axes.set_ylabel("true-positive rate (TPR)")
     return finish(figure, title)
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a4
@@ -255,7 +282,7 @@ def plot_scores(
     found = list(_log_odds(predictions, fits))
     every = np.concatenate([z for _, z, *_ in found])
     edges = np.histogram_bin_edges(every, bins=int(np.clip(np.sqrt(len(every)), 5, 30))).tolist()
-    figure, panels = new_figure(len(found), 4, width=4.6 if len(found) == 1 else 6, sharex=True)
+    figure, panels = _panels(len(found), 4, sharex=True)
     for axes, (name, z, synthetic, fit) in zip(panels, found, strict=True):
         for (origin, (colour, _)), mine in zip(STYLES["origin"].items(), (z[~synthetic], z[synthetic]), strict=True):
             shares = np.full(len(mine), 1/max(len(mine), 1))
@@ -264,9 +291,9 @@ def plot_scores(
         for (label, threshold), line in zip(decision_thresholds(fit).items(), ("-", "--", "-.", ":"), strict=False):
             if threshold < 1: axes.axvline(float(logit(threshold)), color=DARK, lw=1.2, ls=line, label=label)
         rates = ", ".join(_measured_fpr(z, synthetic, threshold) for threshold in decision_thresholds(fit).values())
-        axes.set_title(f"{name}\nmeasured FPR: {rates}", fontsize=9)
-        axes.set_xlabel("log-odds of synthetic" if fit.n else "logit (the detector has no calibration)")
-    panels[0].set_ylabel("share of the class")
+        axes.set_title(_heading([name, f"measured FPR: {rates}"], len(found)))
+        axes.set_xlabel("log-odds of synthetic" if fit.n else "logit\n(detector has no calibration)")
+    for axes in panels[::3]: axes.set_ylabel("share of the class")
     return finish(figure, title, panels[0], columns=2)
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #30a2e902
