@@ -208,7 +208,7 @@ def test_a_slip_does_not_cost_an_earlier_table(net, tmp_path, monkeypatch):
     ["predict", "link.csv", "--out", "list.csv"], ["predict", "*.csv", "a.png", "--out", "list.csv"],
     ["predict", "a.png", "page.html", "--html", "page.html"], ["predict", ".", "--html", "{here}/page.html"],
     ["calibrate", "--real", "list.csv", "--out", "list.csv"], ["calibrate", "--real", ".", "--out", "a.png"],
-    ["calibrate", "--real", "a.png", "--synthetic", "{here}/list.csv", "--out", "link.csv"],
+    ["calibrate", "--real", "a.png", "--real", "{here}/list.csv", "--out", "link.csv"],
     ["evaluate", "--manifest", "list.csv", "--out", "."], ["evaluate", "--root", ".", "--out", "{here}"],
     ["audit", "list.csv", "--out", "{here}"], ["audit", ".", "--out", "."]], ids=" ".join)
 def test_a_source_is_never_replaced_by_a_result(net, tmp_path, monkeypatch, words):
