@@ -78,6 +78,7 @@ PARSED_ONLY = {
     "imaginet predict --detector hf:": "see above",
     "imaginet calibrate --detector model.onnx": "as its notebook; the command of the README is executed",
     "imaginet predict new_pictures": "see above; its notebook scores with a calibration",
+    "imaginet evaluate --root my_data/ --out measured/ --detector A": "A and B stand for two; tests/test_evaluate.py compares detectors",
     "imaginet evaluate --root genimage/": "as its notebook; tests/test_evaluate.py runs the command",
     "imaginet evaluate --root hub/": "see above",
     "imaginet predict --detector spectrum:Spectrum": "its notebook, which nbdev_test runs, calls it with the class that it writes",
