@@ -54,6 +54,7 @@ def here(tmp_path_factory):
     (folder/"set"/"03.png").write_bytes(b"no picture")
     pd.DataFrame({"path": [f"set/{k:02d}.png" for k in range(PICTURES)]}).to_parquet("list.parquet", row_group_size=3)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0" # otherwise the other tests leave Ray's processes no core
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=80_000_000)
     yield folder
     ray.shutdown()
