@@ -202,7 +202,7 @@ def test_every_file_of_a_folder_has_a_row_or_a_reason(here):
         for _ in range(2): # the second time, the report of the first lies in the folder
             result = run(*command, "--out", "set/report", code=0)
             page = (folder/"report/index.html").read_text()
-            for words in ("by name and content they are no images: ", "each is a link to a folder: 1. The first: fake/linked"):
+            for words in ("by name and content they are not images: ", "each is a link to a folder: 1. The first: fake/linked"):
                 assert words in result.output and words in page.replace("<code>", "").replace("</code>", ""), result.output
             table = pd.read_csv(folder/"report"/("predictions.csv" if command[0] == "evaluate" else "properties.csv"))
             assert len(table) == 12 and table["error"].isna().all() and {"real/zero", "real/two.jfif"} < set(table["path"])

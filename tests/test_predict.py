@@ -199,7 +199,7 @@ def test_a_slip_does_not_cost_an_earlier_table(net, tmp_path, monkeypatch):
         result = predict(*words, "--checkpoint", net)
         assert result.exit_code == 1 and message in result.output, result.output
     wrong = predict("a.png", "--detector", net)
-    assert wrong.exit_code == 1 and "goes to --checkpoint" in wrong.output
+    assert wrong.exit_code == 1 and "is given with --checkpoint" in wrong.output
     assert Path("preds.csv").read_bytes() == before
 
 
