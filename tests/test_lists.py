@@ -133,7 +133,7 @@ def test_rows_of_two_detectors_or_of_a_changed_one_are_not_mixed(here):
 
 
 def test_a_second_run_for_one_table_is_refused_before_it_begins(here):
-    with only_run("preds.csv"): assert "another run is at work" in judge(detector="NoSuch", code=1).output
+    with only_run("preds.csv"): assert "another run is writing to" in judge(detector="NoSuch", code=1).output
     assert not list(here.glob("*preds*"))
 
 

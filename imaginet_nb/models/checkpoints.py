@@ -399,7 +399,7 @@ def read_published(
     content = read_torch_file(path, allowed)
     if _is_state_dict(content): return content, {}
     if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
-        raise CheckpointError(f"{path}: no entry 'model' with weights, and not itself a state dict; download it again")
+        raise CheckpointError(f"{path}: no entry 'model' with weights, and no state dict either; download it again")
     return content["model"], {str(key): value for key, value in content.items() if key != "model"}
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #54ea1d80
