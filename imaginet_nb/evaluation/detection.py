@@ -39,7 +39,7 @@ Grouping = Callable[[pd.DataFrame, int], tuple[list[Group], pd.Series]] # one de
 def group_labels(
     groups: Sequence[Group], # disjoint
     n: int, # images
-) -> np.ndarray: # `(n,)`; empty text for an image of no group
+) -> np.ndarray: # `(n,)`; empty string for an image in no group
     "The group of each image."
     labels = np.full(n, "", dtype=object)
     for group in groups: labels[group.rows] = group.label
@@ -79,7 +79,7 @@ def group_by_generator(
     frame: pd.DataFrame, # predictions of one detector
     seed: int, # of the drawn real images
 ) -> tuple[list[Group], pd.Series]: # groups, strata
-    "Each generator with equally many real images, or all of them if there are fewer."
+    "Each generator with the same number of real images, or with all of them if there are fewer."
     real, groups = frame["origin"].eq("real"), []
     present = set(frame["generator"][~real])
     for generator in GENERATORS if present <= set(GENERATORS) else sorted(present):
@@ -113,7 +113,7 @@ def group_statistics(
     score: np.ndarray, # `(m,)` larger = synthetic
     flagged: np.ndarray, # `(m,)` booleans: classified as synthetic
 ) -> list[Statistic]: # ACC, AUC
-    "What is measured on a group, for weights of all images."
+    "Statistics of a group, as functions of the weights of all images."
     statistics = (balanced_accuracy_statistic(synthetic, flagged), auc_statistic(synthetic, score))
     return [restrict(statistic, rows) for statistic in statistics]
 
@@ -121,7 +121,7 @@ def detection_statistics(
     frame: pd.DataFrame, # of one detector, all scored
     groups: Sequence[np.ndarray], # G arrays of positions
 ) -> list[Statistic]: # ACC and AUC of the first group, of the second, ...
-    "What is measured in the detection track."
+    "Statistics of the detection track."
     logit, flagged = frame["logit"].to_numpy(float), frame["probability"].to_numpy(float) > 0.5
     score, synthetic = -logit if reverses_order(frame) else logit, frame["origin"].eq("synthetic").to_numpy()
     return [s for rows in groups for s in group_statistics(rows, synthetic[rows], score[rows], flagged[rows])]
@@ -177,7 +177,7 @@ def detection_rows(
     decisions = [None]*len(groups) if flagged is None else flagged
     rows = [detection_row(frame, group, v, note, f) for group, v, f in zip(groups, values, decisions, strict=True)]
     last = detection_row(frame, everything, mean, gaps or note)
-    if flagged is not None: # where all resamples agree, the mean of the groups' exact ends
+    if flagged is not None: # if all resamples agree, the mean of the groups' exact bounds
         ends = pd.DataFrame(rows)[["acc_low", "acc_high"]].mean()
         last |= metric_cells({"acc": (float(ends.iloc[0]), float(ends.iloc[1]))}, acc=mean[0], auc=mean[1])
     return [*rows, last]
@@ -201,7 +201,7 @@ def missing_rows(
 def detection_table(
     predictions: pd.DataFrame, # with calibrated `probability`
     by: str | Grouping, # family (Table 3 of the paper), content, generator, or a function
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the groups and of the resamples
     missing: Mapping[str, str] = {}, # detectors that were not run, and why: they get empty rows
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`; for each detector its groups and their mean
@@ -244,7 +244,7 @@ def paired_frames(
 def difference_rows(
     predictions: pd.DataFrame, # with calibrated `probability`
     by: str | Grouping, # that of the table
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # that of the table, so that groups and resamples agree
     pair: Sequence[str] = DETECTORS, # two detectors
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`, to be appended to the table
@@ -259,7 +259,7 @@ def difference_sentences(
     rows: pd.DataFrame, # of `difference_rows`
     pair: Sequence[str] = DETECTORS, # two detectors
 ) -> list[str]: # for ACC and AUC
-    "Whether the first detector is better or worse than the second in the mean over all groups, or whether that cannot be told."
+    "Whether the first detector is better or worse than the second in the mean over all groups, or whether this is undecided."
     mean, sentences = rows[rows["group"].eq(MEAN)].iloc[0], []
     for metric in ("acc", "auc"):
         value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) # as in the CSV file
@@ -333,7 +333,7 @@ def baseline_rows(
 def metadata_rows(
     predictions: pd.DataFrame, # of any detectors; only labels and paths are read
     by: str | Grouping, # that of the table
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # that of the table, so that groups and resamples agree
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`, to be appended to the table
     "Detection by format, by content type, and by both."
@@ -350,7 +350,7 @@ def _ablation_groups(frame: pd.DataFrame, seed: int) -> tuple[list[Group], pd.Se
 
 def content_ablation_table(
     predictions: pd.DataFrame, # `detector` is one of `ABLATION_MODELS`
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `ABLATION_COLUMNS`
     "Detection by models trained without one content type (Figure 3 of the paper). Raises `ValueError` without a score."
@@ -377,7 +377,7 @@ def difference_words(
     lower: str, # what it means if the whole interval is below zero
     higher: str, # and above zero
 ) -> str:
-    "A difference in words, and in numbers."
+    "Describe a difference in words and in numbers."
     value, low, high = row[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) + 0.0 # as in the CSV file
     numbers = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
     if low == high: numbers = f"{value:+.3f}, all resamples agree" # an interval without width would look certain
@@ -387,7 +387,7 @@ def difference_words(
 
 def content_ablation_sentences(
     predictions: pd.DataFrame, # of `content_ablation_table`
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> list[str]: # for each content type
     "Whether a model is worse or better on a content type that it was not trained on; paired intervals over the same test images."
