@@ -35,8 +35,8 @@ def _values(
     methods: Sequence[str],
     resamples: int,
     seed: int,
-) -> tuple[dict[tuple[str, str], np.ndarray], pd.DataFrame]: # (method, training) -> (4 + 1, 2, 1 + R); images of one network
-    "ACC and AUC of every family and of their mean, on the images and on the resamples, which all networks share."
+) -> tuple[dict[tuple[str, str], np.ndarray], pd.DataFrame]: # (method, training) -> (4 + 1, M, 1 + R); images of one network
+    "The metrics of every family and of their mean, on the images and on the resamples, which all networks share."
     frames = dict(by_detector(predictions.assign(probability=expit(predictions["logit"].to_numpy(float)))))
     wanted = [network_name(method, family) for method in methods for family in (None, *FAMILIES)]
     if set(frames) != set(wanted): raise ValueError(f"networks must be {', '.join(wanted)}; got {', '.join(frames)}")
@@ -70,7 +70,7 @@ def generalisation_table(
     groups = [*group_by_family(images, seed)[0], Group(MEAN, np.arange(len(images)))]
     real, rows = images["origin"].eq("real").to_numpy(), []
     for (detector, training), of_groups in values.items():
-        for group, (acc, auc) in zip(groups, of_groups, strict=True):
+        for group, (acc, auc) in zip(groups, of_groups[:, :2], strict=True):
             counts = dict(n_real=int(real[group.rows].sum()), n_synthetic=int((~real[group.rows]).sum()))
             rows.append(dict(detector=detector, training=training, group=group.label) | interval_cells(acc=acc, auc=auc) | counts)
     return pd.DataFrame(rows, columns=list(GENERALISATION_COLUMNS))

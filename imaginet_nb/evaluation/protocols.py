@@ -42,7 +42,7 @@ def grouping_effect(
         after = [Group(family, np.flatnonzero(clean.eq(family))) for family in FAMILIES]
         strata = strata + "|" + group_labels(after, len(frame))
         values = detection_values(frame, [*before, *after], strata, resamples, seed)
-        values = values.reshape(2, len(FAMILIES), 2, 1 + resamples).swapaxes(0, 1) # family, grouping, ACC and AUC
+        values = values.reshape(2, len(FAMILIES), -1, 1 + resamples).swapaxes(0, 1) # family, grouping, metric
         mean, note = mean_over_groups(values)
         parts = [(family, v, "") for family, v in zip(FAMILIES, values, strict=True)]
         for group, (old, new), gaps in [*parts, (MEAN, mean, note)]:
@@ -86,8 +86,8 @@ def format_matched_table(
         groups, strata = group_by_family(before, seed)
         positions = [group.rows for group in groups]
         statistics = detection_statistics(before, positions) + detection_statistics(after, positions)
-        values = estimates(strata, statistics, resamples, seed).reshape(2, len(groups), 2, 1 + resamples)
-        values = values.swapaxes(0, 1) # family, raw and matched, ACC and AUC
+        values = estimates(strata, statistics, resamples, seed).reshape(2, len(groups), -1, 1 + resamples)
+        values = values.swapaxes(0, 1) # family, raw and matched, metric
         mean, gaps = mean_over_groups(values)
         parts = [(group.label, v, len(group.rows), note) for group, v in zip(groups, values, strict=True)]
         for group, (old, new), n, text in [*parts, (MEAN, mean, len(before), gaps or note)]:

@@ -27,7 +27,7 @@ def _family_values(
     "ACC and AUC of every family, then their mean."
     frame = predictions.assign(probability=expit(predictions["logit"].to_numpy(float)))
     groups, strata = group_by_family(frame, seed)
-    values = detection_values(frame, groups, strata, 1, seed)[:, :, 0]
+    values = detection_values(frame, groups, strata, 1, seed)[:, :2, 0]
     return [*(group.label for group in groups), MEAN], np.vstack([values, values.mean(axis=0)])
 
 # %% ../../nbs/07_evaluation/11_seeds.ipynb #53d15319
