@@ -52,7 +52,7 @@ def _near_groups(hashes: pd.Series, max_distance: int) -> np.ndarray: # hexadeci
 
 # %% ../../nbs/06_audit/02_duplicates.ipynb #34c09403
 def duplicates(
-    images: pd.DataFrame, # of `read_properties`; files without a hash are left out
+    images: pd.DataFrame, # from `read_properties`; files without a hash are left out
     max_distance: int = 4, # bits of 64 by which near duplicates may differ
 ) -> pd.DataFrame: # `DUPLICATE_COLUMNS`; one row per image that has a duplicate
     "Groups of images with the same pixels (exact), and with nearly the same perceptual hash (near)."
@@ -66,7 +66,7 @@ def duplicates(
 
 # %% ../../nbs/06_audit/02_duplicates.ipynb #df84d48f
 def duplicate_table(
-    found: pd.DataFrame, # of `duplicates`
+    found: pd.DataFrame, # from `duplicates`
 ) -> pd.DataFrame: # kind, splits, groups, images, surplus (images beyond one per group), mixed_origin (groups with real and synthetic)
     "Duplicates within each split and across splits."
     rows = []

@@ -143,7 +143,7 @@ def read_properties(
 
 # %% ../../nbs/06_audit/00_files.ipynb #85fa4207
 def property_table(
-    images: pd.DataFrame, # of `read_properties`
+    images: pd.DataFrame, # from `read_properties`
 ) -> pd.DataFrame: # one row per content type and generator
     "Typical properties of the files of each generator."
     def most(values: pd.Series) -> str:

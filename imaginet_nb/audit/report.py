@@ -117,7 +117,7 @@ def audit_source(
     path: str | Path, # folder with the authors' lists, one of them, or what `read_custom_dataset` reads
     root: str | Path | None = None, # folder of the images; None = found beside the lists, if they are there
 ) -> AuditSource:
-    "Read what is to be audited."
+    "Read the lists that are to be audited."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; name a list, a manifest or a folder of images")
     if root is not None and not Path(root).is_dir(): raise FileNotFoundError(f"{root}: no such folder; root is the folder of the images")
@@ -141,7 +141,7 @@ def _content_groups(manifest: pd.DataFrame) -> dict[str, Any]:
 
 def pixel_hashes(
     source: AuditSource,
-    images: pd.DataFrame, # of `read_properties`, for the manifest
+    images: pd.DataFrame, # from `read_properties`, for the manifest
     jobs: int | None = None, # processes; None = all cores
 ) -> dict[str, str]: # path -> hash
     "Pixel hashes of the images of all lists that are compared; an image is read only once."
@@ -177,8 +177,8 @@ def list_tables(
 # %% ../../nbs/06_audit/03_report.ipynb #a07045cb
 def image_tables(
     source: AuditSource,
-    images: pd.DataFrame, # of `read_properties`
-    found: pd.DataFrame, # of `duplicates`
+    images: pd.DataFrame, # from `read_properties`
+    found: pd.DataFrame, # from `duplicates`
 ) -> dict[str, tuple[pd.DataFrame, str]]: # file stem -> table, caption
     "Tables made from the image files."
     main = main_split(images)
@@ -223,7 +223,7 @@ def plot_composition(
 # %% ../../nbs/06_audit/03_report.ipynb #6b583dbe
 @mpl.rc_context(STYLE)
 def plot_metadata_baseline(
-    table: pd.DataFrame, # of `metadata_baseline`
+    table: pd.DataFrame, # from `metadata_baseline`
     reference: Mapping[tuple[str, str], float] = MappingProxyType({}), # (track, group) -> published accuracy of a model
 ) -> Figure:
     "Balanced accuracy of every baseline in every group, fitted in-sample, with 95 % intervals."
@@ -249,7 +249,7 @@ def plot_metadata_baseline(
 # %% ../../nbs/06_audit/03_report.ipynb #406618cd
 @mpl.rc_context(STYLE)
 def plot_properties(
-    images: pd.DataFrame, # of `read_properties`
+    images: pd.DataFrame, # from `read_properties`
 ) -> Figure:
     "Size and JPEG quality of real and synthetic files."
     figure, (left, right) = new_figure(2, height=3, sharey=False)
@@ -303,7 +303,7 @@ def _number(value: float) -> str: return f"{value + 1e-9:.3f}" # 0.7875 is 0.788
 # %% ../../nbs/06_audit/03_report.ipynb #f49f247f
 def list_findings(
     source: AuditSource,
-    tables: Mapping[str, tuple[pd.DataFrame, str]], # of `list_tables`
+    tables: Mapping[str, tuple[pd.DataFrame, str]], # from `list_tables`
 ) -> list[str]:
     "Findings from the lists, in sentences."
     manifest, table, by_content = source.manifest, tables["metadata_baseline"][0], tables["metadata_baseline_by_content"][0]
@@ -347,8 +347,8 @@ def _overlap_findings(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> list[st
 
 # %% ../../nbs/06_audit/03_report.ipynb #564f76a0
 def image_findings(
-    images: pd.DataFrame, # of `read_properties`
-    tables: Mapping[str, tuple[pd.DataFrame, str]], # of `image_tables`
+    images: pd.DataFrame, # from `read_properties`
+    tables: Mapping[str, tuple[pd.DataFrame, str]], # from `image_tables`
 ) -> list[str]:
     "Findings from the files, in sentences."
     read = images[images["error"].isna()]
@@ -458,7 +458,7 @@ def audit_record(
     source: AuditSource,
     images: int, # files that were opened
 ) -> dict[str, Any]: # ready for JSON; no times and no folders
-    "What an audit was computed from."
+    "Provenance of an audit."
     return {"stage": "audit", **git_state(), "seed": 0, "versions": versions(),
             "inputs": {path.name: file_sha256(path) for path in sorted(source.files)},
             "rows": len(source.manifest), "images_opened": images}

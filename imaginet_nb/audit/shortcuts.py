@@ -185,7 +185,7 @@ def _features(images: pd.DataFrame, rule: str) -> pd.DataFrame:
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #b5489166
 def classifier_scores(
-    images: pd.DataFrame, # of `read_properties`, of one group
+    images: pd.DataFrame, # from `read_properties`, for one group
     target: str, # origin or generator_family
     rule: str = "properties", # key of `PROPERTY_SETS`
     seed: int = 0, # of folds and boosting
@@ -206,7 +206,7 @@ def classifier_scores(
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #4152e4f6
 def metadata_classifier(
-    images: pd.DataFrame, # of `read_properties`; files with an error are used with the properties that they have
+    images: pd.DataFrame, # from `read_properties`; files with an error are used with the properties that they have
     groups: Groups | None = None, # besides `all`; None = by family
     seed: int = 0, # of folds and boosting
     rules: Sequence[str] = tuple(PROPERTY_SETS), # which sets of properties

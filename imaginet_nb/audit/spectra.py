@@ -28,7 +28,7 @@ from ..reporting.figures import BLUE, DARK, RED, STYLE, finish, label_styles, ne
 def residual(
     image: np.ndarray, # `(H, W, 3)` uint8
 ) -> np.ndarray: # `(H, W)` float32
-    "What a 3×3 median removes from the grey image."
+    "The grey image minus its 3×3 median."
     grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
     return grey.astype(np.float32) - cv2.medianBlur(grey, 3)
 
@@ -77,7 +77,7 @@ def family_spectra(
     return found
 
 def spectra_table(
-    spectra: Mapping[str, Spectrum], # of `family_spectra`
+    spectra: Mapping[str, Spectrum], # from `family_spectra`
 ) -> pd.DataFrame: # group, frequency (cycles per pixel), power_db, difference_db, n
     "Radial profiles, and their differences from that of the real images."
     real = radial_profile(spectra["real"].power)
@@ -91,7 +91,7 @@ def spectra_table(
 # %% ../../nbs/06_audit/04_spectra.ipynb #18b1284c
 @mpl.rc_context(STYLE)
 def plot_spectra(
-    spectra: Mapping[str, Spectrum], # of `family_spectra`
+    spectra: Mapping[str, Spectrum], # from `family_spectra`
     title: str = "",
 ) -> Figure:
     "A map for each group, all with one colour scale, and the radial profiles relative to the real images."
@@ -131,10 +131,10 @@ def corruption_spectra(
 
 @mpl.rc_context(STYLE)
 def plot_corruption_spectra(
-    table: pd.DataFrame, # of `corruption_spectra`
+    table: pd.DataFrame, # from `corruption_spectra`
     title: str = "",
 ) -> Figure:
-    "A panel for each corruption, all with the same axes: a curve for each strength."
+    "One panel per corruption, all with the same axes, and one curve per strength."
     kinds = list(dict.fromkeys(table["perturbation"]))
     figure, panels = new_figure(3, 1 + 1.5*-(-len(kinds)//3), rows=-(-len(kinds)//3), sharex=True, sharey=True)
     for axes in panels[len(kinds):]: axes.set_axis_off()

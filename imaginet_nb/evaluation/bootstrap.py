@@ -162,7 +162,7 @@ def estimates(
     statistics: Sequence[Statistic], # S
     resamples: int, # R
     seed: int,
-) -> np.ndarray: # `(S, 1 + R)`: value on the images as they are, then on the resamples; NaN without images
+) -> np.ndarray: # `(S, 1 + R)`: value on the original images, then on the resamples; NaN without images
     "Values of several statistics and their resamples."
     codes, ones = pd.factorize(pd.Series(strata))[0], np.ones((1, len(strata)))
     with np.errstate(invalid="ignore"): # an empty group divides zero by zero
@@ -172,7 +172,7 @@ def estimates(
 
 # %% ../../nbs/07_evaluation/01_bootstrap.ipynb #af50319b
 def interval_cells(
-    **values: np.ndarray, # column -> `(1 + R,)` of `estimates`
+    **values: np.ndarray, # column -> `(1 + R,)` from `estimates`
 ) -> dict[str, float]: # columns `acc`, `acc_low`, `acc_high` for the argument `acc`
     "Values with their 95 % intervals; resamples without a value are left out."
     cells: dict[str, float] = {}
@@ -184,7 +184,7 @@ def interval_cells(
 
 def metric_cells(
     exact: Mapping[str, tuple[float, float]] = {}, # column -> interval by another method
-    **values: np.ndarray, # column -> `(1 + R,)` of `estimates`
+    **values: np.ndarray, # column -> `(1 + R,)` from `estimates`
 ) -> dict[str, float]: # as from `interval_cells`
     "Values with their 95 % intervals; if all resamples agree, the exact interval if there is one, otherwise none (NaN)."
     cells = interval_cells(**values)

@@ -263,7 +263,7 @@ def difference_rows(
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #68927573
 def difference_sentences(
-    rows: pd.DataFrame, # of `difference_rows`
+    rows: pd.DataFrame, # from `difference_rows`
     pair: Sequence[str] = DETECTORS, # two detectors
 ) -> list[str]: # for ACC and AUC
     "Whether the first detector is better or worse than the second in the mean over all groups, or whether this is undecided."
@@ -304,7 +304,7 @@ def metadata_values(
     by: str | Grouping, # that of the table
     resamples: int, # R
     seed: int, # that of the table, so that groups and resamples agree
-    images: pd.DataFrame | None = None, # of `read_properties`, in the same order: adds the metadata classifier of the audit
+    images: pd.DataFrame | None = None, # from `read_properties`, in the same order: adds the metadata classifier of the audit
 ) -> dict[str, Baseline]: # name of the row -> values
     "Measure the baselines by format, by content type, by both, and by all properties of the files."
     first = next(by_detector(predictions))[1] # real images are assigned by the paths of the table
@@ -330,7 +330,7 @@ def baseline_rows(
     predictions: pd.DataFrame, # those of `metadata_values`
     by: str | Grouping, # that of the table
     seed: int, # that of the table
-    baselines: Mapping[str, Baseline], # of `metadata_values`
+    baselines: Mapping[str, Baseline], # from `metadata_values`
 ) -> pd.DataFrame: # `DETECTION_COLUMNS`, to be appended to the table
     "The metadata-only baselines as rows of a table."
     groups, frame = grouping_of(by)(next(by_detector(predictions))[1], seed)[0], source_images(predictions)
@@ -393,7 +393,7 @@ def difference_words(
     return f"cannot be told from these images ({numbers})"
 
 def content_ablation_sentences(
-    predictions: pd.DataFrame, # of `content_ablation_table`
+    predictions: pd.DataFrame, # as for `content_ablation_table`
     resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> list[str]: # for each content type

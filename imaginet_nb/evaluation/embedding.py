@@ -163,7 +163,7 @@ def train_relational(
 class RelationalMap(NamedTuple):
     "Result of `fit_relational_autoencoder`."
     points: np.ndarray # (N, 2) float32
-    alpha: float # weight of the distances that was chosen
+    alpha: float # chosen weight of the distances
     history: pd.DataFrame # columns phase (search, final), alpha, epoch, loss, selection_error
 
 # %% ../../nbs/07_evaluation/08_embedding.ipynb #c35bedd5

@@ -77,7 +77,7 @@ def generalisation_table(
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a5d38774
 def _not_detected(
-    table: pd.DataFrame, # of `generalisation_table`
+    table: pd.DataFrame, # from `generalisation_table`
 ) -> list[str]: # a warning for each method that has one
     "Families that a network does not detect although it was trained with them: leaving them out cannot cost anything."
     seen, warnings = table[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5)], []
@@ -90,18 +90,18 @@ def _not_detected(
     return warnings
 
 def _reservation(
-    table: pd.DataFrame, # of `generalisation_table`
+    table: pd.DataFrame, # from `generalisation_table`
 ) -> str: # the end of the sentence that compares the methods; "" without a warning
-    "What the comparison of the methods does not show if one of them does not detect what it was trained with."
+    "Caveat for the comparison of the methods if one of them does not detect what it was trained with."
     weak = table.loc[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5), "detector"].unique()
     if not len(weak): return ""
     return (f"; but even with the families in training, detection fails or cannot be told from chance for some of them "
             f"({', '.join(weak)}; see the warnings), so this is no comparison of generalisation")
 
 def generalisation_text(
-    table: pd.DataFrame, # of `generalisation_table`
+    table: pd.DataFrame, # from `generalisation_table`
 ) -> str: # a sentence per method, warnings, and a sentence that compares the methods
-    "What the mean over the families says about AUC, and for which families nothing can be said; intervals of 95 % over test images."
+    "Conclusions from the mean AUC over the families, and warnings; 95 % intervals over test images."
     mean = table[table["group"].eq(MEAN)]
     costs = mean[mean["training"].eq(COST)]
     lines = [f"{row['detector']}, AUC without the family minus AUC with it: {difference_words(row, 'auc', 'a loss', 'a gain')}."

@@ -45,7 +45,7 @@ def plain_value(
     statistic: Statistic,
     n: int, # images
 ) -> float: # NaN where the statistic is undefined
-    "Value of a statistic on the images as they are: every weight is one."
+    "Value of a statistic on the original images: every weight is one."
     return float(statistic(np.ones((1, n)))[0])
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #95bb94d3

@@ -218,7 +218,7 @@ SCORE_NAMES = {"nearest": "distance to the nearest known image", "energy": "ener
 
 @mpl.rc_context(STYLE)
 def plot_open_set(
-    table: pd.DataFrame, # of `leave_one_generator_out`, one setting
+    table: pd.DataFrame, # from `leave_one_generator_out`, one setting
     title: str = "",
 ) -> Figure:
     "AUROC, and shares of unknown and known images that are called unknown, for every generator that is left out."

@@ -136,7 +136,7 @@ def _plot_bins(
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #b2382cde
 @mpl.rc_context(STYLE)
 def plot_reliability(
-    bins: pd.DataFrame, # of `reliability_bins`, one setting
+    bins: pd.DataFrame, # from `reliability_bins`, one setting
     title: str = "",
 ) -> Figure:
     "Reliability diagram: one panel per method, with the histogram of the probabilities below it."

@@ -35,7 +35,7 @@ def grouping_effect(
     resamples: int, # for every interval
     seed: int, # of the groups and of the resamples
 ) -> pd.DataFrame: # `GROUPING_COLUMNS`; families and their mean, for each detector
-    "Change of the table by family when real images are matched by content type."
+    "Change in the table by family when real images are matched by content type."
     rows: list[dict[str, Any]] = []
     for name, frame in by_detector(predictions):
         (before, strata), clean = group_by_family(frame, seed), clean_groups(frame, seed)

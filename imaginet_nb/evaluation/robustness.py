@@ -160,7 +160,7 @@ def _shift_rows(
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #6b34d2df
 def shift_table(
-    shifts: pd.DataFrame, # of `image_shifts`
+    shifts: pd.DataFrame, # from `image_shifts`
     resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `SHIFT_COLUMNS`
@@ -259,7 +259,7 @@ def loss_table(
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #4ff83a59
 @mpl.rc_context(STYLE)
 def plot_shifts(
-    table: pd.DataFrame, # of `shift_table`, one track
+    table: pd.DataFrame, # from `shift_table`, one track
     title: str = "",
     limit: float | None = None, # end of the colour scale; None = the largest shift of the table
 ) -> Figure:

@@ -62,7 +62,7 @@ def seed_table(
 
 # %% ../../nbs/07_evaluation/11_seeds.ipynb #1a20cdc9
 def seed_text(
-    table: pd.DataFrame, # of `seed_table`
+    table: pd.DataFrame, # from `seed_table`
 ) -> str: # one sentence
     "Mean difference in AUC over the seeds with its 95 % t interval, and whether it shows which method is better."
     rows = table[table["group"].eq(MEAN) & table["detector"].str.startswith("difference:") & ~table["seed"].isin(SPREAD)]

@@ -153,7 +153,7 @@ def _name_column(table: pd.DataFrame) -> str:
     return "detector" if "detector" in table else "model"
 
 def _idle(table: pd.DataFrame, metric: str) -> list[str]:
-    "Detectors without a single number."
+    "Detectors without any result."
     has = table.groupby(_name_column(table), sort=False)[metric].apply(lambda v: v.notna().any())
     return [str(name) for name in has.index[~has]]
 
@@ -336,7 +336,7 @@ BOUNDS = [Line2D([], [], color=DARK, ls=line, lw=1.2, label=label) for label, li
 # %% ../../nbs/05_reporting/01_figures.ipynb #a2b17a85
 @mpl.rc_context(STYLE)
 def plot_training(
-    table: pd.DataFrame, # of `training_history`: detector, stage, epoch, loss, learning_rate and, where measured, the other columns
+    table: pd.DataFrame, # from `training_history`: detector, stage, epoch, loss, learning_rate and, where measured, the other columns
     title: str = "",
 ) -> Figure:
     "Stage 1 of both detectors: terms of the loss with chance (dashed) and floor (dotted), held-out accuracy; stage 2; learning rate."

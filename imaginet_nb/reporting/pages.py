@@ -83,7 +83,7 @@ class Result(NamedTuple):
     reading: pd.DataFrame | None # the table as a reader sees it
     links: dict[str, str] # kind of file -> path relative to the report's folder
     missing: str # why the result is missing; empty if it is not
-    origin: str = "" # of `origin_text`
+    origin: str = "" # from `origin_text`
     notes: tuple[str, ...] = () # findings from the table, one sentence each
 
     @property
@@ -125,10 +125,10 @@ class Chapter(NamedTuple):
     remark: str
     notebook: str # empty where several notebooks contribute
     results: list[Result]
-    published: dict[str, tuple[str, pd.DataFrame]] # file stem in reports/published/ -> what it is, table
+    published: dict[str, tuple[str, pd.DataFrame]] # file stem in reports/published/ -> source and metrics, table
 
 def _source(stem: str) -> str:
-    "Where published numbers come from, and what they are."
+    "Source and metrics of published numbers."
     rows = published(stem)
     return f"{rows['source'].iloc[0].partition(',')[0]}; {' / '.join(m.replace('_', ' ') for m in rows['metric'].unique())}"
 

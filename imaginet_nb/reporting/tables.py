@@ -159,7 +159,7 @@ def column_alignment(
 def markdown_escape(
     text: str,
 ) -> str: # text that Markdown displays unchanged
-    "Escape what Markdown would take for a table border, emphasis or a tag."
+    "Escape characters that Markdown would read as a table border, emphasis or a tag."
     return re.sub(r"([\\|*<])", r"\\\1", text)
 
 def markdown_table(
@@ -197,7 +197,7 @@ def latex_table(
 MACHINE = ("git_commit", "git_dirty", "versions", "device", "threads", "bfloat16") # fields that say where a result was computed
 
 def _without_machine(record: Mapping[str, Any]) -> dict[str, Any]:
-    "What a result depends on: inputs, settings and the bytes themselves."
+    "The entries that a result depends on: inputs, settings and checksums."
     return {key: value for key, value in record.items() if key not in MACHINE}
 
 def write_provenance(
