@@ -420,11 +420,12 @@ def test_of_several_detectors_each_has_its_own_calibration(calibrated):
     assert result.exit_code == 0, result.output
     points = pd.read_csv(calibrated/"several"/"tables"/"operating_points.csv")
     assert points["detector"].unique().tolist() == ["Brightness meter"] and points["threshold"].notna().any()
-    lines = {name: next(line for line in result.output.splitlines() if line.startswith(f"- {name}: balanced")) for name in
+    lines = {name: next(line for line in result.output.splitlines() if f"- {name}: balanced" in line) for name in
              ("Other meter", "Brightness meter")}
     assert "a plain sigmoid: this detector has no calibration" in lines["Other meter"]
     assert "as in meter.json" in lines["Brightness meter"] and "were flagged" in lines["Brightness meter"]
     page = (calibrated/"several"/"index.html").read_text()
+    assert "<li>Brightness meter at 1.0%: " in page
     assert "Not in the table, for lack of a calibration: Other meter." in page and page.count("was not checked") == 1
 
 

@@ -407,7 +407,7 @@ def _operating_blocks(
                          "and synthetic images gives one, or `imaginet calibrate`, whose file goes with `--calibration`.")]
     table, caption = tables["operating_points"]
     wanted = [c for c in OPERATING_COLUMNS if c.startswith(("rate", "threshold", "empirical", "tpr"))]
-    several = table["detector"].nunique() > 1
+    several = "leaderboard" in tables
     reading = reading_frame(text_frame(table[["detector", *wanted] if several else wanted]))
     places = table["detector"] + " at " + table["rate"] if several else "At " + table["rate"]
     notes = [f"{place}: {note}." for place, note in zip(places, table["note"], strict=True) if note]
