@@ -396,7 +396,8 @@ def calibrated(pictures) -> Path:
 
 def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
     "Those of the file, on scores that are those of `predict`; said in the terminal and on the page."
-    result = evaluate(calibrated, "--root", "set", "--detector", "meter:Meter", "--calibration", "meter.json", "--out", "own", "--workers", 0)
+    words = ("--detector", "meter:Meter", "--calibration", "meter.json", "--out")
+    result = evaluate(calibrated, "--root", "set", "--workers", 0, *words, "own")
     assert result.exit_code == 0, result.output
     stored = read_calibration(calibrated/"meter.json").calibration
     rows = pd.read_csv(calibrated/"own"/"predictions.csv").set_index("path").dropna(subset="logit")
@@ -407,7 +408,7 @@ def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
     for text in (result.output, (calibrated/"own"/"index.html").read_text()):
         assert "as in meter.json, fitted by imaginet calibrate on" in text and f"false positives, {100*share:.1f} % [" in text
         assert "crops of 32 x 32 pixels all over the picture, as it was for the calibration" in text and "was not checked" in text
-    result = imaginet(calibrated, "predict", "set", "--detector", "meter:Meter", "--calibration", "meter.json", "--no-views", "--out", "p.csv")
+    result = imaginet(calibrated, "predict", "set", "--no-views", *words, "p.csv")
     assert result.exit_code == 0, result.output
     theirs = pd.read_csv(calibrated/"p.csv").assign(path=lambda frame: frame["path"].str.removeprefix("set/")).set_index("path")
     assert np.allclose(theirs["probability"][rows.index], rows["probability"], atol=1e-5)
@@ -438,7 +439,8 @@ def test_of_several_detectors_each_has_its_own_calibration(calibrated):
     (["meter:Meter"], ["list"], "list.json: not a calibration of `imaginet calibrate`")])
 def test_a_calibration_that_does_not_fit_is_refused(calibrated, detectors, files, message):
     (calibrated/"list.json").write_text("[]")
-    words = [word for name in detectors for word in ("--detector", name)] + [word for name in files for word in ("--calibration", f"{name}.json")]
+    words = [word for name in detectors for word in ("--detector", name)]
+    words += [word for name in files for word in ("--calibration", f"{name}.json")]
     result = evaluate(calibrated, "--root", "set", *words, "--out", "refused", "--workers", 0)
     assert result.exit_code == 1 and message in result.output, result.output
     assert not (calibrated/"refused").exists()
