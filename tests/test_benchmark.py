@@ -25,6 +25,7 @@ from imaginet_nb.apps.benchmark import (
     summary,
     training_case,
 )
+from imaginet_nb.apps.plan import image_counts
 from imaginet_nb.core import load_profile, usable_precision
 from imaginet_nb.data.augmentation import Stage1
 from imaginet_nb.data.images import save
@@ -146,6 +147,26 @@ def test_the_gpu_profile_is_the_configuration_of_the_paper():
     assert gpu.sandbox is not None and gpu.sandbox.sides[0] >= gpu.data.crop_size
     crops = gpu.pretrain.epochs*4*gpu.sandbox.images//5 # four fifths are for training
     assert gpu.pretrain.epochs >= 15 and crops >= 60_000, "too few steps for a curve to flatten"
+
+
+@pytest.mark.parametrize("name", ["demo", "gpu", "paper"])
+def test_stage_2_has_the_steps_to_forget_where_its_running_statistics_started(name):
+    """Each step moves running statistics by a tenth: 0.9 to the number of steps is the share of the first ones that is left.
+
+    Those of the heads are 0 and 1, those of the backbone belong to crops. The profile gpu had 12 steps, and a share of 0.28."""
+    profile = load_profile(name)
+    images = image_counts(profile)["calibration"] - profile.evaluation.calibration_images
+    small = stages.small_stages(profile).calibrate
+    for settings, count in ((profile.calibrate, images), (small, profile.generalisation.train_images)):
+        assert 0.9**(settings.epochs*(count//settings.batch_size)) < 0.01, settings
+
+
+def test_wide_heads_do_not_begin_with_too_long_steps():
+    "Adam moves each weight by the learning rate at first, so an output moves by the rate times the width: the rule of the profiles."
+    for name in ("demo", "gpu", "paper"):
+        profile = load_profile(name)
+        features = create_backbone(profile.model.name, profile.model.width).num_features
+        assert profile.calibrate.learning_rate*features <= 1.1, name # demo 0.26, paper 0.2; the profile gpu had 4.1
 
 
 @pytest.fixture
