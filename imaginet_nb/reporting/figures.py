@@ -386,7 +386,7 @@ def training_sentences(
     table: pd.DataFrame, # from `training_history`
 ) -> list[str]: # for each detector its losses, then the accuracies of its features
     "What stage 1 of each detector reached, in sentences."
-    told = []
+    told: list[str] = []
     for detector, rows in table[table["stage"].eq(1)].groupby("detector", sort=False):
         last = rows.iloc[-1]
         both = pd.notna(last.get("loss_origin"))
