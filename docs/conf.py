@@ -1,4 +1,4 @@
-"""Settings of Sphinx for the site that `make docs` builds. Nothing on it is fetched from elsewhere: it is read offline."""
+"""Sphinx settings for the site that `make docs` builds. The site loads nothing from the network, so it can be read offline."""
 import html
 import json
 import re
@@ -19,7 +19,7 @@ html_static_path, html_css_files = ["static"], ["site.css"]
 html_title = f"{project} {release}"
 html_theme, html_show_sphinx, html_copy_source, html_show_sourcelink = "furo", False, False, False
 extensions = ["myst_nb"]
-exclude_patterns = ["reports/*/tables/*.md", "reports/audit/[a-z]*.md"] # tables, which pages offer as files
+exclude_patterns = ["reports/*/tables/*.md", "reports/audit/[a-z]*.md"] # tables, which the pages link to as files
 nb_execution_mode = "off"                  # outputs are those of the notebooks
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -27,23 +27,23 @@ suppress_warnings = ["myst.xref_missing", "myst.header", "mystnb.unknown_mime_ty
 
 
 def mathml(block):
-    "Formulas as MathML, which browsers show by themselves; Sphinx's own way loads a script from the network."
+    "Formulas as MathML, which browsers display natively; Sphinx's default loads a script from the network."
     def visit(translator, node):
-        formula = re.sub(r"\\[bB]ig+[lr]?(?![a-z])", "", node.astext()) # the converter does not know sizes of brackets
+        formula = re.sub(r"\\[bB]ig+[lr]?(?![a-z])", "", node.astext()) # the converter does not support bracket sizes
         translator.body.append(tex2mathml(formula, as_block=block))
         raise nodes.SkipNode
     return visit, None
 
 
 def add_excerpts(app, pagename, templatename, context, doctree):
-    "The search page, and no other, loads the texts of all pages."
+    "Only the search page loads the texts of all pages."
     if pagename == "search":
         for name in ("excerpts.js", "search.js"): app.add_js_file(name, loading_method="defer") # after Sphinx's own scripts
 
 
 @cache
 def titles(app):
-    "The table of contents of each page without the headings below its title, which the menu does not show."
+    "The table of contents of each page, without the headings below its title, which the menu does not show."
     tocs = {name: toc.deepcopy() for name, toc in app.env.tocs.items()}
     for entry in (entry for toc in tocs.values() for entry in toc if len(entry) > 1):
         below = list(entry.findall(addnodes.toctree))
@@ -53,7 +53,7 @@ def titles(app):
 
 
 def write_menu_from_titles(app, pagename, templatename, context, doctree):
-    "The menu holds all pages, on every page: Sphinx would copy all headings of the site for each, half of the time of a build."
+    "Every page has a menu of all pages. By default, Sphinx copies all headings of the site to each, in half of the build time."
     whole = context["toctree"]
     def menu(**options):
         everything, app.env.tocs = app.env.tocs, titles(app)
@@ -63,10 +63,10 @@ def write_menu_from_titles(app, pagename, templatename, context, doctree):
 
 
 def text_of(page):
-    "The text of a finished page, without its code marks and headings' anchors."
+    "The text of a finished page, without markup and the anchors of headings."
     article = re.search(r"<article[^>]*>(.*)</article>", page, re.S)
     text = re.sub(r'<(script|style|math|svg)\b.*?</\1>|<a class="headerlink".*?</a>', " ", article[1] if article else "", flags=re.S)
-    text = re.sub(r"</?(span|a|code|em|strong)\b[^>]*>", "", text) # these stand within words
+    text = re.sub(r"</?(span|a|code|em|strong)\b[^>]*>", "", text) # these occur inside words
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
 
 

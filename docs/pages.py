@@ -2,8 +2,8 @@
 
     python docs/pages.py FOLDER     # then: sphinx-build -c docs FOLDER OUT; `make docs` does both
 
-The folder has the layout of the repository, so relative links hold. API pages are read off the source text: a signature,
-the comment beside each parameter, the first line of the docstring. Nothing of the library is imported for them.
+The folder has the layout of the repository, so relative links work. API pages are made from the source text: the signature,
+the docstring and the comment after each parameter. The library is not imported for them.
 """
 import ast
 import copy
@@ -30,13 +30,13 @@ FILES = ("reports/**/*.csv", "reports/**/*.tex", "reports/**/*.md", "reports/**/
          "data/*.csv", "profiles/*.yaml", "LICENSE", "Snakefile", "Makefile") # what the pages show or link to
 TUTORIALS = ("00_imaginet_in_one_sitting", "score_my_pictures", "score_my_detector", "bring_my_data_set", "change_things",
              "many_machines", "make_it_fast", "paper_and_code", "what_is_fitted_on_what") # in reading order; a new one comes last
-UNWANTED = ("checkpoints", "predictions", "manifests", "notebooks", "logs") # parts of a report that a run leaves, not kept
+UNWANTED = ("checkpoints", "predictions", "manifests", "notebooks", "logs") # parts of a report that the site leaves out
 KEPT_REPORTS = (("demo",), ("audit",), ("published",), ("benchmark",), ("README.md",))
 PRIVATE = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
 
 
 def notebooks(pattern: str) -> list[Path]:
-    "Notebooks of the repository, but not the one that the README is made from."
+    "Notebooks of the repository, except the one from which the README is made."
     return [p for p in sorted((ROOT/"nbs").glob(pattern)) if p.name != "index.ipynb"]
 
 
@@ -46,7 +46,7 @@ def library() -> list[Path]:
 
 
 def module_of(notebook: Path) -> str:
-    "Module that a library notebook exports, such as data.manifest: folder and file name without their numbers."
+    "The module that a library notebook exports, such as data.manifest: folder and file name without their numbers."
     return ".".join(part.partition("_")[2] for part in notebook.relative_to(ROOT/"nbs").with_suffix("").parts)
 
 
@@ -58,13 +58,13 @@ def title_and_question(notebook: Path) -> tuple[str, str]:
 
 
 def chapters() -> dict[str, str]:
-    "Folder of a chapter -> what one finds there, as in the table of the README."
+    "Folder of a chapter -> its description in the table of the README."
     rows = re.findall(r"^\| \[\w+\]\(nbs/(\d\d_\w+)\) \| (.+) \|$", (ROOT/"README.md").read_text(encoding="utf-8"), re.M)
     return dict(rows)
 
 
 def number_of(notebook: Path) -> str:
-    "Chapter and place in it: 3.1 for nbs/03_training/01_processes.ipynb."
+    "Number of the chapter and of the notebook in it: 3.1 for nbs/03_training/01_processes.ipynb."
     return ".".join(str(int(part[:2])) for part in notebook.relative_to(ROOT/"nbs").parts)
 
 
@@ -82,7 +82,7 @@ def shown_cell(cell: dict) -> dict | None:
 
 
 def copy_notebook(path: Path, target: Path) -> None:
-    "A notebook for the site; of a pipeline notebook, the copy that `make reproduce` has executed, if there is one."
+    "Copy a notebook to the site; for a pipeline notebook, the copy that `make reproduce` has executed, if there is one."
     executed = ROOT/"reports"/"demo"/"notebooks"/path.name
     notebook = json.loads((executed if executed.is_file() else path).read_text(encoding="utf-8"))
     cells = [shown for cell in notebook["cells"] if (shown := shown_cell(cell))]
@@ -91,7 +91,7 @@ def copy_notebook(path: Path, target: Path) -> None:
         cells.insert(1, {"cell_type": "markdown", "id": "not-run", "metadata": {}, "source": note})
     if path in library():
         page = os.path.relpath(ROOT/"api"/f"{module_of(path)}.md", path.parent)
-        names = f"Its public names: [`imaginet_nb.{module_of(path)}`]({page})."
+        names = f"API of this module: [`imaginet_nb.{module_of(path)}`]({page})."
         cells.insert(1, {"cell_type": "markdown", "id": "names", "metadata": {}, "source": names})
     metadata = {k: v for k, v in notebook["metadata"].items() if k in ("kernelspec", "language_info")}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def copy_notebook(path: Path, target: Path) -> None:
 
 
 def comments_of(source: str) -> dict[int, str]:
-    "Line number -> the comment at its end."
+    "Line number -> the comment at the end of the line."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT and t.line[:t.start[1]].strip()}
 
@@ -116,7 +116,7 @@ def parameters(function: ast.FunctionDef, comments: dict[int, str]) -> Iterator[
 
 
 def signature(function: ast.FunctionDef) -> str:
-    "Parameters and defaults; types stand in the table."
+    "Parameters and defaults; the types are in the table."
     arguments = copy.deepcopy(function.args)
     for arg in ast.walk(arguments):
         if isinstance(arg, ast.arg): arg.annotation = None
@@ -124,8 +124,8 @@ def signature(function: ast.FunctionDef) -> str:
 
 
 def table(rows: list[tuple[str, str, str]]) -> list[str]:
-    "Name, type and meaning as a Markdown table; nothing for no rows."
-    def safe(text: str) -> str: # marks of Markdown count outside code only
+    "Name, type and meaning as a Markdown table; nothing if there are no rows."
+    def safe(text: str) -> str: # Markdown syntax has to be escaped only outside code
         parts = text.replace("|", r"\|").split("`")
         return "`".join(re.sub(r"([<*])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
     def code(text: str) -> str: return f"`{text}`".replace("|", r"\|") if text else ""
@@ -134,7 +134,7 @@ def table(rows: list[tuple[str, str, str]]) -> list[str]:
 
 
 def entry(kind: str, name: str, body: list[str], fence: str = ":::") -> list[str]:
-    "A directive of Sphinx, so that the name is in the index and found by the search."
+    "A Sphinx directive, so that the name is in the index and can be found by the search."
     return [f"{fence}{{py:{kind}}} {name}", "", *body, fence, ""]
 
 
@@ -149,7 +149,7 @@ def function_entry(node: ast.FunctionDef, comments: dict[int, str], kind: str = 
 
 
 def class_entry(node: ast.ClassDef, comments: dict[int, str]) -> list[str]:
-    "One class: what it is made from, its fields, its methods."
+    "One class: its fields, the parameters of its constructor, its methods."
     methods = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
     fields = [(ast.unparse(f.target), ast.unparse(f.annotation), comments.get(f.lineno, ""))
               for f in node.body if isinstance(f, ast.AnnAssign)]
@@ -182,7 +182,7 @@ def api_page(notebook: Path) -> str:
             found[name] = lines
     public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
     link = f"[{notebook.stem}](../{notebook.relative_to(ROOT).as_posix()})"
-    head = [f"# imaginet_nb.{module}", "", f"Explained and tried in the notebook {link}.", "",
+    head = [f"# imaginet_nb.{module}", "", f"Explained and tested in the notebook {link}.", "",
             f"```{{py:module}} imaginet_nb.{module}", "```", ""]
     return "\n".join([*head, *(line for name in public for line in found.get(name, []))])
 
@@ -199,7 +199,7 @@ def command_page() -> str:
 
 
 def site_markdown(path: Path) -> str:
-    "A document for the site. A link within it stays one, and a link to Markdown that is no page of the site becomes a download."
+    "A document for the site. Links within it stay links; a link to a Markdown file that is not a page of the site becomes a download."
     def linked(match: re.Match[str]) -> str:
         text, target = match.groups()
         if target.startswith("#"): return f'<a href="{target}">{text}</a>' # MyST would look for a function of that name
@@ -212,26 +212,26 @@ def site_markdown(path: Path) -> str:
 
 
 def toctree(pages: list[str], caption: str = "") -> str:
-    "A part of the menu, which folds away what is below its pages."
+    "A part of the menu; what is below its pages is collapsed."
     options = [":hidden:", *([f":caption: {caption}"] if caption else [])]
     return "\n".join(["```{toctree}", *options, "", *pages, "```", ""])
 
 
 def folder_page(title: str, text: str, entries: list[tuple[str, str, str]]) -> str:
-    "A page for a folder: (title, path from here, sentence) of each of its pages."
+    "A page for a folder; `entries` gives the title, the path from here and a sentence for each page in it."
     shown = [f"- [{name}]({path}): {sentence}" if sentence else f"- [{name}]({path})" for name, path, sentence in entries]
     return "\n".join([f"# {title}", "", text, "", *shown, "", toctree([f"{name} <{path}>" for name, path, _ in entries])])
 
 
 def chapter_page(folder: str, text: str) -> str:
-    "A chapter of the library: what it is about, and the question that each notebook answers."
+    "The page of a chapter: its subject, and the question that each notebook answers."
     paths = notebooks(f"{folder}/[0-9]*.ipynb")
     entries = [(f"{number_of(path)} {(about := title_and_question(path))[0]}", path.name, about[1]) for path in paths]
     return folder_page(f"{int(folder[:2])} {folder[3:].capitalize()}", text[0].upper() + text[1:] + ".", entries)
 
 
 def pipeline_page() -> str:
-    "The notebooks of the pipeline, of which the site shows the executed copies."
+    "The page of the pipeline notebooks; the site shows their executed copies."
     entries = [(title_and_question(path)[0], path.name, "") for path in notebooks("pipelines/p*.ipynb")]
     return folder_page("Demo: executed notebooks", "One notebook per item of the paper, in the order in which they run. "
                        "Each shows the tables and figures that it writes. All numbers are about the sandbox, not about ImagiNet.", entries)
@@ -240,12 +240,12 @@ def pipeline_page() -> str:
 def api_index() -> str:
     "All modules, by package."
     entries = [(module_of(path), f"{module_of(path)}.md", title_and_question(path)[1]) for path in library()]
-    return folder_page("API: all public names", "Signatures, types and the comment beside each parameter, read off the source text.",
+    return folder_page("API: all public names", "Signatures, types and the comment after each parameter, taken from the source text.",
                        entries)
 
 
 def benchmark_page() -> str:
-    "Times beside a plain baseline: the ratios first, then what lies behind them."
+    "Times compared with a plain baseline: first the ratios, then the details."
     tables = ROOT/"reports"/"benchmark"/"tables"
     def rows_of(name: str) -> list[dict[str, str]]: return list(csv.DictReader((tables/f"{name}.csv").open(encoding="utf-8")))
     def time(text: str) -> str: return f"{float(text):,.3g}" if float(text) < 1000 else f"{float(text):,.0f}"
@@ -254,12 +254,12 @@ def benchmark_page() -> str:
     machine = [f"| {row['fact']} | {row['value']} |" for row in rows_of("machine")]
     files = " · ".join(f"[{path.stem}](<path:tables/{path.name}>)" for path in sorted(tables.glob("*.csv")))
     return "\n".join([
-        "# Benchmark: every stage beside a plain baseline", "",
-        "How many times faster each stage is than the plain way of computing the same, on one machine. "
-        "`make bench` measures it on another one.", "", "![Ratios to the plain baseline](figures/ratios.png)", "",
-        "| stage | time | plain way | unit | times as fast |", "|---|---:|---:|---|---:|", *ratios, "",
+        "# Benchmark: every stage compared with a plain baseline", "",
+        "How many times faster each stage is than a plain implementation of the same computation, measured on one machine. "
+        "`make bench` measures this on yours.", "", "![Ratios to the plain baseline](figures/ratios.png)", "",
+        "| stage | time | plain baseline | unit | times as fast |", "|---|---:|---:|---|---:|", *ratios, "",
         "## Inference", "", "![Times of inference](figures/inference.png)", "",
-        "## Memory of training", "", "![Memory](figures/memory.png)", "",
+        "## Memory needed for training", "", "![Memory](figures/memory.png)", "",
         "## The machine", "", "| | |", "|---|---|", *machine, "", "## More", "",
         "[How it became faster, step by step](../../nbs/tutorials/make_it_fast.ipynb).", "",
         f"All tables: {files}.", ""])
@@ -280,7 +280,7 @@ def gather(folder: Path) -> None:
             (folder/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder/name)
     documents = [name for name in DOCUMENTS if (ROOT/name).is_file()]
-    for name in documents: # the pages of the pipeline show the executed copies
+    for name in documents: # the pipeline's pages show the executed copies
         write(folder/name, site_markdown(ROOT/name).replace("](notebooks/", "](../../nbs/pipelines/"))
     groups = notebooks("tutorials/*.ipynb"), library(), notebooks("pipelines/p*.ipynb")
     for path in itertools.chain(*groups): copy_notebook(path, folder/path.relative_to(ROOT))
@@ -295,12 +295,12 @@ def gather(folder: Path) -> None:
              "Results": ["Demo: tables and figures <reports/demo/README.md>", "nbs/pipelines/index.md",
                          "Benchmark: times <reports/benchmark/README.md>", "Audit of ImagiNet's lists <reports/audit/README.md>",
                          "Published numbers <reports/published/README.md>", "reports/demo/model_card.md", "reports/demo/data_card.md",
-                         "Where each item is <reports/README.md>"],
+                         "Files of each paper item <reports/README.md>"],
              "Tutorials": others,
              "Library": ["0 Core <nbs/00_core.ipynb>", *(f"nbs/{name}/index.md" for name in about)],
              "Reference": ["api/index.md", "api/commands.md", "data/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
                            "genindex"]}
-    # a folder of notebooks has a page of its own here
+    # on the site, each folder of notebooks has its own page
     readme = (ROOT/"README.md").read_text(encoding="utf-8").replace("](reports/demo/notebooks)", "](nbs/pipelines)")
     readme = re.sub(r"\]\((nbs/\w+)\)", r"](\1/index.md)", readme)
     write(folder/"index.md", readme + "\n" + "\n".join(toctree(pages, caption) for caption, pages in parts.items()))

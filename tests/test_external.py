@@ -322,7 +322,7 @@ def test_the_published_calibration_is_a_logistic_regression_on_the_listed_images
     theirs.fit(part[["logit"]].to_numpy(), part["origin"] == "synthetic")
     expected = expit(theirs.decision_function(predictions[["logit"]].to_numpy()))
     assert np.allclose(calibrated_on(predictions, paths.tolist())["probability"], expected, atol=1e-4)
-    with pytest.raises(ValueError, match="to be calibrated on, but not predicted"): calibrated_on(predictions[:100], paths.tolist())
+    with pytest.raises(ValueError, match="needed for the calibration, but not predicted"): calibrated_on(predictions[:100], paths.tolist())
 
 
 def test_reals_of_two_lists_are_redrawn_together():

@@ -233,7 +233,7 @@ def test_calibration_is_the_same_in_any_unit(factor, shift):
 
 
 def test_default_calibration_never_sees_the_test_images():
-    with pytest.raises(ValueError, match="scored and calibrated on"): calibrated(PREDICTIONS, PREDICTIONS)
+    with pytest.raises(ValueError, match="both scored and used for the fit"): calibrated(PREDICTIONS, PREDICTIONS)
     wrong = PREDICTIONS.assign(origin=np.where(PREDICTIONS["origin"] == "real", "synthetic", "real"))
     pd.testing.assert_series_equal(calibrated(wrong, TRAINING)["probability"], calibrated(PREDICTIONS, TRAINING)["probability"])
     assert not np.allclose(as_published(PREDICTIONS, 0)["probability"], calibrated(PREDICTIONS, TRAINING)["probability"])

@@ -5,8 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
 
 from imaginet_nb.core import repo_root
+from imaginet_nb.data.labels import FAMILIES
+from imaginet_nb.detectors.protocol import DETECTORS
 
 ROOT = repo_root()
 RECIPES = ROOT/"nbs"/"tutorials"/"change_things.ipynb"
@@ -52,6 +59,33 @@ def test_a_family_is_added_by_the_two_lines_of_the_recipe(tmp_path):
     found = json.loads(result.stdout)
     assert found["families"][-1] == found["family"] == "Flow" and len(found["families"]) == found["outputs"] == 5
     assert found["classes"] == [4, 0, 5] and found["columns"][-1] == "p_Flow" and found["loss"] > 0
+
+
+def test_a_metric_is_added_by_the_line_of_the_recipe(monkeypatch):
+    "Tables of detectors, of differences and of the metadata-only baselines have it, each with an interval."
+    source = (ROOT/"imaginet_nb"/"evaluation"/"detection.py").read_text(encoding="utf-8")
+    line = next(re.findall(r'^    "fpr": .+$', cell, re.M) for cell in sources("markdown") if '"fpr": ' in cell)[0]
+    head, last, rest = source.partition("auc_statistic(synthetic, score)}\n")
+    module = types.ModuleType("imaginet_nb.evaluation.with_a_metric")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.__package__ = "imaginet_nb.evaluation"
+    exec(f"from .metrics import recall_statistic\n{head}auc_statistic(synthetic, score),\n{line}}}\n{rest}", module.__dict__)
+
+    draw, origin = np.random.default_rng(0), np.repeat(["real", "synthetic"], 80)
+    images = pd.DataFrame({"path": [f"{i}.{'png' if i % 3 else 'jpg'}" for i in range(160)], "error": None, "origin": origin,
+                           "generator_family": ["real"]*80 + list(FAMILIES)*20,
+                           "content_type": ["photos", "faces"]*80, "group": list(FAMILIES)*40})
+    logits = [draw.normal(1.0*(origin == "synthetic")) for _ in DETECTORS]
+    predictions = pd.concat([images.assign(detector=name, logit=logit, probability=1/(1 + np.exp(-logit)))
+                             for name, logit in zip(DETECTORS, logits, strict=True)], ignore_index=True)
+    table = module.detection_table(predictions, "family", 50, 0, missing={"Other": "not run: no weights"})
+    differences, metadata = module.difference_rows(predictions, "family", 50, 0), module.metadata_rows(predictions, "family", 50, 0)
+    rates = [[(logit[:80][images["group"][:80].eq(family)] > 0).mean() for family in FAMILIES] for logit in logits]
+    for name, expected in zip(DETECTORS, rates, strict=True):
+        rows = table[table["detector"].eq(name)]
+        assert rows["fpr"].tolist() == pytest.approx([*expected, np.mean(expected)]) and (rows["fpr_low"] <= rows["fpr"]).all()
+    assert differences["fpr"].tolist()[:-1] == pytest.approx(np.subtract(*rates)) and metadata["fpr"].notna().all()
+    assert table.loc[table["detector"].eq("Other"), "fpr"].isna().all()
 
 
 def test_every_name_in_the_recipes_is_in_the_library():

@@ -1,5 +1,5 @@
-// Search page: one result per page, with an excerpt. Sphinx fetches a page for its excerpt, which browsers refuse for files
-// without a server, so the texts come from excerpts.js, which docs/conf.py writes.
+// Search page: one result per page, with an excerpt. Sphinx fetches each page for its excerpt, which browsers refuse for local
+// files, so the texts come from excerpts.js, which docs/conf.py writes.
 "use strict";
 
 const EXCERPT = 240; // characters

@@ -32,7 +32,7 @@ from ..reporting.tables import INTERVAL_NOTE, LABELS, interval_text, markdown_ta
 def _beside(
     result: Path, # table or figure of a report
 ) -> str: # Markdown
-    "The file that a card shows, its provenance, and the command that makes it again."
+    "The file that a card shows, its provenance, and the command that reproduces it."
     place, record = result.parent.name, result.with_suffix(".provenance.json")
     if not record.is_file(): return f"[{result.name}]({place}/{result.name})"
     origin = origin_text(json.loads(record.read_text(encoding="utf-8")))
@@ -94,7 +94,7 @@ def _shortcuts(
 def validate_card(
     card: RepoCard, # a `ModelCard` or `DatasetCard`
 ) -> None:
-    "Check a card's front matter without a network. Raises `ValueError` for unreadable YAML, no licence, an unnamed one, or no tags."
+    "Check a card's front matter without a network. Raises `ValueError` for unreadable YAML, a missing or unnamed licence, or missing tags."
     data = type(card)(str(card)).data.to_dict()
     if not isinstance(data.get("license"), str): raise ValueError("the card's front matter names no license")
     if data["license"] == "other" and not data.get("license_name"): raise ValueError("license: other needs a license_name")
@@ -126,7 +126,7 @@ def data_card(
     profile: Profile, # that the report belongs to
     audit: str | Path | None = None, # audit of the published lists; None = reports/audit
 ) -> DatasetCard: # `str(card)` is its Markdown
-    "What the images of a profile are, what they are for, and which shortcuts they hold."
+    "Describe the images of a profile, their intended use and their shortcuts."
     report, audit = Path(report), Path(audit) if audit is not None else repo_root()/"reports"/"audit"
     folder = report/"tables"
     captions = {"composition": "Formats and contents of real images and of each family.", "metadata_baseline": "Metadata-only baselines."}
@@ -270,7 +270,7 @@ def model_card(
     report: str | Path, # reports/<profile>, with its tables
     profile: Profile, # that both belong to
 ) -> ModelCard: # `str(card)` is its Markdown
-    "What a detector is, how it was trained, what it can do and where it fails. Raises `ValueError` if it has another profile."
+    "Describe a detector, its training, its results and its limits. Raises `ValueError` if it belongs to another profile."
     checkpoint, tables = Path(checkpoint), Path(report)/"tables"
     header = read_header(checkpoint)
     if header.get("profile") not in (None, profile.name):
@@ -386,7 +386,7 @@ def findings(
     report: str | Path, # reports/<profile>, with its tables
     profile: Profile,
 ) -> list[Finding]: # a finding whose table is missing is left out
-    "What a reader should know before any table, computed from the tables."
+    "Main findings of a report, computed from its tables."
     tables = Path(report)/"tables"
     found: list[Finding] = []
     if (tables/"detection_by_family.csv").is_file():

@@ -474,7 +474,7 @@ def _leaderboard(
     first = next(iter(frames))
     rows: list[dict[Any, Any]] = []
     for row in table[table["group"].eq(MEAN)].drop(columns="group").to_dict("records"):
-        acc, auc = mean_over_groups(values[row["detector"]] - values[first])[0]
+        acc, auc = mean_over_groups(values[row["detector"]] - values[first])[0][:2]
         own = {f"difference_{name}{end}": np.nan for name in ("acc", "auc") for end in ("", "_low", "_high")}
         differences = own if row["detector"] == first else metric_cells(difference_acc=acc, difference_auc=auc)
         note = join_notes(row.pop("note"), "differences are to this one" if row["detector"] == first else "")

@@ -49,7 +49,7 @@ def file_state(
 def flat(
     settings: Mapping[str, Any], # sections of a profile
 ) -> dict[str, Any]: # `section.key` -> value
-    "A profile with one level."
+    "Flatten a profile to one level."
     values: dict[str, Any] = {}
     for key, value in settings.items():
         values |= {f"{key}.{name}": item for name, item in flat(value).items()} if isinstance(value, Mapping) else {key: value}

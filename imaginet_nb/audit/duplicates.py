@@ -44,7 +44,7 @@ def near_pairs(
 DUPLICATE_COLUMNS = ("kind", "group", "path", "split", "origin", "content_type", "generator")
 
 def _near_groups(hashes: pd.Series, max_distance: int) -> np.ndarray: # hexadecimal -> group number of each
-    "Chains of near hashes."
+    "Group hashes that are linked by a chain of near pairs."
     distinct, position = np.unique(hashes.to_numpy(str), return_inverse=True)
     pairs = near_pairs(np.array([int(h, 16) for h in distinct], np.uint64), max_distance)
     graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(distinct),)*2)
@@ -52,9 +52,9 @@ def _near_groups(hashes: pd.Series, max_distance: int) -> np.ndarray: # hexadeci
 
 # %% ../../nbs/06_audit/02_duplicates.ipynb #34c09403
 def duplicates(
-    images: pd.DataFrame, # of `read_properties`; files without a hash are left out
+    images: pd.DataFrame, # from `read_properties`; files without a hash are left out
     max_distance: int = 4, # bits of 64 by which near duplicates may differ
-) -> pd.DataFrame: # `DUPLICATE_COLUMNS`; one row per image that shares its group
+) -> pd.DataFrame: # `DUPLICATE_COLUMNS`; one row per image that has a duplicate
     "Groups of images with the same pixels (exact), and with nearly the same perceptual hash (near)."
     usable, found = images.dropna(subset=["pixel_hash", "perceptual_hash"]), []
     for kind in ("exact", "near"):
@@ -66,7 +66,7 @@ def duplicates(
 
 # %% ../../nbs/06_audit/02_duplicates.ipynb #df84d48f
 def duplicate_table(
-    found: pd.DataFrame, # of `duplicates`
+    found: pd.DataFrame, # from `duplicates`
 ) -> pd.DataFrame: # kind, splits, groups, images, surplus (images beyond one per group), mixed_origin (groups with real and synthetic)
     "Duplicates within each split and across splits."
     rows = []

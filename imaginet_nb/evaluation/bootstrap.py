@@ -22,7 +22,7 @@ from .metrics import Statistic
 BLOCK = 1 << 17 # weights per block; small enough for the cache
 
 def resample_counts(
-    strata: Any, # `(n,)` integer codes; each stratum is resampled within itself
+    strata: Any, # `(n,)` integer codes; each stratum is resampled separately
     n_resamples: int, # R
     generator: np.random.Generator,
 ) -> Iterator[np.ndarray]: # blocks `(r, n)` of how often each image was drawn; the r add up to R
@@ -108,7 +108,7 @@ _Part = TypeVar("_Part")
 def of_detector(
     parts: Mapping[str, _Part], # detector -> anything
     name: str, # detector
-    what: str, # that there is of each detector; used in the message
+    what: str, # what the entries are; used in the message
 ) -> _Part:
     "The entry of one detector. Raises `ValueError` if there is none."
     if name not in parts: raise ValueError(f"no {what} of {name!r}; there are some of {', '.join(parts)}")
@@ -158,11 +158,11 @@ def restrict(
     return lambda weights: statistic(np.take(weights, rows, axis=1))
 
 def estimates(
-    strata: Any, # `(n,)` labels; each stratum is resampled within itself
+    strata: Any, # `(n,)` labels; each stratum is resampled separately
     statistics: Sequence[Statistic], # S
     resamples: int, # R
     seed: int,
-) -> np.ndarray: # `(S, 1 + R)`: value on the images as they are, then on the resamples; NaN without images
+) -> np.ndarray: # `(S, 1 + R)`: value on the original images, then on the resamples; NaN without images
     "Values of several statistics and their resamples."
     codes, ones = pd.factorize(pd.Series(strata))[0], np.ones((1, len(strata)))
     with np.errstate(invalid="ignore"): # an empty group divides zero by zero
@@ -172,7 +172,7 @@ def estimates(
 
 # %% ../../nbs/07_evaluation/01_bootstrap.ipynb #af50319b
 def interval_cells(
-    **values: np.ndarray, # column -> `(1 + R,)` of `estimates`
+    **values: np.ndarray, # column -> `(1 + R,)` from `estimates`
 ) -> dict[str, float]: # columns `acc`, `acc_low`, `acc_high` for the argument `acc`
     "Values with their 95 % intervals; resamples without a value are left out."
     cells: dict[str, float] = {}
@@ -184,9 +184,9 @@ def interval_cells(
 
 def metric_cells(
     exact: Mapping[str, tuple[float, float]] = {}, # column -> interval by another method
-    **values: np.ndarray, # column -> `(1 + R,)` of `estimates`
-) -> dict[str, float]: # as of `interval_cells`
-    "Values with their 95 % intervals; where all resamples agree, the exact interval if there is one, else none (NaN)."
+    **values: np.ndarray, # column -> `(1 + R,)` from `estimates`
+) -> dict[str, float]: # as from `interval_cells`
+    "Values with their 95 % intervals; if all resamples agree, the exact interval if there is one, otherwise none (NaN)."
     cells = interval_cells(**values)
     for name in values:
         low, high = f"{name}_low", f"{name}_high"

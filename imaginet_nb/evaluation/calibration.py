@@ -27,11 +27,11 @@ from .bootstrap import by_detector, has_score, of_detector
 
 # %% ../../nbs/07_evaluation/02_calibration.ipynb #012b18c6
 class LeakError(ValueError):
-    "Images of a fit are also images of its test, or of another fit."
+    "Images of a fit are also in its test set, or in another fit."
 
 def check_disjoint(
     images: pd.DataFrame, # manifest of the images of the fit
-    others: Mapping[str, pd.DataFrame], # what they are, such as test -> manifest
+    others: Mapping[str, pd.DataFrame], # name, such as test -> manifest
     root: str | Path, # folder of all of them
 ) -> str: # fingerprint of the paths and contents of `images`
     "Raise `LeakError` if an image of the fit is among the others under any name, or if an image cannot be read."
@@ -118,9 +118,9 @@ class Calibration:
     intercept: float
     thresholds: Mapping[str, float | None] # false-positive rate, as text -> probability above which an image is flagged
     n: int                                 # images of the fit
-    n_real: int                            # real images among them; the thresholds are theirs
+    n_real: int                            # real images among them, which give the thresholds
     data: str = ""                         # fingerprint of these images
-    misses: Mapping[str, float | None] = field(default_factory=dict) # false-negative rate -> probability below which it is real
+    misses: Mapping[str, float | None] = field(default_factory=dict) # false-negative rate -> probability below which an image is real
 
     @property
     def real_only(self) -> bool: # then `probability` is a plain sigmoid, and `misses` is empty
@@ -152,15 +152,15 @@ def fit_real(
     logit: Any, # `(n,)` of real images outside the test set
     data: str = "", # fingerprint of the images
 ) -> Calibration:
-    """Thresholds from real images alone. The logit is taken for the log-odds, since one class says nothing of probabilities.
+    """Thresholds from real images alone. The logit is used as the log-odds, since one class does not determine probabilities.
 
-    Raises `ValueError` if a threshold is 0 or 1, where the sigmoid no longer tells logits apart.
+    Raises `ValueError` if a threshold is 0 or 1, where the sigmoid no longer distinguishes logits.
     """
     logit = np.asarray(logit, dtype=float)
     thresholds = _thresholds(expit(logit))
     if {0.0, 1.0} & set(thresholds.values()):
         raise ValueError(f"the logits of the real images, {logit.min():.4g} to {logit.max():.4g}, are so large that their sigmoid is "
-                         "0 or 1, which is no threshold; add synthetic images, by which the logit is scaled, or let the "
+                         "0 or 1, which is not a usable threshold; add synthetic images, so that the fit scales the logit, or let the "
                          "detector divide its logits")
     return Calibration("none", 1.0, 0.0, thresholds, len(logit), len(logit), data)
 
@@ -180,7 +180,7 @@ def fit_calibration(
 
 # %% ../../nbs/07_evaluation/02_calibration.ipynb #03160b3b
 def calibration_of(
-    detector: Any, # with a `header`, as `load_detector` makes it; any other detector has none
+    detector: Any, # with a `header`, as returned by `load_detector`; any other detector has none
 ) -> Calibration | None:
     "The calibration in a detector's header; None if there is none."
     stored = getattr(detector, "header", {}).get("probability")
@@ -235,7 +235,7 @@ def calibrated(
         images = of_detector(frames, name, "calibration predictions")
         shared = overlap(images, predictions[predictions["detector"].eq(name)])
         if len(shared):
-            raise ValueError(f"{shared['path'].iloc[0]} is scored and calibrated on ({len(shared)} in all); see "
+            raise ValueError(f"{shared['path'].iloc[0]} is both scored and used for the fit ({len(shared)} in all); see "
                              "as_published")
         fits[name] = fit_detector(images)
     return with_probabilities(predictions, fits)

@@ -43,7 +43,7 @@ def check_features(
 
 # %% ../../nbs/07_evaluation/08_embedding.ipynb #dde8fd4b
 def _store_compiled() -> None:
-    "Let numba store what it compiles for UMAP, which takes longer than most maps: later processes load it."
+    "Let numba store the code that it compiles for UMAP, for later processes: compiling takes longer than most maps."
     from numba.core.dispatcher import Dispatcher
     from umap import distances, layouts, spectral, umap_, utils
     for module in (distances, layouts, spectral, umap_, utils):
@@ -136,9 +136,9 @@ def train_relational(
     period: int, # epochs of the cosine schedule
     batch_size: int = 250,
     lr: float = 1e-3, # Adam
-    seed: int = 42, # first weights and order
+    seed: int = 42, # initial weights and order
 ) -> tuple[RelationalAutoencoder, pd.DataFrame]: # trained network; one row per epoch
-    "Train one autoencoder; the same seed gives the same first weights whatever `alpha` is."
+    "Train one autoencoder; the same seed gives the same initial weights whatever `alpha` is."
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = RelationalAutoencoder(x.shape[1]).to(x.device)
@@ -163,7 +163,7 @@ def train_relational(
 class RelationalMap(NamedTuple):
     "Result of `fit_relational_autoencoder`."
     points: np.ndarray # (N, 2) float32
-    alpha: float # weight of the distances that was chosen
+    alpha: float # chosen weight of the distances
     history: pd.DataFrame # columns phase (search, final), alpha, epoch, loss, selection_error
 
 # %% ../../nbs/07_evaluation/08_embedding.ipynb #c35bedd5
@@ -177,7 +177,7 @@ def fit_relational_autoencoder(
     seed: int = 42,
     device: str | torch.device = "cpu",
 ) -> RelationalMap:
-    "The feature map of the paper (Figure 2): select alpha, train, compute the plane."
+    "The feature map of the paper (Figure 2): select alpha, train, compute the coordinates."
     x = torch.as_tensor(normalize(check_features(features)), device=device)
     common: dict[str, Any] = dict(period=epochs, batch_size=batch_size, lr=lr, seed=seed)
     tried = [train_relational(x, alpha, search_epochs, **common)[1] for alpha in progress(alphas, "choosing alpha")]

@@ -26,7 +26,7 @@ from .metrics import Statistic, macro_auc_statistic, recall_statistic
 def identification_statistics(
     images: pd.DataFrame, # predictions for synthetic images
 ) -> list[Statistic]: # recall of the four families, then macro AUC
-    "What is measured in the identification track."
+    "Statistics of the identification track."
     truth = images["generator_family"].map({family: k for k, family in enumerate(FAMILIES)}).to_numpy(int)
     correct = images["predicted_family"].eq(images["generator_family"]).to_numpy()
     recalls = [recall_statistic(correct, truth == k) for k in range(len(FAMILIES))]
@@ -82,7 +82,7 @@ def _rows(
 def identification_table(
     predictions: pd.DataFrame,
     setting: str, # what was done to the images, such as perturbed or clean
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `IDENTIFICATION_COLUMNS`; the four families and their mean
     "Recall of each family and macro AUC (Table 7 of the paper)."
@@ -94,7 +94,7 @@ def identification_table(
 def identification_difference_rows(
     predictions: pd.DataFrame, # of at least both detectors
     setting: str, # as in the table
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # that of the table, so that the resamples agree
     pair: Sequence[str] = DETECTORS, # two detectors
 ) -> pd.DataFrame: # `IDENTIFICATION_COLUMNS`, to be appended to the table
@@ -107,7 +107,7 @@ def identification_difference_rows(
 def metadata_identification_rows(
     predictions: pd.DataFrame, # of any detectors; only labels and paths are read
     setting: str, # as in the table
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `IDENTIFICATION_COLUMNS`, to be appended to the table
     "Identification by format, by content type, and by both. Raises `ValueError` without synthetic images."

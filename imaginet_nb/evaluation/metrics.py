@@ -44,8 +44,8 @@ Statistic = Callable[[np.ndarray], np.ndarray] # weights `(R, n)` -> values `(R,
 def plain_value(
     statistic: Statistic,
     n: int, # images
-) -> float: # NaN where the statistic is not defined
-    "Value of a statistic on the images as they are: every weight is one."
+) -> float: # NaN where the statistic is undefined
+    "Value of a statistic on the original images: every weight is one."
     return float(statistic(np.ones((1, n)))[0])
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #95bb94d3
@@ -100,7 +100,7 @@ def auc_statistic(
     labels: Any, # `(n,)` 1 for the class that should score high
     scores: Any, # `(n,)` larger means 1 is more likely
 ) -> Statistic:
-    "Area under the ROC curve for any weights of the images, ties counted half; NaN where a class is missing."
+    "Area under the ROC curve for any weights of the images, ties count as one half; NaN where a class is missing."
     score = _vector(scores, "scores")
     label = _binary(labels, "labels", len(score))
     high, low = _sorted_rows(label, score)
@@ -129,7 +129,7 @@ def macro_auc_statistic(
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #e8f9df58
 def average_statistic(
     values: Any, # `(n,)` one number per image
-    members: Any | None = None, # `(n,)` booleans: whose mean; None = of all
+    members: Any | None = None, # `(n,)` booleans: images to average over; None = all
 ) -> Statistic:
     "Mean of a value for any weights of the images; NaN without members."
     value = _vector(values, "values").astype(float)
@@ -158,9 +158,9 @@ def brier_values(
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #fccfaa48
 def equal_mass_bins(
     probabilities: Any, # `(n,)`
-    bins: int = 10, # wanted; fewer where many probabilities are equal
+    bins: int = 10, # number of bins; fewer where many probabilities are equal
 ) -> np.ndarray: # `(n,)` codes from 0, rising with the probability
-    "Sort images into bins that hold equally many; equal probabilities share a bin."
+    "Sort images into bins with equal numbers of images; equal probabilities share a bin."
     p = _vector(probabilities, "probabilities")
     edges = np.unique(np.quantile(p, np.arange(1, bins)/bins)) if len(p) else np.empty(0)
     return np.unique(np.searchsorted(edges, p, side="left"), return_inverse=True)[1]
@@ -184,7 +184,7 @@ def ece_floor(
     draws: int = 200, # sets of labels
     seed: int = 0,
 ) -> float: # 0 to 1
-    "Mean ECE of perfectly calibrated probabilities on as many images; labels are drawn from the probabilities."
+    "Mean ECE of perfectly calibrated probabilities on the same number of images; labels are drawn from the probabilities."
     p = _vector(probabilities, "probabilities")
     labels = np.random.default_rng(seed).random((draws, len(p))) < p
     gaps = (labels - p) @ np.eye(bins)[equal_mass_bins(p, bins)]

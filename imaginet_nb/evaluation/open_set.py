@@ -97,7 +97,7 @@ def open_set_header(
 
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #40cc68dc
 def open_set_of(
-    detector: Any, # with `header` and `extra`, as `load_detector` makes it; any other detector has none
+    detector: Any, # with `header` and `extra`, as returned by `load_detector`; any other detector has none
 ) -> NearestKnown | None:
     "The known images in a detector's checkpoint; None if there are none. Raises `ValueError` if the tensor is missing."
     stored = getattr(detector, "header", {}).get("open_set")
@@ -109,7 +109,7 @@ def open_set_of(
 # %% ../../nbs/07_evaluation/09_open_set.ipynb #0e6677fa
 def predict_and_embed(
     detector: Any, # a network with `embed` and both heads
-    manifest: pd.DataFrame, # one row an image
+    manifest: pd.DataFrame, # one row per image
     root: str | Path, # folder that the paths are relative to
     transform: Transform | None = None, # from `transforms`
     **options: Any, # of `embed`
@@ -150,7 +150,7 @@ def _left_out_scores(
 ) -> tuple[dict[str, tuple[np.ndarray, float | None]], np.ndarray]: # score -> values, threshold; predicted families
     "Both scores of each test image, and its most likely family."
     if len(np.unique(families)) < 2:
-        raise ValueError("one family is left; leaving a generator out takes at least two others' families")
+        raise ValueError("only one family is left; leaving a generator out needs other generators of at least two families")
     nearest = fit_nearest_known(known, held_out)
     standard, held, new = _standard(known.astype(float), held_out.astype(float), features.astype(float))
     model = LogisticRegression(C=0.1, max_iter=500).fit(standard, families)
@@ -188,7 +188,7 @@ def leave_one_generator_out(
     features: np.ndarray, # `(M, D)` features of test images
     test: pd.DataFrame, # their manifest; synthetic images only
     setting: str, # what was done to the test images
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `OPEN_SET_COLUMNS`; every generator and their mean, for both scores
     "AUROC and shares called unknown for every generator, left out in turn. Raises `ValueError` for unequal lengths."
@@ -218,7 +218,7 @@ SCORE_NAMES = {"nearest": "distance to the nearest known image", "energy": "ener
 
 @mpl.rc_context(STYLE)
 def plot_open_set(
-    table: pd.DataFrame, # of `leave_one_generator_out`, one setting
+    table: pd.DataFrame, # from `leave_one_generator_out`, one setting
     title: str = "",
 ) -> Figure:
     "AUROC, and shares of unknown and known images that are called unknown, for every generator that is left out."

@@ -32,12 +32,12 @@ from ..reporting.tables import LABELS
 PROBABILITY_COLUMNS = ("detector", "setting", "method", "acc", "acc_low", "acc_high", "eer", "eer_low", "eer_high",
                        "ece", "ece_low", "ece_high", "ece_floor", "nll", "nll_low", "nll_high",
                        "brier", "brier_low", "brier_high", "n_real", "n_synthetic", "note")
-BAD_THRESHOLD = 0.01 # loss of balanced accuracy at probability 0.5, interval included, from which the note warns
+BAD_THRESHOLD = 0.01 # the note warns if the whole interval of the loss of balanced accuracy at probability 0.5 is above this
 
 def _usable(
     frame: pd.DataFrame, # predictions of one detector
-) -> tuple[pd.DataFrame, np.ndarray, int]: # images with a score, which are synthetic, number of the others
-    "Images that can be measured."
+) -> tuple[pd.DataFrame, np.ndarray, int]: # images with a score, which of them are synthetic, number of other images
+    "Images that have a score."
     usable = frame[has_score(frame, "logit")].reset_index(drop=True)
     return usable, usable["origin"].eq("synthetic").to_numpy(), len(frame) - len(usable)
 
@@ -46,7 +46,7 @@ def _warning(
     synthetic: np.ndarray, # `(n,)` booleans
     log_odds: np.ndarray, # `(n,)`
 ) -> str: # empty if 0.5 is a good threshold
-    "Whether 0.5 is a bad threshold."
+    "Warning if 0.5 is a bad threshold."
     if not interval_cells(loss=1 - values[1] - values[0])["loss_low"] > BAD_THRESHOLD: return ""
     better = float(expit(eer_threshold(synthetic, log_odds)))
     return f"0.5 is a bad threshold: ACC {values[0, 0]:.2f} there, {1 - values[1, 0]:.2f} at {better:.2f}"
@@ -77,7 +77,7 @@ def probability_table(
     predictions: pd.DataFrame,
     fits: Fits, # on other images
     setting: str, # what was done to the images, such as clean or perturbed
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
     methods: tuple[Method, ...] = METHODS,
     bins: int = 10, # of the ECE, equal mass
@@ -121,7 +121,7 @@ def _plot_bins(
     diagram: Axes, # mean probability against share
     counts: Axes, # number of images
     rows: pd.DataFrame, # bins of one detector and method
-    place: tuple[int, int], # number of this detector, number of detectors: bars stand side by side
+    place: tuple[int, int], # index of this detector, number of detectors: bars are side by side
     style: dict[str, Any], # colour, marker and label
 ) -> None:
     "One detector in one panel."
@@ -136,7 +136,7 @@ def _plot_bins(
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #b2382cde
 @mpl.rc_context(STYLE)
 def plot_reliability(
-    bins: pd.DataFrame, # of `reliability_bins`, one setting
+    bins: pd.DataFrame, # from `reliability_bins`, one setting
     title: str = "",
 ) -> Figure:
     "Reliability diagram: one panel per method, with the histogram of the probabilities below it."
@@ -181,7 +181,7 @@ def operating_table(
     predictions: pd.DataFrame,
     fits: Fits, # on other images
     setting: str, # what was done to the images
-    resamples: int, # behind every interval of `tpr`
+    resamples: int, # for every interval of `tpr`
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `OPERATING_COLUMNS`
     "True-positive rates at 5, 1 and 0.1 % false positives."

@@ -54,7 +54,7 @@ def _robustness_rows(
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #e2da5aa7
 def robustness_table(
     predictions: pd.DataFrame, # with `perturbation`, `value` and calibrated `probability`
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `ROBUSTNESS_COLUMNS`
     "ACC and AUC of both tracks at every point of the grids (paper, Figure 4). Raises `ValueError` for missing columns."
@@ -104,7 +104,7 @@ def _own_odds(
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #3cab32d3
 def _pairs(
-    clean: pd.DataFrame, # predictions of the images as they are
+    clean: pd.DataFrame, # predictions of the unperturbed images
     grid: pd.DataFrame, # predictions of the same images, perturbed
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
     "For each detector and point: detector, perturbation and value; clean and perturbed predictions in one order."
@@ -120,7 +120,7 @@ def _pairs(
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #a45fda5e
 def image_shifts(
-    clean: pd.DataFrame, # predictions of the images as they are
+    clean: pd.DataFrame, # predictions of the unperturbed images
     grid: pd.DataFrame, # predictions of the same images, perturbed; columns `perturbation`, `value`
     fits: Fits, # on other images
 ) -> pd.DataFrame: # one row per image, detector and point: labels, `clean`, `shift`, `own_clean`, `own_shift`
@@ -160,8 +160,8 @@ def _shift_rows(
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #6b34d2df
 def shift_table(
-    shifts: pd.DataFrame, # of `image_shifts`
-    resamples: int, # behind every interval
+    shifts: pd.DataFrame, # from `image_shifts`
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `SHIFT_COLUMNS`
     "Mean shift of each class, at every point, for both tracks."
@@ -193,7 +193,7 @@ def _split_statistics(
     after: np.ndarray, # `(n, K)` perturbed
     truth: np.ndarray, # `(n,)` code of the true class
 ) -> list[Statistic]: # ACC clean, ACC, ACC re-centred
-    "What is measured at a point; the class with the highest score is predicted."
+    "Statistics at one point; the class with the highest score is predicted."
     members = np.stack([truth == k for k in np.unique(truth)])
     def plain(scores: np.ndarray) -> Statistic:
         correct = scores.argmax(1) == truth
@@ -221,7 +221,7 @@ def _class_scores(
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #af51db70
 def _loss_rows(
-    start: pd.DataFrame, # predictions of the images as they are
+    start: pd.DataFrame, # predictions of the unperturbed images
     after: pd.DataFrame, # of the same images in the same order, perturbed
     fits: Fits,
     resamples: int,
@@ -244,10 +244,10 @@ def _loss_rows(
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #5df76d33
 def loss_table(
-    clean: pd.DataFrame, # predictions of the images as they are
+    clean: pd.DataFrame, # predictions of the unperturbed images
     grid: pd.DataFrame, # predictions of the same images, perturbed; columns `perturbation`, `value`
     fits: Fits, # on other images
-    resamples: int, # behind every interval
+    resamples: int, # for every interval
     seed: int, # of the resamples
 ) -> pd.DataFrame: # `LOSS_COLUMNS`
     "Loss of accuracy at every point, as score shift and loss of separability, for both tracks."
@@ -259,7 +259,7 @@ def loss_table(
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #4ff83a59
 @mpl.rc_context(STYLE)
 def plot_shifts(
-    table: pd.DataFrame, # of `shift_table`, one track
+    table: pd.DataFrame, # from `shift_table`, one track
     title: str = "",
     limit: float | None = None, # end of the colour scale; None = the largest shift of the table
 ) -> Figure:

@@ -47,7 +47,7 @@ SPARE = ( # for labels without a style of their own
     (BLUE, "s"), (RED, "o"), (GREEN, "^"), (PINK, "X"), (ORANGE, "D"), (PURPLE, "v"), (GREY, "P"))
 
 def label_styles(
-    labels: Iterable[str], # labels that occur, any order
+    labels: Iterable[str], # labels that occur, in any order
     column: str = "", # column of `STYLES`; others get colours in order of appearance
 ) -> dict[str, tuple[str, str]]: # label -> colour, marker; in the order of the legend
     "How each label is drawn. Raises `ValueError` if there are more labels than distinct styles."
@@ -71,7 +71,7 @@ def _require(
     columns: Sequence[str], # that a plot reads
     plot: str, # its name, for the message
 ) -> None:
-    "Check that a table has what a plot reads."
+    "Check that a table has the columns that a plot reads."
     missing = [c for c in columns if c not in table]
     if missing: raise ValueError(f"{plot}: the table lacks the column {', '.join(missing)}; it has {', '.join(map(str, table))}")
     if table.empty: raise ValueError(f"{plot}: the table has no rows")
@@ -81,7 +81,7 @@ def _require(
 def new_figure(
     panels: int = 1, # side by side
     height: float = 3.6, # inches
-    rows: int = 1, # of that many panels; only one row shares its vertical axis
+    rows: int = 1, # of panels; they share a vertical axis only if there is one row
     width: float = 6, # inches
     **options: Any, # of `Figure.subplots`
 ) -> tuple[Figure, list[Axes]]: # panels row by row
@@ -94,11 +94,11 @@ def new_figure(
 def finish(
     figure: Figure,
     title: str = "",
-    legend: Axes | Sequence[Any] = (), # panel whose labels are explained below the figure, or lines and patches with a label
+    legend: Axes | Sequence[Any] = (), # panel whose labels the legend lists, or lines and patches with a label
     note: str = "", # a line above the legend
     columns: int = 3, # of the legend
 ) -> Figure: # the same
-    "Heading above the panels, and one legend below all of them."
+    "Add a heading above the panels and one legend below all of them."
     if title: figure.suptitle(title)
     handles = legend.get_legend_handles_labels()[0] if isinstance(legend, Axes) else legend
     if len(handles): figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=note or None)
@@ -130,7 +130,7 @@ def plot_embedding(
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #fd51d27e
 def save_figure(
-    figure: Figure, # its layout is fixed by this
+    figure: Figure, # saving fixes its layout
     stem: str | Path, # path without suffix, such as `reports/demo/figures/umap_family`
     caption: str, # names the profile; see `Run.caption`
     provenance: Mapping[str, Any] | None = None, # from `Run.provenance`
@@ -153,7 +153,7 @@ def _name_column(table: pd.DataFrame) -> str:
     return "detector" if "detector" in table else "model"
 
 def _idle(table: pd.DataFrame, metric: str) -> list[str]:
-    "Detectors without a single number."
+    "Detectors without any result."
     has = table.groupby(_name_column(table), sort=False)[metric].apply(lambda v: v.notna().any())
     return [str(name) for name in has.index[~has]]
 
@@ -169,7 +169,7 @@ def error_arms(
 def counted_groups(
     table: pd.DataFrame, # column group, and n or n_real and n_synthetic
 ) -> dict[str, str]: # group -> name with the number of images, in the order of the table
-    "Names of groups for an axis."
+    "Tick labels of groups for an axis."
     names = {}
     for group, rows in table.groupby("group", sort=False):
         n = rows["n"].max() if "n" in rows else rows.filter(["n_real", "n_synthetic"]).max().sum()
@@ -178,10 +178,10 @@ def counted_groups(
 
 def mark_groups(
     axes: Axes,
-    labels: Mapping[str, str], # of `counted_groups`
+    labels: Mapping[str, str], # from `counted_groups`
     **options: Any, # of `Axes.set`
 ) -> None:
-    "Groups from top to bottom."
+    "Label the vertical axis with the groups, from top to bottom."
     axes.set(yticks=range(len(labels)), yticklabels=labels.values(), ylim=(len(labels) - 0.5, -0.5), **options)
 
 # %% ../../nbs/05_reporting/01_figures.ipynb #595a62cd
@@ -241,7 +241,7 @@ def plot_generalisation(
     table: pd.DataFrame, # columns detector, training, group, auc, auc_low, auc_high; rows of differences are not drawn
     title: str = "",
 ) -> Figure:
-    "AUC of every family, trained with it and without it: a panel for each method, intervals as lines."
+    "AUC on every family after training with it and without it: one panel per method, intervals as lines."
     _require(table, ("detector", "training", "group", "auc"), "plot_generalisation")
     table = table[~table["detector"].str.startswith("difference") & ~table["training"].str.startswith("difference")]
     labels, methods, trainings = counted_groups(table), *(list(dict.fromkeys(table[column])) for column in ("detector", "training"))
@@ -263,10 +263,10 @@ def plot_generalisation(
 # %% ../../nbs/05_reporting/01_figures.ipynb #5eedbf97
 @mpl.rc_context(STYLE)
 def plot_seeds(
-    table: pd.DataFrame, # columns detector, seed, group, auc; of rows of the spread only the mean is drawn
+    table: pd.DataFrame, # columns detector, seed, group, auc; of the summary rows only the mean is drawn
     title: str = "",
 ) -> Figure:
-    "AUC of every seed and group, and the difference of the methods."
+    "AUC for every seed and group, and the difference between the methods."
     _require(table, ("detector", "seed", "group", "auc"), "plot_seeds")
     labels, differs = counted_groups(table), table["detector"].str.startswith("difference")
     groups = list(labels)
@@ -310,7 +310,7 @@ def plot_robustness(
         for label, (colour, marker) in styles.items():
             rows = table[(table[name] == label) & (table["track"] == track)]
             low, high = arms = error_arms(rows, "acc")
-            if len(rows) < 4: # points, between which nothing was measured
+            if len(rows) < 4: # too few points for a curve: nothing was measured between them
                 axes.errorbar(rows[x], rows["acc"], arms, fmt=marker, color=colour, ms=4, lw=1.4, capsize=2, label=label)
                 continue
             axes.fill_between(rows[x], rows["acc"] - low, rows["acc"] + high, color=colour, alpha=0.18, lw=0)
@@ -336,7 +336,7 @@ BOUNDS = [Line2D([], [], color=DARK, ls=line, lw=1.2, label=label) for label, li
 # %% ../../nbs/05_reporting/01_figures.ipynb #a2b17a85
 @mpl.rc_context(STYLE)
 def plot_training(
-    table: pd.DataFrame, # of `training_history`: detector, stage, epoch, loss, learning_rate and, where measured, the other columns
+    table: pd.DataFrame, # from `training_history`: detector, stage, epoch, loss, learning_rate and, where measured, the other columns
     title: str = "",
 ) -> Figure:
     "Stage 1 of both detectors: terms of the loss with chance (dashed) and floor (dotted), held-out accuracy; stage 2; learning rate."
@@ -370,10 +370,10 @@ def plot_training(
 def heat_map(
     axes: Axes,
     values: pd.DataFrame, # one cell each
-    texts: Any, # `(rows, columns)` array, what is written into the cells
+    texts: Any, # `(rows, columns)` array of the texts in the cells
     **options: Any, # of `seaborn.heatmap`: cmap, vmin, vmax
 ) -> None:
-    "Cells with readable text."
+    "Draw a table as coloured cells with readable text."
     sns.heatmap(values, annot=np.asarray(texts, dtype=str), fmt="", annot_kws={"size": 7.5}, cbar=False, linewidths=1, ax=axes, **options)
     colours = np.asarray(axes.collections[0].get_facecolor())
     for text, place in zip(axes.texts, np.flatnonzero(values.notna().to_numpy()), strict=True):
@@ -398,7 +398,7 @@ def confusion_panel(
 def confusion(
     predictions: pd.DataFrame, # of one detector; columns origin, generator_family, predicted_family
 ) -> pd.DataFrame: # rows true family, columns predicted family, numbers of images
-    "How many of each family's synthetic images are assigned to each family."
+    "Count how many images of each family are assigned to each family."
     rows = predictions[predictions["origin"].eq("synthetic") & predictions["predicted_family"].notna()]
     families = list(label_styles([*rows["generator_family"], *rows["predicted_family"]], "generator_family"))
     return pd.crosstab(rows["generator_family"], rows["predicted_family"]).reindex(index=families, columns=families, fill_value=0)
@@ -421,9 +421,9 @@ def plot_confusion(
 # %% ../../nbs/05_reporting/01_figures.ipynb #cf1d1d8a
 @mpl.rc_context(STYLE)
 def plot_images(
-    rows: Mapping[str, Sequence[tuple[np.ndarray | None, str]]], # name -> `(H, W, 3)` uint8 images, each with its text; None = a gap
+    rows: Mapping[str, Sequence[tuple[np.ndarray | None, str]]], # name -> `(H, W, 3)` uint8 images, each with its title; None = a gap
     title: str = "",
-    pixels: int = 128, # longest side of what is stored of an image
+    pixels: int = 128, # longest side of an image as it is stored
 ) -> Figure:
     "A sheet of images, as wide as its longest row."
     columns = max(len(row) for row in rows.values())

@@ -39,7 +39,7 @@ def templates() -> Environment:
 
 def render(
     template: str, # file name in `reporting/templates`
-    **values: Any, # what the template uses
+    **values: Any, # values that the template uses
 ) -> str: # ends in one newline
     "Fill in a template; several empty lines in a row become one. Raises `jinja2.UndefinedError` if a value is missing."
     text = templates().get_template(template).render(values)
@@ -69,7 +69,7 @@ def render_page(
     form: str = "html", # or md
     made_by: str = "imaginet", # command that writes the page, named at the top of Markdown
 ) -> str:
-    "A page that stands alone: style is inside, figures and links lead into its own folder. Raises `ValueError` for an unknown kind."
+    "A self-contained page: the style is embedded, figures and links are relative to its folder. Raises `ValueError` for an unknown kind."
     unknown = {kind for kind, _ in blocks} - KINDS.keys()
     if unknown: raise ValueError(f"unknown kind of block: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     return render(f"page.{form}", title=title, blocks=blocks, made_by=made_by)
@@ -81,26 +81,27 @@ class Result(NamedTuple):
     picture: bool # a figure, not a table
     caption: str
     reading: pd.DataFrame | None # the table as a reader sees it
-    links: dict[str, str] # what -> path relative to the report's folder
-    missing: str # why it is not there; empty if it is
-    origin: str = "" # of `origin_text`
-    notes: tuple[str, ...] = () # what the table says, a sentence each
+    links: dict[str, str] # kind of file -> path relative to the report's folder
+    missing: str # why the result is missing; empty if it is not
+    origin: str = "" # from `origin_text`
+    notes: tuple[str, ...] = () # findings from the table, one sentence each
 
     @property
     def label(self) -> str:
-        "What stands before the caption of a table."
+        "Word before the caption of a table."
         notes = self.reading["Note"] if self.reading is not None and "Note" in self.reading else pd.Series(dtype=str)
         return "Not run" if len(notes) and notes.str.startswith("not run").all() else "Measured"
 
 def origin_text(
     record: Mapping[str, Any], # provenance of a result
 ) -> str: # Markdown; empty if nothing is known
-    "Commit that a result was made with, and the command that makes it again."
+    "Commit that a result was made with, and the command that reproduces it."
     stage, profile = record.get("stage"), record.get("profile")
     commit = [f"commit `{record['git_commit'][:10]}`"] if record.get("git_commit") else []
     return " · ".join([*commit, *([f"`imaginet notebook {stage} --profile {profile}`"] if stage and profile else [])])
 
-LONG_TABLE = 60 # longer tables are folded away on the page and only linked from the README
+# %% ../../nbs/05_reporting/03_pages.ipynb #5b27c0e1
+LONG_TABLE = 60 # longer tables are collapsed on the page and only linked from the README
 
 def _result(report: Path, kind: str, stem: str, notebook: str) -> Result:
     "Collect one table (kind `tables`) or figure (kind `figures`)."
@@ -124,15 +125,15 @@ class Chapter(NamedTuple):
     remark: str
     notebook: str # empty where several notebooks contribute
     results: list[Result]
-    published: dict[str, tuple[str, pd.DataFrame]] # file stem in reports/published/ -> what it is, table
+    published: dict[str, tuple[str, pd.DataFrame]] # file stem in reports/published/ -> source and metrics, table
 
 def _source(stem: str) -> str:
-    "Where published numbers come from, and what they are."
+    "Source and metrics of published numbers."
     rows = published(stem)
     return f"{rows['source'].iloc[0].partition(',')[0]}; {' / '.join(m.replace('_', ' ') for m in rows['metric'].unique())}"
 
 def _chapters(report: Path) -> list[Chapter]:
-    "All items of the paper, then whatever else lies in the folder."
+    "All items of the paper, then any other results in the folder."
     chapters, seen = [], set()
     for paper in PAPER_ITEMS:
         wanted = [*(("figures", s) for s in paper.figures), *(("tables", s) for s in paper.tables)]
@@ -161,21 +162,21 @@ def stand_in_caption(
     caption: str, # of a figure that shows images
     profile: Profile,
 ) -> str: # the same, with a sentence for the sandbox
-    "Caption that says so where the named generators and sources are stand-ins."
+    "Add a note to a caption if the named generators and sources are stand-ins."
     if profile.data.source == "imaginet": return caption
     return f"{caption} Generators and sources are the sandbox's stand-ins for those named."
 
 def profile_scope(
     profile: Profile,
 ) -> str: # one sentence, or several for the sandbox
-    "What the numbers of a profile are about."
+    "Which data the numbers of a profile were measured on."
     if profile.data.source == "imaginet": return "Every number under “measured” was measured on ImagiNet."
     return (f"Every number under “measured” was measured on the embedded sandbox. {_STAND_INS} These numbers show that the "
             "pipeline runs; they say nothing about ImagiNet and cannot be compared with the published ones.")
 
 # %% ../../nbs/05_reporting/03_pages.ipynb #851bf56a
 def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:
-    "The chapters without sentences in their captions that the head of the page states for all."
+    "Remove from all captions the sentences that are stated once at the top of the page."
     def shorter(result: Result) -> Result:
         caption = result.caption
         for sentence in sentences: caption = caption.replace(f" {sentence}", "")
@@ -183,7 +184,7 @@ def _stated_once(chapters: list[Chapter], *sentences: str) -> list[Chapter]:
     return [chapter._replace(results=[shorter(result) for result in chapter.results]) for chapter in chapters]
 
 def _not_learned(report: Path) -> list[str]:
-    "Detectors of the report whose training did not learn, each with the reason."
+    "Detectors of the report that did not learn in training, each with the reason."
     from imaginet_nb.models.checkpoints import read_header # takes seconds to import
     headers = [read_header(path) for path in sorted((report/"checkpoints").glob("*.safetensors"))]
     return [f"{header['detector']}: {header['not_learned']}" for header in headers if header.get("not_learned") and "detector" in header]
@@ -191,11 +192,11 @@ def _not_learned(report: Path) -> list[str]:
 def report_index(
     report_dir: str | Path, # `reports/<profile>`
     profile: Profile,
-    findings: Sequence[tuple[str, str]] = (), # for the top of the page: a question, and its answer, with `code`
+    findings: Sequence[tuple[str, str]] = (), # for the top of the page: questions and their answers, with `code`
 ) -> list[Path]: # index.html, README.md
     "Write the page and the README of a report's folder."
     report = Path(report_dir)
-    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"} # which writes this and is not finished
+    notebooks = {path.stem for path in (report/"notebooks").glob("*.ipynb")} - {"p90_summary"} # which writes this page and is still running
     values = dict(title=f"ImagiNet: report of the profile {profile.name}", profile=profile, scope=profile_scope(profile),
                   cards=[name for name in ("data_card", "model_card") if (report/f"{name}.md").is_file()],
                   not_learned=_not_learned(report), chapters=_stated_once(_chapters(report), measured_on(profile), INTERVAL_NOTE),

@@ -20,8 +20,8 @@ from .tables import read_table
 
 # %% ../../nbs/05_reporting/02_published.ipynb #c378b6bd
 class PaperItem(NamedTuple):
-    "Where one table or figure of the paper is found here."
-    item: str # as the paper calls it
+    "One table or figure of the paper, and where its results are."
+    item: str # name in the paper
     title: str # what it shows
     notebook: str = "" # pipeline notebook that makes it
     tables: tuple[str, ...] = () # file stems under tables/
@@ -49,7 +49,7 @@ PAPER_ITEMS: tuple[PaperItem, ...] = ( # the paper's figures, then its tables
               ("identification_confusion",), ("table7_identification",)))
 
 # %% ../../nbs/05_reporting/02_published.ipynb #ed75d9e9
-PAPER_ITEMS += ( # and what is not printed in the paper
+PAPER_ITEMS += ( # items that are not printed in the paper
     PaperItem("Training", "Curves of both stages (not in the paper)", "p48_training", ("training_history",), ("training_curves",)),
     PaperItem("By content type", "Detection (not printed in the paper)", _BY, ("detection_by_content",), (), ("detection_by_content",)),
     PaperItem("By generator", "Detection (not printed in the paper)", _BY, ("detection_by_generator",), (), ("detection_by_generator",)),
@@ -116,12 +116,12 @@ METRICS = { # published metric -> column of our tables
 METHODS = {"Ours*": "SelfCon (ours)", "Ours": "SelfCon (ours)", "": ""} # published name -> name in our tables
 LEDGER_COLUMNS = ["paper_item", "test_set", "group", "detector", "metric", "published", "reproduced", "difference", "status"]
 
-RANDOM_WEIGHTS = ", random weights" # ends the name of a network that was timed without being trained
+RANDOM_WEIGHTS = ", random weights" # suffix of the name of a network that was timed without being trained
 
-PUBLISHED_KEY = ["test_set", "subset", "method", "metric", "value"] # rows that agree in these say the same
+PUBLISHED_KEY = ["test_set", "subset", "method", "metric", "value"] # rows that agree in these columns are duplicates
 
 class Measured(NamedTuple):
-    "One number of ours."
+    "One of our own measurements."
     value: float
     low: float
     high: float
@@ -130,7 +130,7 @@ class Measured(NamedTuple):
 def _measured(
     table: pd.DataFrame, # as read by `read_table`
 ) -> dict[tuple[str, str, str], Measured]: # (detector, group in lower case, column) -> number
-    "All numbers of a measured table that the paper has as well."
+    "All numbers of a measured table that the paper also reports."
     if "setting" in table: table = table[table["setting"] == "perturbed"]
     found = {}
     for row in table.to_dict("records"):
@@ -149,7 +149,7 @@ def _partner(
     method: str, # published detector
     metric: str, # published metric
 ) -> Measured | None:
-    "Our number for a published one; the pooled AUC of Table 7 stands in the row Mean."
+    "Our number for a published one; the pooled AUC of Table 7 is in the row Mean."
     detector, column = METHODS.get(method, method), METRICS.get(metric, metric)
     groups = [subset.lower(), "mean"] if subset == "all" else [subset.lower()]
     return next((ours[detector, group, column] for group in groups if (detector, group, column) in ours), None)
@@ -162,7 +162,7 @@ def _status(value: float, partner: Measured, metric: str) -> str:
     return f"published value {'inside' if partner.low <= value <= partner.high else 'outside'} our 95 % interval"
 
 def _why_absent(ours: Mapping[tuple[str, str, str], Measured], detector: str) -> str:
-    "Why a table has no row for a group: the note of that detector, or of the table, where nothing was run."
+    "Why a table has no row for a group: the note of that detector, or of the whole table if nothing was run."
     rows = [m for key, m in ours.items() if key[0] == detector] or list(ours.values())
     notes = {m.note for m in rows}
     if len(notes) == 1 and all(np.isnan(m.value) and m.note.startswith("not run") for m in rows): return notes.pop()
@@ -180,10 +180,10 @@ def _compare(row: Mapping[Any, str], ours: Mapping[tuple[str, str, str], Measure
 # %% ../../nbs/05_reporting/02_published.ipynb #3a402b4e
 def ledger(
     tables_dir: str | Path, # `reports/<profile>/tables`
-    profile_name: str, # numbers are compared under `paper` alone
+    profile_name: str, # numbers are compared only under `paper`
     folder: str | Path | None = None, # another folder of published numbers
 ) -> pd.DataFrame: # columns LEDGER_COLUMNS
-    "Every published number, and ours beside it where it was measured on ImagiNet."
+    "Every published number, with ours beside it if ours was measured on ImagiNet."
     lines = []
     for paper in PAPER_ITEMS:
         ours, reason = None, f"not run (profile {profile_name} measures the embedded sandbox)"

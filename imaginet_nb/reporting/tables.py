@@ -24,9 +24,9 @@ from ..core import csv_text, write_text
 # %% ../../nbs/05_reporting/00_tables.ipynb #887a4816
 def cell_text(
     value: Any, # one cell
-    decimals: int = 4, # digits after the point, for floats
+    decimals: int = 4, # digits after the decimal point, for floats
 ) -> str: # empty for a missing value
-    "One value as it stands in the CSV file."
+    "Format one value for the CSV file."
     if pd.api.types.is_scalar(value) and pd.isna(value): return ""
     if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
     if isinstance(value, (float, np.floating)): return f"{round(float(value), decimals) + 0.0:.{decimals}f}"
@@ -40,7 +40,7 @@ def _is_count(column: str) -> bool:
     return column.startswith("n_") or column in ("n", "images")
 
 def _digits(column: str, decimals: Decimals) -> int:
-    "Digits after the point in one column."
+    "Digits after the decimal point in one column."
     if not isinstance(decimals, int) and column in decimals: return decimals[column]
     if _is_count(column): return 0
     return decimals if isinstance(decimals, int) else 4
@@ -48,8 +48,8 @@ def _digits(column: str, decimals: Decimals) -> int:
 def text_frame(
     frame: pd.DataFrame, # values
     decimals: Decimals = 4,
-) -> pd.DataFrame: # same columns and rows, every cell a text
-    "The table as the CSV file shows it."
+) -> pd.DataFrame: # same columns and rows, every cell a string
+    "Convert a table to the text that the CSV file holds."
     if frame.empty: raise ValueError("the table has no rows: give a missing result a row of its own with the note 'not run: <reason>'")
     repeated = frame.columns[frame.columns.duplicated()].unique().tolist()
     if repeated: raise ValueError(f"the table has repeated columns: {', '.join(map(str, repeated))}")
@@ -77,8 +77,8 @@ LABELS = { # column -> value in the CSV -> what a reader sees
 def has_interval(
     frame: pd.DataFrame,
     column: str, # such as acc
-) -> bool: # True if `acc_low` and `acc_high` are there
-    "Whether the ends of an interval stand beside an estimate."
+) -> bool: # True if `acc_low` and `acc_high` are present
+    "Whether the table has the bounds of an estimate's interval."
     return {f"{column}_low", f"{column}_high"} <= set(frame)
 
 def interval_text(
@@ -86,7 +86,7 @@ def interval_text(
     low: str,
     high: str,
 ) -> str: # such as 0.912 [0.880, 0.940]; empty for a missing value
-    "Estimate and interval in one cell, with one digit less than the CSV."
+    "Estimate and interval in one cell, with one digit fewer than the CSV."
     if not estimate: return ""
     digits = max(len(estimate.partition(".")[2]) - 1, 0)
     bounds = f" [{float(low):.{digits}f}, {float(high):.{digits}f}]" if low and high else ""
@@ -98,7 +98,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
 
 def _fold_not_run(text: pd.DataFrame) -> pd.DataFrame:
-    "One row for detectors that were run on none of their groups for the same reason, in place of one per group and detector."
+    "Merge the rows of detectors that were not run on any group for the same reason into one."
     if not {"detector", "group", "note"} <= set(text): return text
     counts = [c for c in text if _is_count(str(c))]
     rest = [c for c in text if c != "group" and c not in counts]
@@ -115,8 +115,8 @@ EXACT = ("published", "reproduced", "difference") # columns that are compared di
 def _rounded(
     cells: list[str], # of one column
     column: str,
-) -> list[str]: # the same texts, numbers with at most three decimals
-    "Sensible precision: no decimals where all numbers are whole, and all of them where the numbers are small, as learning rates are."
+) -> list[str]: # the same strings, numbers with at most three decimals
+    "Round for a reader: no decimals if all numbers are whole; all decimals if the numbers are small, such as learning rates."
     numbers = [float(cell) for cell in cells if _is_number(cell)]
     if column in EXACT or not numbers or max(map(abs, numbers)) < 0.1: return cells
     most = 0 if max(numbers) > 1 and all(number.is_integer() for number in numbers) else 3
@@ -124,14 +124,14 @@ def _rounded(
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #b212df84
 def _missing_word(column: str, note: str, numeric: bool) -> str:
-    "What stands in an empty cell."
+    "Text for an empty cell."
     if not numeric: return ""
     return "not run" if note.startswith("not run") and not _is_count(column) else "–"
 
 def reading_frame(
     text: pd.DataFrame, # as made by `text_frame`
-) -> pd.DataFrame: # interval cells merged, missing values in words, columns with headings
-    "The table as a reader sees it."
+) -> pd.DataFrame: # intervals merged into one cell, words for missing values, headings for columns
+    "Convert a table to the form that a reader sees."
     text = _fold_not_run(text)
     notes = text["note"] if "note" in text else pd.Series([""]*len(text))
     shown: dict[str, list[str]] = {}
@@ -158,8 +158,8 @@ def column_alignment(
 
 def markdown_escape(
     text: str,
-) -> str: # the same text where Markdown is read
-    "Escape what Markdown would take for a table border, emphasis or a tag."
+) -> str: # text that Markdown displays unchanged
+    "Escape characters that Markdown would read as a table border, emphasis or a tag."
     return re.sub(r"([\\|*<])", r"\\\1", text)
 
 def markdown_table(
@@ -177,7 +177,7 @@ LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\
 
 def latex_escape(
     text: str,
-) -> str: # the same text where LaTeX is read
+) -> str: # text that LaTeX prints unchanged
     "Escape LaTeX's special characters; backticks, which only mark code in captions, are dropped."
     return "".join(LATEX.get(character, character) for character in text)
 
@@ -194,10 +194,10 @@ def latex_table(
                          caption=latex_escape(caption), label=f"tab:{label}")
 
 # %% ../../nbs/05_reporting/00_tables.ipynb #0ed3363a
-MACHINE = ("git_commit", "git_dirty", "versions", "device", "threads", "bfloat16") # what a record says about where it was computed
+MACHINE = ("git_commit", "git_dirty", "versions", "device", "threads", "bfloat16") # fields that say where a result was computed
 
 def _without_machine(record: Mapping[str, Any]) -> dict[str, Any]:
-    "What a result depends on: inputs, settings and the bytes themselves."
+    "The entries that a result depends on: inputs, settings and checksums."
     return {key: value for key, value in record.items() if key not in MACHINE}
 
 def write_provenance(
@@ -206,9 +206,9 @@ def write_provenance(
     caption: str,
     record: Mapping[str, Any] | None, # from `Run.provenance`
 ) -> Path: # `<stem>.provenance.json`
-    """Write what a result was made from, and the SHA-256 of each of its files.
+    """Write the provenance of a result: what it was made from, and the SHA-256 of each of its files.
 
-    A record stays as it is if the new one differs from it only in the machine and the versions: the bytes are those that it describes."""
+    An existing record is kept if the new one differs only in the machine and the versions: it still describes these bytes."""
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs}
     content = {**(record or {}), "caption": caption, "outputs": sums}
     path = stem.with_name(f"{stem.name}.provenance.json")
