@@ -341,7 +341,7 @@ def test_every_fault_is_a_value_error_that_the_command_line_prints_in_one_line(h
     ("class D:\n    name, input_size, score = 'D', 10**7, None", "input_size: 1 to 16384 pixels or None, got 10000000"),
     ("class D:\n    name, input_size, score = 'D', True, None", "input_size: 1 to 16384 pixels or None, got True"),
     ("class D:\n    name, input_size, score = 'a\\ud800', 16, None", "name: must be a text on one line"),
-    ("class D:\n    name = property(lambda self: 1/0)", "asking D for its attributes failed: ZeroDivisionError")])
+    ("class D:\n    name = property(lambda self: 1/0)", "reading the attributes of D failed: ZeroDivisionError")])
 def test_modules_that_end_the_program_or_ask_for_the_impossible_are_refused(tmp_path, monkeypatch, body, words):
     (tmp_path/"odd_module.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)

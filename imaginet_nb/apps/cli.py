@@ -275,7 +275,7 @@ def perturb(
 ) -> None:
     """Make the perturbed test set: crop, resize, compress at random, store as lossless WebP.
 
-    Layout, running numbers and lists are those of the authors. A set made with other settings or images is replaced.
+    Layout, numbering and lists are those of the authors. A set made with other settings or images is replaced.
     """
     from imaginet_nb.data.manifest import read_manifest_csv
     from imaginet_nb.data.splits import read_annotations
@@ -351,7 +351,7 @@ def audit(
 
     Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
-    Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
+    If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
     """
     from imaginet_nb.audit.croissant import croissant_library, write_croissant
     from imaginet_nb.audit.report import audit as write_audit, audit_source
@@ -424,7 +424,7 @@ def push(
 ) -> None:
     """Upload a checkpoint and its model card, after a question.
 
-    Needs a token with the right to write: HF_TOKEN, or `hf auth login`. `--checkpoint hf:OWNER/NAME` loads the result.
+    Needs a token with write access: HF_TOKEN, or `hf auth login`. `--checkpoint hf:OWNER/NAME` loads the result.
     """
     from imaginet_nb.models.checkpoints import hub_card, hub_token, push_checkpoint, push_target
     repository, card = push_target(repository), card or checkpoint.absolute().parent.parent/"model_card.md"
@@ -769,7 +769,7 @@ def evaluate(
     Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
     out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
-    Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.
+    If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
     """
     from imaginet_nb.core import pick_device
     source = manifest or root

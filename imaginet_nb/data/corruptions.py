@@ -75,7 +75,7 @@ class ResizeAt:
 
     @property
     def factor(self) -> float:
-        "How many times smaller, the x axis of Figure 4b."
+        "Reduction factor, the x axis of Figure 4b."
         return 12/self.step
 
     def __call__(self,
@@ -88,7 +88,7 @@ class ResizeAt:
 # %% ../../nbs/01_data/06_corruptions.ipynb #0068ec9a
 @dataclass(frozen=True)
 class DoubleJpeg:
-    "JPEG of quality 75, cropped by 3 pixels at each side, JPEG again."
+    "JPEG of quality 75, cropped by 3 pixels on each side, JPEG again."
     quality: int    # of the second, 1..100
     size: int = 256 # side, pixels
 
@@ -168,7 +168,7 @@ def grid_transform(
     size: int, # side of the result, pixels
 ) -> GridTransform:
     "The corruption of one point. Raises `ValueError` for a kind that is not in `GRID`."
-    if kind not in GRID: raise ValueError(f"no perturbation {kind!r}; there are {', '.join(GRID)}")
+    if kind not in GRID: raise ValueError(f"unknown perturbation {kind!r}; known: {', '.join(GRID)}")
     if kind in ("jpeg", "webp", "avif"): return CompressAt(kind, value, size)
     if kind == "resize": return ResizeAt(12//value, size)
     make: dict[str, Callable[[int, int], GridTransform]] = {
