@@ -246,6 +246,7 @@ def verdict_thresholds(
     if low > high: low = high = float(np.median([low, 0.5, high]))
     return low, high
 
+# %% ../../nbs/08_apps/00_predict.ipynb #972113eb
 def decimals(
     probabilities: Iterable[float],
     limits: Sequence[float], # thresholds
@@ -764,6 +765,7 @@ def refuse_other(
                      "mixed with new ones. To keep them, choose another --out, or use what they were made with; to score all files "
                      "anew, leave out --resume")
 
+# %% ../../nbs/08_apps/00_predict.ipynb #090e5738
 def _digest(path: Path) -> str:
     "SHA-256 of a file, or of a picture inside a Parquet file. Raises `OSError` or `ImageError` if it cannot be read."
     source = picture_source("", path_text(path))
