@@ -43,6 +43,7 @@ def picture_column(
     usual = next((name for name in _PICTURES if name in [*plain, *records]), None)
     found = [*records, *([] if "path" in schema.names else plain)]
     if usual is not None: found = [name for name in [*records, *plain] if name == usual]
+    if len(set(found)) < len(found): raise AnnotationError(f"{file}: two columns are called {found[0]}; rename or delete one")
     if len(found) > 1:
         raise AnnotationError(f"{file}: which column holds the pictures, {' or '.join(found)}? Call one of them image")
     return found[0] if found else None
