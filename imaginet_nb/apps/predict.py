@@ -108,6 +108,7 @@ def _short(lines: Iterable[str]) -> Iterator[str]:
         if len(line) > _LONGEST_NAME: raise ValueError(f"line {number} of the list has {len(line):,} characters: write one path per line")
         yield line.removeprefix("\ufeff") if number == 1 else line # a byte-order mark
 
+# %% ../../nbs/08_apps/00_predict.ipynb #f46ffe75
 def find_files(
     words: Iterable[str | Path], # files, folders, patterns, tables with a column `path` (`LISTS`), or - for the lines
     listed: Iterable[str] = (), # lines that - names; empty ones are skipped
@@ -379,6 +380,10 @@ def _revision(detector: Any) -> dict[str, str]: # empty for a detector that is n
     commit = getattr(detector, "revision", "")
     return {"revision": commit} if commit else {}
 
+def _content(identity: str) -> str:
+    "What counts of an identity: hashes of files, not how a path was typed; all of it where there are none."
+    return identity.partition("sha256 ")[2] or identity
+
 # %% ../../nbs/08_apps/00_predict.ipynb #d0e00005
 @dataclass(frozen=True)
 class Scorer:
@@ -406,8 +411,7 @@ class Scorer:
     def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits, or a commit
         "What a row depends on besides the image: a hash for each of five parts, and the commit of a detector from a repository."
         header, here = getattr(self.detector, "header", {}), environment(self.device)
-        content = self.identity.partition("sha256 ")[2] or self.identity # not how a path was typed
-        parts = {"detector": (content, self.detector.name, spec_words(default_spec(self.detector))),
+        parts = {"detector": (_content(self.identity), self.detector.name, spec_words(default_spec(self.detector))),
                  "calibration": (calibration_of(self.detector), header.get("open_set")),
                  "options": (asdict(self.settings), here["device"]), "libraries": here["versions"],
                  "code": (here["code"], list(SCORE_COLUMNS))}
