@@ -166,8 +166,8 @@ def test_weights_that_only_an_index_names_belong_to_the_fingerprint(tiny, tmp_pa
 
 @pytest.mark.parametrize("index, words", [
     ("{", "not an index of weights"), ('{"weight_map": {}}', "names no weights"),
-    ('{"weight_map": {"a": "gone.safetensors"}}', "names gone.safetensors, which is not here"),
-    ('{"weight_map": {"a": "config.json"}}', "names config.json.* no safetensors file")])
+    ('{"weight_map": {"a": "gone.safetensors"}}', "names gone.safetensors, which is missing"),
+    ('{"weight_map": {"a": "config.json"}}', "names config.json.* not a safetensors file")])
 def test_an_index_without_its_weights_is_named(tiny, tmp_path, index, words):
     spec = sharded(tiny, tmp_path/"model")
     (tmp_path/"model"/"model.safetensors.index.json").write_text(index)

@@ -199,7 +199,7 @@ def test_a_slip_does_not_cost_an_earlier_table(net, tmp_path, monkeypatch):
         result = predict(*words, "--checkpoint", net)
         assert result.exit_code == 1 and message in result.output, result.output
     wrong = predict("a.png", "--detector", net)
-    assert wrong.exit_code == 1 and "goes to --checkpoint" in wrong.output
+    assert wrong.exit_code == 1 and "is given with --checkpoint" in wrong.output
     assert Path("preds.csv").read_bytes() == before
 
 
@@ -309,7 +309,7 @@ def test_resume_makes_anew_what_is_not_the_same(slow):
 
 def test_two_runs_on_one_table_and_folders_that_cannot_be(slow):
     with only_run("preds.csv"): second = CliRunner().invoke(app, [*WORDS, "preds.csv"])
-    assert second.exit_code == 1 and "another run is at work" in second.output and not (slow/"preds.csv").exists()
+    assert second.exit_code == 1 and "another run is writing to" in second.output and not (slow/"preds.csv").exists()
     inside_a_file = CliRunner().invoke(app, [*WORDS, "slow.py/preds.csv"])
     assert inside_a_file.exit_code == 1 and "slow.py" in inside_a_file.output
 

@@ -38,7 +38,7 @@ from .selfcon import HeadKind, ImagiNetClassifier, SelfConNet
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #e1e2668d
 FORMAT, VERSION = "imaginet_nb checkpoint", 1
-EXTRA = "extra." # begins the name of every tensor that is no weight of the network
+EXTRA = "extra." # prefix of the name of every tensor that is not a weight of the network
 Model = SelfConNet | ImagiNetClassifier
 _INPUT = {"channels": "RGB", "range": [0, 1], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} # uint8 is divided by 255
 _CLASSES = {"detection": ["real", "synthetic"], "identification": list(FAMILIES)}
@@ -156,7 +156,7 @@ def _wrong_entry(
 
 def check_header(
     header: Mapping[str, Any],
-    schema: type[WeightsHeader], # what it has to be
+    schema: type[WeightsHeader], # that the header must follow
     path: str | Path, # for the message
 ) -> None:
     "Refuse a header with missing, unknown or impossible entries: a `CheckpointError` that names file, entry and value."
@@ -206,7 +206,7 @@ def save_weights(
     tensors: Mapping[str, Tensor], # on any device
     path: str | Path, # ends in .safetensors by convention; replaced if it exists
     header: Mapping[str, Any], # plain JSON, without `sha256`
-    schema: type[WeightsHeader] = WeightsHeader, # that it has to fit
+    schema: type[WeightsHeader] = WeightsHeader, # that the header must follow
 ) -> dict[str, Any]: # the header as written
     "Write tensors and a header with its checksum to one safetensors file, atomically."
     try: written = json.loads(json.dumps(header))
@@ -237,7 +237,7 @@ def save_checkpoint(
 # %% ../../nbs/02_models/02_checkpoints.ipynb #7adcdee5
 def read_weights_header(
     path: str | Path,
-    format: str, # that the file has to have
+    format: str, # that the file must have
     version: int, # of this format, that this code reads
     remedy: str, # for the message about another format
 ) -> dict[str, Any]: # plain JSON; so far only format and version are known to be right
@@ -247,7 +247,7 @@ def read_weights_header(
         with safe_open(path, framework="pt") as file: text = (file.metadata() or {}).get("header", "")
     except OSError as error: raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy it anew, or, if it is the authors' .pth file, "
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy it again, or, if it is the authors' .pth file, "
                               "convert it with `imaginet checkpoint convert`") from None
     try: header = json.loads(text)
     except (ValueError, RecursionError): header = None
@@ -287,9 +287,9 @@ def verified_tensors(
         with safe_open(path, framework="pt") as file: tensors = {name: file.get_tensor(name) for name in file.keys()}
         found = weights_digest({key: value for key, value in header.items() if key != "sha256"}, tensors)
     except Exception as error: # a type of numbers that torch does not know, a file that changes while it is read
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it anew") from None
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again") from None
     if header.get("sha256") != found:
-        raise CheckpointError(f"{path}: contents do not match their checksum: the file is damaged; copy it anew")
+        raise CheckpointError(f"{path}: contents do not match their checksum: the file is damaged; copy it again")
     return tensors
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #def580c8
@@ -384,7 +384,7 @@ def read_torch_file(
         raise CheckpointError(f"{path}: refused, it {what}; only tensors, options and random states may be in it. "
                               "Nothing was run.") from None
     except Exception as error: # a damaged file makes torch raise almost anything
-        raise CheckpointError(f"{path}: damaged or not a file of torch ({type(error).__name__}); download it anew") from None
+        raise CheckpointError(f"{path}: damaged, or not a PyTorch file ({type(error).__name__}); download it again") from None
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #31a0c00b
 def _is_state_dict(content: Any) -> bool:
@@ -399,7 +399,7 @@ def read_published(
     content = read_torch_file(path, allowed)
     if _is_state_dict(content): return content, {}
     if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
-        raise CheckpointError(f"{path}: no entry 'model' with weights, and no state dict as a whole; download it anew")
+        raise CheckpointError(f"{path}: no entry 'model' with weights, and no state dict either; download it again")
     return content["model"], {str(key): value for key, value in content.items() if key != "model"}
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #54ea1d80
@@ -410,7 +410,7 @@ def _recognise_head(
     path: str | Path, # for the message
 ) -> tuple[str, HeadKind]: # track and form
     "Recognise a classifier by its parameter names and the number of its logits."
-    if not _is_state_dict(state): raise CheckpointError(f"{path}: unknown classifier: its entry holds no state dict; download it anew")
+    if not _is_state_dict(state): raise CheckpointError(f"{path}: unknown classifier: its entry holds no state dict; download it again")
     form = _FORMS.get(frozenset(name.split(".")[0] for name in state))
     last = "4.weight" if form == "batchnorm" else "3.weight"
     logits = [t.shape[0] if t.ndim else 0 for name, t in state.items() if form and name == last]
@@ -459,10 +459,10 @@ HUB_PREFIX, HUB_FILE = "hf:", "model.safetensors"
 def hub_repository(
     spec: str, # hf:OWNER/NAME[@REVISION]
 ) -> tuple[str, str | None]: # OWNER/NAME; revision, None = the main branch
-    "What an address on the hub names. Raises `CheckpointError` for another form."
+    "Repository and revision of an address on the hub. Raises `CheckpointError` for another form."
     repository, _, revision = spec.removeprefix(HUB_PREFIX).partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) or spec.endswith("@"):
-        other = "; a classifier of transformers, there or in a folder, goes to --detector" if spec.startswith(HUB_PREFIX) else ""
+        other = "; a transformers classifier, on the hub or in a folder, is given with --detector" if spec.startswith(HUB_PREFIX) else ""
         raise CheckpointError(f"{spec}: write {HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION{other}")
     return repository, revision or None
 
@@ -474,7 +474,7 @@ def hub_error(
     "One of the many errors of the hub's library, in one line."
     from huggingface_hub import errors
     remedies = {
-        errors.RevisionNotFoundError: "the repository has no such revision; check what stands behind the @",
+        errors.RevisionNotFoundError: "the repository has no such revision; check the part after the @",
         errors.RepositoryNotFoundError: "the hub shows no such repository to you; check the name, and for a private or gated one set "
                                         "HF_TOKEN or run `hf auth login`",
         errors.LocalEntryNotFoundError: "the hub cannot be reached and the file is not in the cache; check the network, or name a "
@@ -507,7 +507,7 @@ def fetch_checkpoint(
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0005
 def hub_card(
     card: str | Path, # Markdown, as `imaginet cards` writes it
-    checkpoint: str | Path, # that it is of
+    checkpoint: str | Path, # that it describes
 ) -> str: # Markdown
     "A model card for the hub, without links and pictures of local files. Raises `CheckpointError` for the card of another checkpoint."
     header = read_header(checkpoint)
@@ -515,7 +515,7 @@ def hub_card(
     except OSError as error:
         raise CheckpointError(f"{card}: no model card ({error.strerror}); `imaginet cards` writes one, --card names it") from None
     if header["sha256"] not in text:
-        raise CheckpointError(f"{card}: the card is not of {checkpoint}, whose SHA-256 it does not hold; "
+        raise CheckpointError(f"{card}: the card is not of {checkpoint}, since it does not contain its SHA-256; "
                               "write it again with `imaginet cards`")
     local = r"\((?!https?://|#)[^)]*\)"
     return re.sub(rf"\[([^]]*)\]{local}", r"\1", re.sub(rf"!\[[^]]*\]{local}\n*", "", text))
@@ -525,7 +525,7 @@ def hub_token() -> str:
     "The user's token. Raises `CheckpointError` if there is none."
     from huggingface_hub import get_token
     token = get_token()
-    if token is None: raise CheckpointError("no token for the hub: set HF_TOKEN, or run `hf auth login`; it needs the right to write")
+    if token is None: raise CheckpointError("no token for the hub: set HF_TOKEN, or run `hf auth login`; it needs write access")
     return token
 
 # %% ../../nbs/02_models/02_checkpoints.ipynb #0b5e0009

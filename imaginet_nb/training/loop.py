@@ -61,7 +61,7 @@ def random_batch(
     size: int, # side, pixels
     seed: int = 0,
 ) -> Batch: # half real, half synthetic, of all families
-    "A batch of noise with labels; the time does not depend on the pixel values."
+    "A batch of noise with labels, to measure time, which does not depend on the pixel values."
     pixels = torch.from_numpy(rng(seed, "batch").integers(0, 256, (images, 3, size, size), dtype=np.uint8))
     origin = torch.arange(images) % 2
     return pixels, origin, torch.where(origin == 1, torch.arange(images)//2 % 4, 4), torch.arange(images)
@@ -71,22 +71,22 @@ def _print_once(text: str) -> None:
     if rank_and_size()[0] == 0: print(text, flush=True)
 
 def _save_state(path: Path, run_fingerprint: str, parts: dict[str, Any], epoch: int, history: list[dict]) -> None:
-    "Write everything that `_load_state` puts back."
+    "Write everything that `_load_state` restores."
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"fingerprint": run_fingerprint, "epoch": epoch, "history": history, "torch_rng": torch.get_rng_state()}
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 def _load_state(path: Path, run_fingerprint: str, parts: dict[str, Any]) -> tuple[int, list[dict]]:
-    "Put a saved state back; returns the epoch to continue with and the history so far."
+    "Restore a saved state; returns the last finished epoch and the history so far."
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["fingerprint"] != run_fingerprint:
-        _print_once(f"{path.name}: left by a run with other settings or images; starting anew")
+        _print_once(f"{path.name}: left by a run with other settings or images; starting from the beginning")
         return 0, []
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["torch_rng"])
-    _print_once(f"{path.name}: going on after epoch {state['epoch']}")
+    _print_once(f"{path.name}: continuing after epoch {state['epoch']}")
     return state["epoch"], state["history"]
 
 # %% ../../nbs/03_training/03_loop.ipynb #3ae9ef1e
@@ -112,7 +112,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     epochs: int,
     scheduler: LRScheduler | None = None, # stepped once per epoch
-    resume: Path | None = None, # file that the state goes to after every epoch; delete it when the weights are stored
+    resume: Path | None = None, # file for the state after every epoch; delete it when the weights are stored
     run_fingerprint: str = "", # `fingerprint` of everything the run depends on
     measure: Callable[[int], dict[str, float]] | None = None, # further columns of the history, of the model after an epoch
 ) -> pd.DataFrame: # one row per epoch: epoch, loss and its terms (means over batches), learning_rate, what `measure` returns
@@ -143,7 +143,7 @@ def fit(
 def neighbour_accuracy(
     features: np.ndarray, # `(N, D)`, not all zero in any row; N at least 2
     labels: np.ndarray, # `(N,)` classes
-    neighbours: int = 5, # that vote; fewer where there are not so many images. Of classes with equally many votes the smallest wins
+    neighbours: int = 5, # that vote; fewer if there are too few images. In a tie, the smallest class wins
 ) -> float: # between 0 and 1
     "Share of the images whose label is that of the majority of their nearest neighbours by cosine, themselves left out."
     searcher = NearestNeighbors(n_neighbors=min(neighbours, len(features) - 1), metric="cosine").fit(features)
