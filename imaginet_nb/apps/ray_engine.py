@@ -242,22 +242,46 @@ def _refuse_other_limit(
         raise ValueError(f"{part}: a picture of {pixels:,} pixels was {how} under another limit; choose the --max-megapixels of that "
                          "run, or another --out")
 
+def _changed(address: str) -> float: # seconds since 1970; 0 where the storage does not tell, or there is no such file
+    "When a file last changed; on this machine a file put in its place counts, whatever its modification time says."
+    files, path = url_to_fs(address)
+    try: return (files.modified if _is_remote(address) else files.created)(path).timestamp()
+    except (OSError, NotImplementedError): return 0.0
+
+def _files_of(
+    paths: list[str], # column `path` of a part
+    unit: dict[str, Any], # that the part belongs to; empty if it is none of this source
+    listed: Collection[str], # addresses of the files of this source that are pictures
+) -> Iterator[str]: # addresses
+    "Files that a part was made from."
+    if own := unit.get("tar") or unit.get("parquet"): yield own
+    for path in paths:
+        address = path if _is_remote(path) else str(text_path(path))
+        inside = "parquet" in unit and path.startswith(f"{_name(unit['parquet'])}/") # a picture in the Parquet file itself
+        if address in listed or "parquet" in unit and not inside: yield address
+
 def missing_units(
     source: str,
     out: str,
     scorer: Scorer, # as its rows will be made
     root: str | None = None, # as for `units_of`
 ) -> list[dict[str, Any]]:
-    "Units without a part. Raises `ValueError` if a part was made in another way, or if this run's limit of pixels would change it."
-    parts, units, done = parts_of(out), list(units_of(source, root=root)), set[str]()
-    columns, most = ["settings", "width", "height", "error"], pixels_allowed(scorer)
-    if any("paths" in unit for unit in units): columns.append("path") # tars are recognised by their parts alone
-    for part in parts:
-        with fsspec.open(part, "rb") as file: table = pq.read_table(file, columns=columns)
+    """Units without a part. A part is removed if one of its files has changed since, so that its pictures are scored again.
+
+    Raises `ValueError` if a part was made in another way, or if this run's limit of pixels would change it."""
+    units, done, names, most = list(units_of(source, root=root)), set[str](), set[str](), pixels_allowed(scorer)
+    of_part, listed = {part_name(unit): unit for unit in units}, {path for unit in units for path in unit.get("paths", [])}
+    for part in parts_of(out):
+        with fsspec.open(part, "rb") as file: table = pq.read_table(file, columns=["path", "settings", "width", "height", "error"])
         for settings in set(table["settings"].to_pylist()): refuse_other({"settings": settings}, scorer, part)
         _refuse_other_limit(table, most, part)
-        if "path" in columns: done.update(table["path"].to_pylist())
-    names = {part.rpartition("/")[2] for part in parts}
+        name, paths = part.rpartition("/")[2], table["path"].to_pylist()
+        if any(_changed(file) > _changed(part) for file in _files_of(paths, of_part.get(name, {}), listed)):
+            files, place = url_to_fs(part)
+            files.rm_file(place)
+            continue
+        done.update(paths)
+        names.add(name)
     if done: units = list(units_of(source, done, root)) # without the files that have a row
     return [unit for unit in units if part_name(unit) not in names]
 

@@ -328,7 +328,7 @@ def _sources(spec: str) -> list[Path]:
     installed = set(map(Path, [*site.getsitepackages(), site.getusersitepackages()]))
     def belongs(name: str, file: Path) -> bool:
         package = name.partition(".")[0]
-        if package in ("imaginet_nb", "__main__") or package in sys.stdlib_module_names: return False
+        if package in ("imaginet_nb", "__main__", "__mp_main__") or package in sys.stdlib_module_names: return False
         if package == top: return True
         return place in file.resolve().parents and not installed & set(file.parents)
     return [files[module], *sorted({file for name, file in files.items() if belongs(name, file)} - {files[module]})]
