@@ -266,7 +266,7 @@ def plot_roc(
             fpr, tpr = flagged[~synthetic].mean(), flagged[synthetic].mean()
             axes.plot(fpr, tpr, marker, color=DARK, ms=6, label=f"{label}:{gap}{fpr:.3f}, {tpr:.3f}")
         axes.set(xlabel="false-positive rate (FPR)", aspect="equal")
-        axes.set_title(_heading([f"{name}, AUC {roc_auc_score(synthetic, z):.3f}"], len(found)))
+        axes.set_title(_heading([f"{name}, pooled AUC {roc_auc_score(synthetic, z):.3f}"], len(found)))
         axes.legend(title="threshold: measured FPR, TPR", fontsize=7, title_fontsize=7, **legend)
     for axes in panels[::3]: axes.set_ylabel("true-positive rate (TPR)")
     return finish(figure, title)
