@@ -47,7 +47,7 @@ if TYPE_CHECKING: import torch # takes seconds to import; the command line and t
 
 # %% ../nbs/00_core.ipynb #63ec69cd
 def repo_root() -> Path:
-    "Folder that holds this project's `settings.ini`; the working directory where there is none (an installed wheel)."
+    "Folder that holds this project's `settings.ini`; the working directory if there is none (an installed wheel)."
     for start in (Path.cwd(), Path(__file__).resolve().parent):
         for folder in (start, *start.parents):
             settings = folder/"settings.ini"
@@ -57,8 +57,8 @@ def repo_root() -> Path:
 # %% ../nbs/00_core.ipynb #80178b55
 def shipped(
     path: str, # relative to the repository, such as `profiles/demo.yaml`
-) -> Path: # where it is; in the package's folder where there is no clone
-    "A file of the repository that the wheel carries too."
+) -> Path: # its location; in the package's folder if there is no clone
+    "A file of the repository that is also part of the wheel."
     here = repo_root()/path
     return here if here.exists() else Path(__file__).resolve().parent/"shipped"/path
 
@@ -66,7 +66,7 @@ def shipped(
 def published_address(
     address: str, # `git_url` of settings.ini
 ) -> str | None: # the address without a slash at its end; None for a placeholder
-    "An address that leads somewhere: names under `.example` belong to nobody."
+    "The address, if it can be opened: a name under `.example` is a placeholder."
     return None if not address or f"{urlsplit(address).hostname}".endswith("example") else address.rstrip("/")
 
 def repository_url() -> str | None: # None until it is published
@@ -81,7 +81,7 @@ def repository_url() -> str | None: # None until it is published
 
 # %% ../nbs/00_core.ipynb #a1c0de22
 def _supply_user() -> None:
-    "A name and a private home in `$TMPDIR` for a user id without an entry in the password file."
+    "Set a user name and a private home folder in `$TMPDIR` for a user id without an entry in the password file."
     if not hasattr(os, "getuid"): return # Windows
     import pwd
     try: pwd.getpwuid(os.getuid())
@@ -111,22 +111,22 @@ def atomic_path(
     finally: temporary.unlink(missing_ok=True)
 
 def link_target(
-    path: str | Path, # may be a symbolic link, also one that leads nowhere yet
-) -> Path: # where writing through it ends; any other path unchanged
-    "The file to write for a name that a user gives: `atomic_path` would replace the link."
+    path: str | Path, # may be a symbolic link, even one whose target does not exist yet
+) -> Path: # the final target of a link; any other path unchanged
+    "The file to write if a user names a symbolic link, which `atomic_path` would replace."
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 def write_text(
     text: str,
     path: str | Path, # its folder is made if missing
 ) -> Path: # the same path
-    "Write a text as UTF-8, with line ends `\\n`. The file is replaced as a whole or not at all."
+    "Write a text as UTF-8, with `\\n` line endings. The file is replaced as a whole or not at all."
     with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #a1c0de02
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]") # control, line-breaking and direction characters
-_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20") # what spreadsheets compute, also in full width
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20") # what begins a formula in a spreadsheet, also in full width
 _ESCAPE = re.compile(rb"\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4}|)")
 
 def path_text(
@@ -149,7 +149,7 @@ def path_text(
 def text_path(
     text: str, # as written by `path_text`
 ) -> Path:
-    r"""The path that a table's text stands for. Raises `ValueError` where a backslash is neither doubled nor begins `\xNN` or `\uNNNN`."""
+    r"""The path that a table's text stands for. Raises `ValueError` for a backslash that is not doubled and begins no escape."""
     if os.sep == "\\": return Path(text)
     def plain(escape: re.Match[bytes]) -> bytes:
         code = escape[1].decode()
@@ -160,14 +160,14 @@ def text_path(
     return Path(os.fsdecode(_ESCAPE.sub(plain, text.encode())))
 
 # %% ../nbs/00_core.ipynb #a1c0de06
-_BREAKS = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029" # what some reader takes for the end of a line
+_BREAKS = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029" # what some readers take for the end of a line
 
 def csv_text(
     frame: pd.DataFrame,
     header: bool = True, # begin with the names of the columns
 ) -> str:
     "A table as CSV, without its index: lines end in a newline; fields with any line-breaking character are quoted."
-    text = frame.to_csv(index=False, header=header, lineterminator=_BREAKS) # the writer quotes fields with any character of this
+    text = frame.to_csv(index=False, header=header, lineterminator=_BREAKS) # the writer quotes every field that contains one of these
     return '"'.join(part if i % 2 else part.replace(_BREAKS, "\n") for i, part in enumerate(text.split('"'))) # odd: in quotes
 
 def write_csv(
@@ -191,7 +191,7 @@ LOCK_SUFFIX = ".imaginet-lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 def _unwritable(out: Path, error: OSError) -> OSError:
-    "The same error, about the result instead of the folder above it or the lock beside it."
+    "The same error, but naming the result instead of its parent folder or its lock file."
     return type(error)(f"{out}: cannot be written ({error.filename}: {error.strerror}); choose another name or folder")
 
 @contextlib.contextmanager
@@ -201,7 +201,7 @@ def only_run(
     """Context in which no other run can write to `out`; raises `RuntimeError` if another run already holds it.
 
     The lock is a hidden file beside `out`, or in the folder `out` where only that can be written. It is removed at the end; one
-    left behind by a killed run is free. Where the file system has no locks, one line on standard error says so.
+    left behind by a killed run blocks nothing. If the file system has no locks, one line on standard error says so.
     """
     out = Path(out).resolve()
     missing = [folder for folder in out.parents if not folder.exists()]
@@ -210,7 +210,7 @@ def only_run(
     inside = out.is_dir() and not os.access(out.parent, os.W_OK)
     lock = FileLock((out if inside else out.parent)/f".{out.name}{LOCK_SUFFIX}", mode=0o666, timeout=0, fallback_to_soft=False)
     try: lock.acquire()
-    except Timeout: raise RuntimeError(f"another run is at work on {out}: wait until it ends, or stop it") from None
+    except Timeout: raise RuntimeError(f"another run is writing to {out}: wait until it ends, or stop it") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS: raise _unwritable(out, error) from None
         print(f"imaginet: the file system of {out} has no locks: make sure that no second run writes there", file=sys.stderr)
@@ -219,13 +219,13 @@ def only_run(
         with contextlib.suppress(OSError): os.unlink(lock.lock_file) # while it is held: a waiting process notices, and creates another
         lock.release()
         for folder in missing:
-            with contextlib.suppress(OSError): folder.rmdir() # nothing came of the run
+            with contextlib.suppress(OSError): folder.rmdir() # the run wrote nothing
 
 # %% ../nbs/00_core.ipynb #f5588252
 def made_with(
     folder: str | Path,
-    marker: str, # name of the JSON file that the folder's maker writes into it
-) -> str | None: # fingerprint; None for a folder that is empty or not there
+    marker: str, # name of the JSON file
+) -> str | None: # fingerprint; None for a folder that is empty or does not exist
     """The fingerprint in a folder's marker.
 
     Raises `FileExistsError` for a folder with files and without a marker, `ValueError` for a marker that cannot be read.
@@ -236,7 +236,7 @@ def made_with(
         raise FileExistsError(f"{folder} holds files that were not made here (no {marker} in it): move it away or name another folder")
     try: return str(json.loads((folder/marker).read_text(encoding="utf-8"))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder/marker}: cannot be read ({error!r}); delete the folder to make it anew") from error
+        raise ValueError(f"{folder/marker}: cannot be read ({error!r}); delete the folder to make it again") from error
 
 def claim_folder(
     folder: str | Path,
@@ -263,7 +263,7 @@ class _PlainLoader(yaml.SafeLoader):
         start: [(tag, pattern) for tag, pattern in rules if tag in _SCALARS]
         for start, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
-    def fetch_flow_collection_start(self, token: Any) -> None: # the scanner reads ahead, in time that grows with the square
+    def fetch_flow_collection_start(self, token: Any) -> None: # the scanner reads ahead, in quadratic time
         if self.flow_level > _YAML_DEPTH: raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.get_mark())
         super().fetch_flow_collection_start(token)
 
@@ -283,7 +283,7 @@ class _PlainLoader(yaml.SafeLoader):
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str": raise _refused(f"a key must be text: write {str(key.value)[:40]!r} in quotes", key)
-            if key.value in seen: raise _refused(f"the key {key.value!r} stands there twice", key)
+            if key.value in seen: raise _refused(f"the key {key.value!r} occurs twice", key)
             seen.add(key.value)
         return node
 
@@ -301,10 +301,10 @@ for _kind in ("int", "float"): _PlainLoader.add_constructor(f"tag:yaml.org,2002:
 def read_yaml(
     path: str | Path, # up to 16 KiB of UTF-8
 ) -> Any: # dictionaries with keys of text, lists, text, numbers, booleans and None
-    """Read a YAML file that need not be trusted; dates are text.
+    """Read a YAML file from a source that need not be trusted; dates stay text.
 
-    Raises `OSError` where there is no file, else `ValueError` that names file and, where known, line: not YAML, not UTF-8,
-    aliases, anchors, tags, a key twice, a key that is no text, more than 16 levels, integers beyond 64 bits.
+    Raises `OSError` if there is no file, else `ValueError` that names the file and, if known, the line: invalid YAML or UTF-8,
+    an alias, an anchor, a tag, a repeated key, a key that is not text, more than 16 levels, an integer beyond 64 bits.
     """
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file: raw = file.read(_YAML_BYTES + 1)
@@ -317,7 +317,7 @@ def read_yaml(
     except yaml.reader.ReaderError as error:
         line, problem = raw.decode()[:error.position].count("\n") + 1, f"the character {chr(error.character)!a} is not allowed"
     except (ValueError, OverflowError): # of `chr`, for an escape such as \UFFFFFFFF
-        raise ValueError(f"{path}: not valid YAML: an escape stands for no character of Unicode") from None
+        raise ValueError(f"{path}: not valid YAML: an escape is not a Unicode character") from None
     raise ValueError(f"{path}, line {line}: not valid YAML: {problem[:200]}")
 
 # %% ../nbs/00_core.ipynb #c7c6ce4c
@@ -329,8 +329,8 @@ Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 
 class DataConfig(Section):
-    "Which images, and the two sizes that the method uses."
-    source: Literal["sandbox", "imaginet", "look-alike"] # made by code; the real 144 GB; sandbox images in its place
+    "Which images are used, and the two image sizes of the method."
+    source: Literal["sandbox", "imaginet", "look-alike"] # made by code; the real 144 GB; sandbox images in place of the real ones
     root: str                                  # folder of images and lists, relative to the repository
     weights: str                               # folder of the imported weights of other detectors
     external: str                              # folder of the prepared external benchmarks
@@ -341,7 +341,7 @@ class DataConfig(Section):
     store: str | None = None                   # folder made by `imaginet data pack`, to train from; None = the image files
 
 class SandboxConfig(Section):
-    "How much of the embedded data set to make."
+    "Size of the embedded data set."
     images: PositiveInt                        # real and synthetic together
     sides: list[PositiveInt] = Field(min_length=2, max_length=2) # shortest and longest side, pixels
     decoder_steps: PositiveInt                 # optimiser steps for each stand-in generator
@@ -384,7 +384,7 @@ class EvaluationConfig(Section):
     "Prediction, score calibration and intervals."
     batch_size: PositiveInt
     precision: Precision
-    calibration_images: int = Field(ge=8)      # of the list of stage 2, set aside for probabilities and thresholds, half real (paper: 80)
+    calibration_images: int = Field(ge=8)      # of the stage-2 list, set aside for probabilities and thresholds, half real (paper: 80)
     resamples: PositiveInt                     # bootstrap resamples behind every interval
 
 class EmbeddingConfig(Section):
@@ -439,7 +439,7 @@ class Profile(Section):
     num_workers: int | None                    # loader processes; None = chosen from the machine
     exclusive: bool                            # a notebook that trains has the machine to itself
     deterministic: bool = False                # on a GPU, deterministic kernels, which are slower
-    compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, in runs long enough to earn it back
+    compile: Literal["auto", "never"] = "never" # torch.compile on a GPU, in runs long enough for it to pay off
     batchnorm: Literal["synchronized", "local", "frozen"] = "synchronized" # of the backbone in training, see `set_batchnorm`
     data: DataConfig
     sandbox: SandboxConfig | None
@@ -458,7 +458,7 @@ class ProfileError(ValueError):
     "A profile that cannot be used; the message names the file and the key."
 
 def _known_keys(path: tuple, model: Any) -> list[str]:
-    "Names that are allowed where the last part of `path` stands in a model."
+    "Keys that are allowed in place of the last part of `path` in a model."
     for part in path[:-1]:
         annotation = model.model_fields[part].annotation
         model = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
@@ -466,9 +466,9 @@ def _known_keys(path: tuple, model: Any) -> list[str]:
 
 def validation_text(
     error: ValidationError,
-    model: type[BaseModel], # that was to be made
+    model: type[BaseModel], # that the settings were meant for
 ) -> str: # one line: "key: what is wrong; other key: …", at most ten of them
-    "What is wrong in settings, with the allowed or nearest key for an unknown one."
+    "The errors in some settings; for an unknown key with the nearest key, or all that are allowed."
     return "; ".join(_explain(one, model) for one in error.errors()[:10])
 
 def _explain(
@@ -533,7 +533,7 @@ def seed_everything(
 def pick_device(
     name: str = "auto", # auto, cpu, cuda, cuda:1, mps
 ) -> "torch.device":
-    "The device of that name; `auto` takes a GPU if there is one."
+    "The device of that name; `auto` uses a GPU if there is one."
     import torch
     if name != "auto": return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -541,7 +541,7 @@ def pick_device(
 def progress(
     iterable: Iterable, # items to iterate over
     desc: str, # what is being done
-    total: int | None = None, # number of items where `len` does not tell
+    total: int | None = None, # number of items, if the iterable has no `len`
 ) -> Iterable:
     "A progress bar that is cleared at the end; `TQDM_DISABLE=1` (set for executed notebooks) turns it off."
     return tqdm(iterable, desc=desc, total=total, leave=False, dynamic_ncols=True, mininterval=0.5)
@@ -550,7 +550,7 @@ def progress(
 def worker_processes(
     jobs: int | None = None, # None = one per core
 ) -> Iterator[Parallel]: # results come in order, one by one
-    "`joblib` workers that are stopped at the end of the block; idle workers would delay the end of the program for five minutes."
+    "`joblib` workers that are stopped at the end of the block; idle workers would delay the end of the program by five minutes."
     try: yield Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")
     finally: get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
@@ -586,21 +586,21 @@ def file_sha256(
     return digest.hexdigest()
 
 def fingerprint(
-    *parts: Any, # whatever a result depends on; data frames count with all their rows
+    *parts: Any, # everything that a result depends on; data frames are hashed with all their rows
 ) -> str: # 64 hexadecimal digits
-    "Hash that tells whether two results were made from the same things."
+    "Hash that shows whether two results were made from the same inputs."
     text = "\n".join(csv_text(p) if isinstance(p, pd.DataFrame) else repr(p) for p in parts)
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #87b86181
 def _git(*arguments: str) -> str | None:
-    "Output of a git command in the repository; None where there is no git or no clone: another repository's commit says nothing."
+    "Output of a git command in the repository; None without git, and outside a clone, where it would be that of another repository."
     if not (repo_root()/"settings.ini").is_file(): return None
     try: return subprocess.run(["git", *arguments], cwd=repo_root(), check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
 def _relative(path: str | Path) -> str:
-    "Path relative to the repository, so that records do not depend on where it lies."
+    "Path relative to the repository, so that records do not depend on its location."
     return Path(os.path.relpath(Path(path).resolve(), repo_root().resolve())).as_posix()
 
 # %% ../nbs/00_core.ipynb #8ed48076
@@ -610,12 +610,12 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
-    found["imaginet_nb"] = imaginet_nb.__version__ # what an editable installation was called when it was made may be older
+    found["imaginet_nb"] = imaginet_nb.__version__ # the metadata of an editable installation may hold an older version
     return found
 
-CODE = ("imaginet_nb", "nbs/pipelines", "profiles", "Snakefile") # whatever a result is computed by
+CODE = ("imaginet_nb", "nbs/pipelines", "profiles", "Snakefile") # everything that computes a result
 
-def git_state() -> dict[str, Any]: # `git_commit` (hash), `git_dirty` (bool); None where there is no clone
+def git_state() -> dict[str, Any]: # `git_commit` (hash), `git_dirty` (bool); None outside a clone
     "The last commit that changed the code, and whether tracked files of the code differ from it: a commit of reports changes neither."
     status = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return {"git_commit": _git("log", "-1", "--format=%H", "--", *CODE) or None, "git_dirty": None if status is None else bool(status)}
@@ -640,7 +640,7 @@ def provenance(
 def measured_on(
     profile: Profile,
 ) -> str: # one sentence
-    "The end of every caption: whether its numbers come from the sandbox or from ImagiNet."
+    "The last sentence of every caption: whether its numbers come from the sandbox or from ImagiNet."
     about = ("ImagiNet" if profile.data.source == "imaginet" else
              "the embedded sandbox, whose generators are stand-ins, so numbers are not comparable with the paper's")
     return f"Profile `{profile.name}`: measured on {about}."

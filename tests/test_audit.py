@@ -278,7 +278,7 @@ def test_audit_of_a_folder_with_a_broken_file(odd_files, tmp_path_factory):
     sentences = audit_page.audit(root, out, jobs=1)
     assert any(s.startswith("13 of 16 files could be decoded") for s in sentences)
     assert pd.read_csv(out/"unreadable.csv")["path"].str.contains("cut|huge|empty").sum() == 3
-    assert len(pd.read_csv(out/"properties.csv")) == 16 and "they are no images: 1." in (out/"index.html").read_text()
+    assert len(pd.read_csv(out/"properties.csv")) == 16 and "they are not images: 1." in (out/"index.html").read_text()
     assert pd.read_csv(out/"metadata_baseline.csv").query("rule == 'format' and track == 'detection'")["balanced_accuracy"].gt(0.9).all()
 
 

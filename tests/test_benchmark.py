@@ -195,7 +195,7 @@ def test_compiled_training_is_that_of_the_eager_network(long_training, tmp_path,
         patched.setattr("imaginet_nb.training.loop._print_once", stop)
         long_training("auto", tmp_path/"state.pt")
     history, weights = long_training("auto", tmp_path/"state.pt")
-    assert "going on after epoch 1" in capsys.readouterr().out
+    assert "continuing after epoch 1" in capsys.readouterr().out
     assert history["loss"].tolist() == compiled[0]["loss"].tolist()
     for name, weight in compiled[1].items(): assert torch.equal(weights[name], weight), name
 

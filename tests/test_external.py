@@ -185,7 +185,7 @@ def test_lists_that_lead_elsewhere_are_refused(tmp_path, line, why):
 def test_folders_that_are_called_otherwise_in_the_crop_list(tmp_path):
     images, lists, crops = make_corvi(tmp_path/"original", each=1)
     crops.write_text(crops.read_text().replace("real_imagenet_val/", "real_imagenet_valid/"))
-    with pytest.raises(AnnotationError, match=r"no crop for real_imagenet_val/00000.JPEG \(2 of 19 images\).*name the folders alike"):
+    with pytest.raises(AnnotationError, match=r"no crop for real_imagenet_val/00000.JPEG \(2 of 19 images\).*use the same folder names"):
         E.prepare_corvi(lists, crops, images, tmp_path/"out")
 
 
@@ -272,7 +272,7 @@ def test_a_box_over_the_border_is_a_fault(tmp_path):
     source = png(tmp_path/"a.png", np.zeros((50, 60, 3), np.uint8))
     E.crop_resize_jpeg(source, E.Crop(50, 10, 0, 80), 16)
     for crop in (E.Crop(50, 11, 0, 80), E.Crop(50, 0, 1, 80), E.Crop(51, 0, 0, 80)):
-        with pytest.raises(ImageError, match="a.png: .*reaches outside of 60x50"): E.crop_resize_jpeg(source, crop, 16)
+        with pytest.raises(ImageError, match="a.png: .*reaches outside 60x50"): E.crop_resize_jpeg(source, crop, 16)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_a_yaml_file_damaged_anywhere_is_read_or_refused_in_one_way(tmp_path):
 
 def test_an_error_in_yaml_names_its_line(tmp_path):
     (tmp_path/"mine.yaml").write_text("a: 1\nb:\n  c: 2\n  c: 3\n")
-    with pytest.raises(ValueError, match="mine.yaml, line 4: .*'c' stands there twice"): read_yaml(tmp_path/"mine.yaml")
+    with pytest.raises(ValueError, match="mine.yaml, line 4: .*'c' occurs twice"): read_yaml(tmp_path/"mine.yaml")
 
 
 # --- processes that die, are stopped, or meet each other
@@ -259,7 +259,7 @@ def test_a_second_run_with_the_same_output_is_refused_before_it_begins(words, ou
     with only_run(out):
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"elsewhere"))
         result = CliRunner().invoke(app, words)
-    assert result.exit_code == 1 and f"another run is at work on {tmp_path/out}" in result.output
+    assert result.exit_code == 1 and f"another run is writing to {tmp_path/out}" in result.output
     assert tree(tmp_path) == before
 
 

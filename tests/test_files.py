@@ -87,7 +87,7 @@ def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_is_not(nam
     noise = np.random.default_rng(0).integers(0, 256, PIXELS.shape, dtype=np.uint8)//8 + PIXELS//2
     content = written("JPEG", Image.fromarray(noise).convert("L" if name == "grey" else "RGB"), quality=85, **JPEGS[name])
     found = read_image(content[:-2])
-    assert np.array_equal(found.pixels, decode(content)) and found.notes == ("the end of the file is missing, all pixels are there",)
+    assert np.array_equal(found.pixels, decode(content)) and found.notes == ("the end of the file is missing, but all pixels are present",)
     assert np.array_equal(decode(content[:-1]), found.pixels)
     for missing in (12, 60, 700, len(content)//2):
         with pytest.raises(ImageError, match="cut off: .* rows of pixels are missing|image file is truncated"): decode(content[:-missing])
@@ -111,7 +111,7 @@ def test_a_png_without_its_end_chunk_is_read(cut):
     content = written()
     assert np.array_equal(decode(content[:-cut]), PIXELS)
     behind = content[:-12] + chunk(b"tEXt", b"Comment\0behind the pixels")
-    assert read_image(behind[:-9]).notes == ("the end of the file is missing, all pixels are there",)
+    assert read_image(behind[:-9]).notes == ("the end of the file is missing, but all pixels are present",)
     for missing in (13, 16, 30):
         with pytest.raises(ImageError, match="damaged image"): decode(content[:-missing])
 
@@ -185,7 +185,7 @@ def test_strips_are_joined_without_a_seam():
 
 def test_a_gain_map_is_a_note_and_the_file_a_jpeg():
     found = read_image(written("MPO", save_all=True, append_images=[PICTURE.resize((40, 30)).convert("L")], quality=90))
-    assert found.format == "JPEG" and found.notes == ("the main picture; a gain map, preview or second view is behind it",)
+    assert found.format == "JPEG" and found.notes == ("the main picture; a gain map, preview or second view follows it",)
     assert np.array_equal(found.pixels, decode(written("JPEG", quality=90)))
 
 
@@ -215,8 +215,8 @@ OTHERS = {"web_page.jpg": (b"<!DOCTYPE html><html>403 Forbidden</html>", "a web 
           "video.mp4": (b"\0\0\0\x18ftypmp42" + bytes(200), "a video: .*ffmpeg"), "video.webm": (b"\x1aE\xdf\xa3" + bytes(20), "a video"),
           "paper.pdf": (b"%PDF-1.7\n", "a PDF"), "layers.psd": (b"8BPS\0\1", "Photoshop"),
           "many.zip": (b"PK\3\4" + bytes(20), "an archive"),
-          "many.parquet": (b"PAR1" + bytes(20) + b"PAR1", "a Parquet file: .*--engine ray --out FOLDER"),
-          "._cat.jpg": (b"\0\5\x16\7" + bytes(80), "a side file of macOS"), "table.csv": (b"path,origin\n", "or damaged at its beginning")}
+          "many.parquet": (b"PAR1" + bytes(20) + b"PAR1", "a Parquet file in which no pictures are found: .*end in .parquet"),
+          "._cat.jpg": (b"\0\5\x16\7" + bytes(80), "a macOS metadata file"), "table.csv": (b"path,origin\n", "or damaged at its beginning")}
 UNREAD = {"raw.cr2": (b"II*\0\x10\0\0\0CR\2\0" + bytes(200), "a camera raw file: develop it"),
           "raw.cr3": (b"\0\0\0\x18ftypcrx " + bytes(200), "a camera raw file"), "raw.raf": (b"FUJIFILMCCD-RAW 0201", "a camera raw file"),
           "preview.dng": (written("TIFF", tiffinfo={254: 1}), "a camera raw file"),

@@ -151,8 +151,8 @@ def test_weights_that_do_not_fit_are_refused(manifest, folder, tmp_path):
     save_file({k: v for k, v in state.items() if k != "blocks.3.mlp.fc1.weight"}, tmp_path/"hole.safetensors")
     (tmp_path/"text.safetensors").write_text("not weights")
     torch.save({"run": print}, tmp_path/"code.pth")
-    wrong = [(tmp_path/"hole.safetensors", "blocks.3.mlp.fc1.weight"), (folder/"test_resnet.r160_in1k.safetensors", "not to be used"),
-             (tmp_path/"text.safetensors", "not to be used"), (tmp_path/"code.pth", "weights_only"), (tmp_path/"none.pth", "no such file")]
+    wrong = [(tmp_path/"hole.safetensors", "blocks.3.mlp.fc1.weight"), (folder/"test_resnet.r160_in1k.safetensors", "cannot be used"),
+             (tmp_path/"text.safetensors", "cannot be used"), (tmp_path/"code.pth", "weights_only"), (tmp_path/"none.pth", "no such file")]
     for path, why in wrong:
         with pytest.raises(WeightsError, match=why) as caught: fit(manifest, folder, weights=path)
         assert path.name in str(caught.value)

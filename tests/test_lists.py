@@ -133,7 +133,7 @@ def test_rows_of_two_detectors_or_of_a_changed_one_are_not_mixed(here):
 
 
 def test_a_second_run_for_one_table_is_refused_before_it_begins(here):
-    with only_run("preds.csv"): assert "another run is at work" in judge(detector="NoSuch", code=1).output
+    with only_run("preds.csv"): assert "another run is writing to" in judge(detector="NoSuch", code=1).output
     assert not list(here.glob("*preds*"))
 
 
@@ -202,7 +202,7 @@ def test_every_file_of_a_folder_has_a_row_or_a_reason(here):
         for _ in range(2): # the second time, the report of the first lies in the folder
             result = run(*command, "--out", "set/report", code=0)
             page = (folder/"report/index.html").read_text()
-            for words in ("by name and content they are no images: ", "each is a link to a folder: 1. The first: fake/linked"):
+            for words in ("by name and content they are not images: ", "each is a link to a folder: 1. The first: fake/linked"):
                 assert words in result.output and words in page.replace("<code>", "").replace("</code>", ""), result.output
             table = pd.read_csv(folder/"report"/("predictions.csv" if command[0] == "evaluate" else "properties.csv"))
             assert len(table) == 12 and table["error"].isna().all() and {"real/zero", "real/two.jfif"} < set(table["path"])

@@ -309,7 +309,7 @@ def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
              "--rerun-triggers", "mtime", "params", "input", "--", *(f"{again.relative_to(ROOT)}/tables/{t}.csv" for t in SEEN)]
     result = subprocess.run(words, cwd=ROOT, env={**os.environ, **server()}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    if killed_in_training: assert "going on after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
+    if killed_in_training: assert "continuing after epoch" in (again/"notebooks"/"p30_pretrain.ipynb").read_text()
     made = [path for path in sorted((again/"tables").glob("*.csv")) if path.stem not in MEASURED]
     assert {path.stem for path in made} >= set(SEEN)
     for table in made: assert table.read_bytes() == (report/"tables"/table.name).read_bytes(), table.name

@@ -350,8 +350,8 @@ def test_the_true_tower_has_the_names_and_shapes_of_clip_rn50x64():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: {n.removeprefix("module."): t for n, t in s.items()}, "weights that LASTED has not"),
-    (lambda s: s | {"module.extra.weight": torch.ones(1)}, r"has 1 weights that LASTED has not \(such as module.extra.weight\)"),
+    (lambda s: {n.removeprefix("module."): t for n, t in s.items()}, "weights that LASTED does not have"),
+    (lambda s: s | {"module.extra.weight": torch.ones(1)}, r"has 1 weights that LASTED does not have \(such as module.extra.weight\)"),
     (lambda s: without(s, "module.clip_model.visual.attnpool.c_proj.bias"), "1 missing .*backbone.0.attnpool.c_proj.bias"),
     (lambda s: s | {"module.clip_model.visual.attnpool.positional_embedding": torch.ones(50, 256)}, "of another shape .*positional_emb"),
     (lambda s: {n: t for n, t in s.items() if ".visual." not in n}, "missing .*HighwayWu/LASTED"),

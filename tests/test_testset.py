@@ -20,7 +20,7 @@ from imaginet_nb.data.splits import read_annotations
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
 needs_lists = pytest.mark.skipif(not (LISTS/"test_annotations.txt").is_file(),
     reason=f"the authors' annotation lists are not there ({LISTS})")
-NAMES = ("gan", "sd", "midjourney", "dalle3") # in the order of the running numbers
+NAMES = ("gan", "sd", "midjourney", "dalle3") # in the order in which images are numbered
 FAMILIES = ("GAN", "SD", "Midjourney", "DALL-E 3")
 CONTENTS = ("photos", "paintings", "faces", "uncategorized")
 
@@ -146,7 +146,7 @@ def test_a_perturbed_path_in_two_lists_is_refused(release):
     for name, old in (("test_gan.txt", "real/00003"), ("test_midjourney.txt", "real/00007")):
         path = release/"lists"/name
         path.write_text(path.read_text().replace(old, "real/00099"))
-    with pytest.raises(AnnotationError, match="real/00099.webp stands in two lists"): T.published_groups(release/"lists")
+    with pytest.raises(AnnotationError, match="real/00099.webp occurs in two lists"): T.published_groups(release/"lists")
 
 
 def test_a_family_in_the_list_of_another_is_refused(release):

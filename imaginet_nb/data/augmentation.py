@@ -117,12 +117,12 @@ def random_resized_crop(
 _CODERS = {"jpeg": (".jpg", cv2.IMWRITE_JPEG_QUALITY), "webp": (".webp", cv2.IMWRITE_WEBP_QUALITY)}
 
 def _avif(image: np.ndarray, quality: int) -> np.ndarray:
-    "AVIF by Pillow, in one thread, so that the bytes do not depend on the number of cores."
+    "AVIF with Pillow, in one thread, so that the bytes do not depend on the number of cores."
     content = io.BytesIO()
     try: Image.fromarray(np.ascontiguousarray(image)).save(content, "AVIF", quality=quality, speed=8, max_threads=1)
     except (KeyError, OSError) as error:
         raise ValueError(f"this Pillow cannot write AVIF ({error}); install pillow 11.3 or newer") from None
-    return np.asarray(Image.open(content).convert("RGB"))
+    return np.array(Image.open(content).convert("RGB")) # a copy, which may be written to
 
 def compress(
     image: np.ndarray, # `(H, W, 3)` uint8
@@ -130,7 +130,7 @@ def compress(
     quality: int, # 1 (worst) to 100; WebP stays lossy at 100
 ) -> np.ndarray: # same shape
     "Compress the image lossily and decode it again. Raises `ValueError` for another codec or quality."
-    if kind not in (*_CODERS, "avif"): raise ValueError(f"kind must be jpeg or webp, or avif, got {kind!r}")
+    if kind not in (*_CODERS, "avif"): raise ValueError(f"kind must be jpeg, webp or avif, got {kind!r}")
     if not 1 <= quality <= 100: raise ValueError(f"quality must lie in 1..100, got {quality}")
     if kind == "avif": return _avif(check_image(image), quality)
     suffix, option = _CODERS[kind]
@@ -147,7 +147,7 @@ def random_compression(
     lowest: int = 50, # quality
     highest: int = 95, # quality, included
 ) -> np.ndarray: # same shape
-    "JPEG or WebP with equal chance, any quality of the range with equal chance."
+    "JPEG or WebP with equal probability, any quality of the range with equal probability."
     kind = ("jpeg", "webp")[rng.integers(2)]
     return compress(image, kind, int(rng.integers(lowest, highest + 1)))
 

@@ -31,12 +31,13 @@ def _codes(
     "The class number of every label."
     known = {label: number for number, label in enumerate(classes)} | {UNKNOWN: -1}
     for row, label in enumerate(labels):
-        if label not in known: raise ValueError(f"manifest row {row}: {labels.name} {label!r} is none of {', '.join(known)}")
+        if label not in known: raise ValueError(f"manifest row {row}: {labels.name} {label!r} is not one of {', '.join(known)}")
     return [known[label] for label in labels]
 
 # %% ../../nbs/01_data/07_datasets.ipynb #541cbc44
 Transform = Callable[[Picture, np.random.Generator], np.ndarray]
 
+# %% ../../nbs/01_data/07_datasets.ipynb #5d90b3a1
 class ManifestDataset(Dataset):
     "The images of a manifest, transformed, with their labels."
     def __init__(self,
@@ -115,7 +116,7 @@ def make_loader(
     batch_size: int, # images; in each process, if there are several
     shuffle: bool, # a new order each epoch, or the manifest's
     num_workers: int | None = None, # loader processes; None chooses
-    drop_last: bool = False, # leave out a last batch that is not full
+    drop_last: bool = False, # omit an incomplete last batch
     rank: int = 0, # number of this process
     world_size: int = 1, # number of processes that train together
 ) -> DataLoader[Any]: # batches `(images (B, 3, H, W) uint8, origin (B,), family (B,), row (B,))`

@@ -27,7 +27,7 @@ from .splits import read_annotations, read_corvi, read_practical
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e200009
 def complete_manifest(
-    frame: pd.DataFrame, # columns path, origin, perhaps generator, generator_family, content_type, split; others are kept
+    frame: pd.DataFrame, # columns path, origin; optionally generator, generator_family, content_type, split; others are kept
     source: str, # for messages
     lines: Sequence[int] | None = None, # of the file, for messages
     allow_duplicates: bool = False, # accept a path that occurs more than once
@@ -48,19 +48,36 @@ def complete_manifest(
 # %% ../../nbs/01_data/04_folders.ipynb #7e200012
 _NUMBERS = {"0": "real", "1": "synthetic", "0.0": "real", "1.0": "synthetic"}
 _LABELS, _GENERATORS = ("label", "origin"), ("generator", "model", "source")
-COLUMNS = ("path", *_LABELS, *_GENERATORS, "generator_family", "content_type", "split") # of a table, those that are understood
+COLUMNS = ("path", *_LABELS, *_GENERATORS, "generator_family", "content_type", "split") # of a table, that are used
 
+def _lacks_columns(
+    name: str, # of the file
+    columns: Sequence[str],
+) -> AnnotationError:
+    "The error of a table without paths or labels."
+    near = [column for column in columns if column not in COLUMNS and column.strip().lower() in COLUMNS]
+    hint = "".join(f"; rename {column!r} to {column.strip().lower()}" for column in near)
+    if len(columns) == 1 and set(columns[0]) & set(";\t|"): hint = "; separate the columns by commas"
+    return AnnotationError(f"{name}: the columns path and label are needed; it has {', '.join(columns)}{hint}")
+
+def _origins(words: pd.Series) -> list[str]:
+    "Labels as real or synthetic; empty for other words."
+    return [label_of(word) or _NUMBERS.get(word.strip(), "") for word in words]
+
+# %% ../../nbs/01_data/04_folders.ipynb #7e200015
 def _with_labels(
     frame: pd.DataFrame, # columns as text, in any names
     listing: RowSource,
+    columns: Sequence[str], # of the file, for messages
     allow_duplicates: bool,
 ) -> pd.DataFrame: # manifest
     "The manifest of a table."
     column = next((name for name in _LABELS if name in frame), None)
-    if column is None or "path" not in frame:
-        glued = "; separate the columns by commas" if len(frame.columns) == 1 and set(frame.columns[0]) & set(";\t|") else ""
-        raise AnnotationError(f"{listing.name}: the columns path and label are needed; it has {', '.join(frame.columns)}{glued}")
-    origins = [label_of(word) or _NUMBERS.get(word.strip(), "") for word in frame[column]]
+    if column is None or "path" not in frame: raise _lacks_columns(listing.name, list(dict.fromkeys([*frame, *columns])))
+    origins = _origins(frame[column])
+    if column != "origin" and "origin" in frame:
+        other = [bool(word) and word != origin for word, origin in zip(_origins(frame["origin"]), origins)]
+        listing.refuse(other, frame["path"], "label and origin contradict each other, path", "correct or delete one of the columns")
     listing.refuse([not origin for origin in origins], frame[column], "unknown label", "use real or synthetic, or 0 or 1")
     named = next((name for name in _GENERATORS if name in frame), None)
     if named not in (None, "generator"): frame = frame.assign(generator=frame[named].where(np.equal(origins, "synthetic"), ""))
@@ -68,9 +85,9 @@ def _with_labels(
     return complete_manifest(frame.assign(origin=origins), listing.name, listing.lines, allow_duplicates)
 
 def _columns_sentence(
-    columns: Sequence[str], # of a table, without that of the pictures
+    columns: Sequence[str], # of a table, without that of the images
 ) -> list[str]: # empty if there is nothing to say
-    "Which column names the generator, and which columns are not understood."
+    "Which column names the generator, and which columns are not used."
     named = next((name for name in _GENERATORS if name in columns), None)
     other = [name for name in columns if name not in COLUMNS]
     found = [f"The column {named} names the generator."] if named not in (None, "generator") else []
@@ -79,8 +96,8 @@ def _columns_sentence(
 # %% ../../nbs/01_data/04_folders.ipynb #7e200021
 def _read_inside(
     file: Path, # Parquet
-    name: str | None = None, # of the file in the paths of its pictures; None = its own
-) -> tuple[pd.DataFrame, RowSource, list[str]]: # columns as text; for messages; names of the columns, without that of the pictures
+    name: str | None = None, # of the file in the paths of its images; None = its own
+) -> tuple[pd.DataFrame, RowSource, list[str]]: # columns as text; lines for messages; names of the columns, without that of the images
     "The table of a Parquet file."
     import pyarrow.parquet as pq
     frame, listing, columns = read_parquet(file, COLUMNS, name)
@@ -90,13 +107,13 @@ def _read_inside(
 def read_labelled_list(
     path: str | Path, # CSV, TSV or Parquet
     allow_duplicates: bool = False, # accept a path that occurs more than once
-) -> tuple[pd.DataFrame, list[str]]: # manifest, whose generators and content types may have any name; what is to be said of its columns
+) -> tuple[pd.DataFrame, list[str]]: # manifest, whose generators and content types may have any name; sentences about its columns
     "Read a table with the columns path and label (or origin). Raises `AnnotationError` with file and line."
     if Path(path).suffix.lower() == ".parquet": frame, listing, columns = _read_inside(Path(path))
     else:
         frame, listing = read_table(path)
         columns = frame.columns.tolist()
-    return _with_labels(frame, listing, allow_duplicates), _columns_sentence(columns)
+    return _with_labels(frame, listing, columns, allow_duplicates), _columns_sentence(columns)
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e20000c
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -117,7 +134,7 @@ class LabelledFolder:
                         f"`{self.contradictions[0]}`. {LABEL_RULE}"]
 
 def _why_left_out(path: Path, problem: str | None) -> str | None:
-    "Why something in the folder has no row; None for a picture."
+    "Why an entry of the folder has no row; None for an image."
     if problem is not None: return f"Folders not entered, because each is {problem}"
     if os.path.exists(path.with_name(f"{path.stem}.provenance.json")): return "Files left out, because they belong to a report"
     reason = why_no_image(path)
@@ -129,24 +146,24 @@ def _split_of(folders: Sequence[str]) -> str:
     return next((_SPLITS[name.lower()] for name in folders if name.lower() in _SPLITS), "test")
 
 def _row(path: str, folders: Sequence[str], at: int, origin: str) -> dict[str, Any]:
-    "Labels from the folders on the path of an image; `names` are those that may yet be its content."
+    "Labels from the folders on the path of an image; `names` are those that may still turn out to be its content."
     def others(names: Sequence[str]) -> list[str]:
         return [name for name in names if name.lower() not in _SPLITS and not label_of(name)]
     above, below = others(folders[:at]), others(folders[at:])
-    kinds = [name for name in above if name.lower() in CONTENT_TYPES]
-    makers = below or [name for name in above if name not in kinds]
-    generator = "real" if origin == "real" else next(iter(makers), UNKNOWN)
+    contents = [name for name in above if name.lower() in CONTENT_TYPES]
+    generators = below or [name for name in above if name not in contents]
+    generator = "real" if origin == "real" else next(iter(generators), UNKNOWN)
     return dict(path=path, origin=origin, generator=generator, split=_split_of(folders), names=[*above, *below])
 
 def _contents(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     "Content of each row: a folder name of both real and synthetic images."
-    makers = {row["generator"] for row in rows}
-    kinds = {origin: {name for row in rows if row["origin"] == origin for name in row["names"]} for origin in ("real", "synthetic")}
-    shared = (kinds["real"] & kinds["synthetic"]) - makers
+    generators = {row["generator"] for row in rows}
+    names_of = {origin: {name for row in rows if row["origin"] == origin for name in row["names"]} for origin in ("real", "synthetic")}
+    shared = (names_of["real"] & names_of["synthetic"]) - generators
     several: dict[str, set[str]] = defaultdict(set)
     for row in rows: several[row["generator"]] |= shared & set(row["names"])
     known = {name for name in shared if name.lower() in CONTENT_TYPES}
-    chosen = shared if any(len(names) > 1 for maker, names in several.items() if maker != "real") else known
+    chosen = shared if any(len(names) > 1 for generator, names in several.items() if generator != "real") else known
     found = [next((name for name in row["names"] if name in chosen), UNKNOWN) for row in rows]
     return [name.lower() if name.lower() in CONTENT_TYPES else name for name in found]
 
@@ -164,7 +181,7 @@ def _beside_real(rows: Sequence[Mapping[str, Any]], unlabelled: Sequence[str]) -
 def read_labelled_folder(
     folder: str | Path,
 ) -> LabelledFolder:
-    "Read a folder of labelled pictures. Raises `AnnotationError` for a picture without a label word on its path, or without pictures."
+    "Read a folder of labelled images. Raises `AnnotationError` for an image without a label word on its path, or if there is none."
     rows, left_out, unlabelled, contradictions = [], defaultdict(list), [], []
     for path, problem in walk(folder):
         text = path_text(path.relative_to(folder))
@@ -187,26 +204,26 @@ def read_labelled_folder(
     raise AnnotationError(" ".join([f"{path_text(folder)}: no images in it; {remedy}", *why]))
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e200026
-def _parts(folder: Path) -> list[Path]:
-    "Parquet files of a folder that holds no pictures as files."
+def _shards(folder: Path) -> list[Path]:
+    "Parquet files of a folder without image files."
     found = [path for path, problem in walk(folder) if problem is None and not path.name.startswith(".")]
-    parts = [path for path in found if path.suffix.lower() == ".parquet"]
-    return parts if not any(is_image_path(path) for path in found) else []
+    shards = [path for path in found if path.suffix.lower() == ".parquet"]
+    return shards if not any(is_image_path(path) for path in found) else []
 
-def _read_parts(
-    parts: Sequence[Path], # Parquet files
-    folder: Path, # that the paths begin in
+def _read_shards(
+    shards: Sequence[Path], # Parquet files
+    folder: Path, # that the paths are relative to
     allow_duplicates: bool,
-) -> tuple[pd.DataFrame, list[str]]: # manifest; what is to be said of the columns
+) -> tuple[pd.DataFrame, list[str]]: # manifest; sentences about the columns
     "Manifest of several Parquet files."
     frames, columns = [], dict[str, None]()
-    for part in parts:
-        name = path_text(part.relative_to(folder))
-        frame, listing, found = _read_inside(part, name)
+    for shard in shards:
+        name = path_text(shard.relative_to(folder))
+        frame, listing, found = _read_inside(shard, name)
         columns |= dict.fromkeys(found)
         if "split" not in frame: frame = frame.assign(split=_split_of(re.split(r"[/_.-]", name)))
-        frames.append(_with_labels(frame, listing, allow_duplicates))
-    whole = pd.concat(frames, ignore_index=True).fillna("") # a column that only some of the parts have
+        frames.append(_with_labels(frame, listing, found, allow_duplicates))
+    whole = pd.concat(frames, ignore_index=True).fillna("") # a column that only some of the shards have
     return whole, _columns_sentence(list(columns))
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e200028
@@ -215,14 +232,16 @@ MAIN_LISTS = ("train_annotations.txt", "test_annotations.txt") # of the authors
 def lists_folder(
     folder: str | Path,
 ) -> Path | None: # None for any other folder
-    "Where the authors' lists of a folder lie: in it, or in its folder `annotations`."
+    "The folder with the authors' lists: the given one, or `annotations` in it."
     return next((f for f in (Path(folder), Path(folder)/"annotations") if any((f/name).is_file() for name in MAIN_LISTS)), None)
 
 def read_authors_list(
     path: str | Path,
 ) -> pd.DataFrame: # manifest
-    "A list in one of the authors' formats, which its name tells."
+    "Read a list in one of the authors' formats, recognised by its name. Raises `AnnotationError` for another suffix."
     path = Path(path)
+    if path.suffix.lower() not in ("", ".txt"):
+        raise AnnotationError(f"{path}: a list ends in .csv, .tsv or .parquet, or is one of the authors' in .txt; save it as CSV")
     if path.name.startswith(("annotations_corvi", "annotations_calib_corvi", "anchor_lasted_corvi")): return read_corvi(path)
     if path.name.startswith(("Test_", "annotations_calib_practical", "anchor_lasted_practical")): return read_practical(path)
     split = next((s for s in ("train", "calibration") if path.name.startswith(s)), "test")
@@ -231,9 +250,9 @@ def read_authors_list(
 def find_root(
     folder: Path, # of the list
     manifest: pd.DataFrame,
-    root: str | Path | None = None, # as the user gave it; paths of pictures inside Parquet files always begin beside these
+    root: str | Path | None = None, # given by the user; not used for images inside Parquet files, which are found beside the list
 ) -> Path | None: # None if the images are not there
-    "The folder that the paths of a list begin in: the one given, else that of the list or the one above, by fifty of the paths."
+    "The folder that the paths of a list are relative to: the one given, else that of the list or its parent, judged by fifty paths."
     some = manifest["path"].iloc[np.linspace(0, len(manifest) - 1, 50).astype(int)]
     if root is not None and parquet_file(folder, some.iloc[0]) is None: return Path(root)
     return next((f for f in (folder, folder.parent) if any(os.path.isfile(picture_file(f, p)) for p in some)), None)
@@ -259,7 +278,7 @@ class CustomDataset:
     source: Path # list, file or folder
     remarks: Sequence[str] = () # what was left out of a folder, and labels in doubt
     left_out: int = 0 # files and folders without a row
-    columns: Sequence[str] = () # what is to be said of the columns of a table
+    columns: Sequence[str] = () # sentences about the columns of a table
 
     @property
     def understood(self) -> list[str]:
@@ -277,7 +296,7 @@ def read_custom_dataset(
     if not source.exists(): raise FileNotFoundError(f"{source}: no such list or folder")
     place = source if source.is_dir() else source.parent
     if root is not None and not Path(root).is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; --root is the folder that the paths begin in")
+        raise FileNotFoundError(f"{root}: no such folder; --root is the folder that the paths are relative to")
     def dataset(manifest: pd.DataFrame, **about: Any) -> CustomDataset:
         found = find_root(place, manifest, root) or place
         return CustomDataset(source.resolve().name if source.is_dir() else source.stem, manifest, found, source, **about)
@@ -288,8 +307,8 @@ def read_custom_dataset(
     if lists := lists_folder(source):
         files = [lists/name for name in MAIN_LISTS if (lists/name).is_file()]
         return dataset(pd.concat(map(read_authors_list, files), ignore_index=True))
-    if parts := _parts(source):
-        manifest, columns = _read_parts(parts, source, allow_duplicates)
+    if shards := _shards(source):
+        manifest, columns = _read_shards(shards, source, allow_duplicates)
         return dataset(manifest, columns=columns)
     found = read_labelled_folder(source)
     return CustomDataset(source.resolve().name, found.manifest, source, source, found.sentences, sum(map(len, found.left_out.values())))

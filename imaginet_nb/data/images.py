@@ -38,7 +38,7 @@ class ImageError(ValueError):
     "An image that cannot be read or written; the message names the file and what is wrong with it."
 
 class NotAnImage(ImageError):
-    "A file that by its content is something else; the message says what, and what to do."
+    "A file whose content is not an image; the message says what it is, and what to do."
 
 
 # %% ../../nbs/01_data/03_images.ipynb #dafb0220
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 def walk(
     folder: str | Path,
 ) -> list[Found]: # in the order of their paths
-    "All entries of a folder and its subfolders, including hidden files, broken links and special files; without lock files of runs."
+    "All entries of a folder and its subfolders, including hidden files, broken links and special files, but not the lock files of runs."
     found, left = [], [Path(folder)]
     while left:
         place = left.pop()
@@ -88,7 +88,7 @@ def image_sheet(
     inches: float = 1.3, # width of one image at 60 pixels per inch
 ) -> Any: # an `IPython.display.Image`
     "Titled images side by side, for a notebook: a JPEG of a few kilobytes, pixels enlarged as square blocks."
-    from IPython.display import Image as Shown # neither is needed outside of notebooks
+    from IPython.display import Image as Shown # neither is needed outside notebooks
     from matplotlib.figure import Figure
     columns = columns or len(images)
     rows = -(-len(images)//columns)
@@ -122,7 +122,7 @@ MAX_PIXELS = 250_000_000 # a picture's width times height, unless the environmen
 LIMIT_VARIABLE = "IMAGINET_MAX_PIXELS"
 
 def pixel_limit() -> int:
-    "Largest width times height that is read. Raises `ImageError` where the environment variable is not a number."
+    "Largest width times height that is read. Raises `ImageError` if the environment variable is not a number."
     text = os.environ.get(LIMIT_VARIABLE) or str(MAX_PIXELS)
     if not text.isdecimal(): raise ImageError(f"{LIMIT_VARIABLE}={text}: a number of pixels is needed, such as {MAX_PIXELS}")
     return int(text)
@@ -132,7 +132,7 @@ _guard, _readers, _pillows_limit = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
 
 @contextlib.contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    "Pillow has one limit, which cannot be passed to `open`; it is back when the last reader leaves."
+    "Pillow's limit is global and cannot be passed to `open`; it is restored when the last reader has finished."
     global _readers, _pillows_limit
     with _guard:
         if not _readers: _pillows_limit = Image.MAX_IMAGE_PIXELS
@@ -154,11 +154,12 @@ _OTHERS = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), remedy) for pat
     (rb"\s*<\?xml", "an XML document, perhaps the error message of a failed download: fetch the file again"),
     (rb"%PDF-|%!PS", "a PDF or PostScript document: export its pictures as PNG"),
     (rb"8BPS", "a Photoshop file: save a copy as PNG"),
-    (rb"PAR1", "a Parquet file: `evaluate` reads the pictures in one, and so does `predict --engine ray --out FOLDER`"),
+    (rb"PAR1", "a Parquet file in which no pictures are found: it must be whole, end in .parquet, and have a column of pictures "
+               "such as image"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf\x27\x1c|Rar!", "an archive: unpack it"),
     (rb"\x1aE\xdf\xa3|RIFF.{4}AVI |.{4}ftyp(?!avi[fs]|he[iv]|m[is]f1)|FLV\x01|\0\0\x01[\xb3\xba]",
      "a video: save frames of it as PNG (`ffmpeg -i FILE frame%05d.png`)"),
-    (rb"\0\x05\x16\x07", "a side file of macOS without a picture: leave it out")))
+    (rb"\0\x05\x16\x07", "a macOS metadata file without a picture: leave it out")))
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b05
 _BRANDS = {"AVIF": {b"avif", b"avis"}, "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}}
@@ -168,7 +169,7 @@ _PACKAGES = {"HEIF": ("pillow_heif", "HEIC", "pillow-heif"), "JXL": ("pillow_jxl
 def _formats(
     head: bytes, # the beginning of a file
 ) -> tuple[str, ...]: # what Pillow should try
-    "The format that the first bytes name, with its package; all formats where they name none."
+    "The format that the first bytes indicate, its package imported; all formats if they indicate none."
     if _RAW.match(head): raise ImageError(_RAW_REMEDY)
     brands = set(re.findall(rb".{4}", head[8:int.from_bytes(head[:4], "big")], re.DOTALL)) if head[4:8] == b"ftyp" else set()
     format = next((name for name, known in _BRANDS.items() if brands & known), None)
@@ -195,7 +196,7 @@ def png_chunks(
 def png_text(
     name: bytes, # tEXt, zTXt, iTXt or iCCP
     data: bytes, # of the chunk
-) -> tuple[str, bytes, bool]: # key; the text or profile; False where it was longer than 1 MB when inflated, and is cut there
+) -> tuple[str, bytes, bool]: # key; the text or profile; False if it was longer than 1 MB when inflated, and is cut there
     "Key and content of a text chunk or colour profile. Raises `zlib.error` for damaged data."
     key, _, rest = data.partition(b"\0")
     packed = name in (b"zTXt", b"iCCP") or rest[:1] == b"\1"
@@ -209,7 +210,7 @@ def png_text(
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b10
 _PNG = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_LOST_END = "the end of the file is missing, all pixels are there"
+_LOST_END = "the end of the file is missing, but all pixels are present"
 
 def _too_large(stream: BinaryIO, chunks: list[tuple[bytes, int, int]]) -> dict[int, str]: # position -> key
     "Texts and profiles of a PNG file that Pillow would refuse."
@@ -218,7 +219,7 @@ def _too_large(stream: BinaryIO, chunks: list[tuple[bytes, int, int]]) -> dict[i
         if name not in PNG_TEXTS: continue
         stream.seek(start)
         try: key, content, whole = png_text(name, stream.read(length))
-        except zlib.error: continue # Pillow's to judge
+        except zlib.error: continue # left to Pillow
         total += len(content)
         if not whole or total > PngImagePlugin.MAX_TEXT_MEMORY: found[start] = key
     return found
@@ -243,8 +244,8 @@ def _mended_png(
     return content, [*notes, _LOST_END] if lost_end else notes
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b11
-_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])") # neither a stuffed byte nor a restart nor filling
-_FILLINGS = (b"", bytes(range(1, 255))*16) # of the place of what is missing
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])") # neither a stuffed byte nor a restart marker nor a fill byte
+_FILLINGS = (b"", bytes(range(1, 255))*16) # put in place of the missing bytes
 
 def _lacks_only_its_end(
     content: bytes, # of a JPEG file
@@ -264,9 +265,9 @@ def _lacks_only_its_end(
 
 def _mended_jpeg(
     stream: BinaryIO, # a JPEG file that Pillow found to be cut off
-    cut: OSError, # what it said
+    cut: OSError, # Pillow's error
 ) -> Image.Image: # loaded
-    "The picture, if only the end marker is missing. Raises `OSError` that says how many rows are."
+    "The picture, if only the end marker is missing. Raises `OSError` with the number of missing rows otherwise."
     stream.seek(0)
     if not _lacks_only_its_end(content := stream.read()): raise cut
     plain, other = (Image.open(io.BytesIO(content + filling + b"\xff\xd9"), formats=["JPEG"]) for filling in _FILLINGS)
@@ -290,13 +291,13 @@ def open_image(
     except UnidentifiedImageError:
         remedy = next((remedy for pattern, remedy in _OTHERS if pattern.match(head)), None)
         raise NotAnImage(f"not an image, but {remedy}" if remedy else
-                         f"not an image, or damaged at its beginning (read are {', '.join(FORMATS)})") from None
+                         f"not an image, or damaged at its beginning (supported: {', '.join(FORMATS)})") from None
     tags = getattr(picture, "tag_v2", {})
     if 50706 in tags or tags.get(254) == 1: raise ImageError(_RAW_REMEDY) # DNG, or a preview in front of the picture
     return picture, notes
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b13
-_STRIP, _LARGE = 250_000, 50_000_000 # pixels: converted at a time, as a core's cache holds them; of a picture that is read alone
+_STRIP, _LARGE = 250_000, 50_000_000 # pixels: of a strip, which fits into a core's cache; of a picture that is read alone
 _one_large_picture = threading.Lock()
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
@@ -333,10 +334,10 @@ def _silent_libtiff() -> Iterator[None]:
 
 # %% ../../nbs/01_data/03_images.ipynb #e9323eb5
 class Decoded(NamedTuple):
-    "A picture and what is to be known about its file."
+    "A picture, and the format and notes of its file."
     pixels: np.ndarray # `(H, W, 3)` uint8 RGB, upright
     format: str # Pillow's name, such as JPEG
-    notes: tuple[str, ...] # what was left out, turned or missing
+    notes: tuple[str, ...] # what was left out, rotated or missing
 
 def format_name(
     picture: Image.Image, # as opened
@@ -345,14 +346,14 @@ def format_name(
     return {"MPO": "JPEG"}.get(str(picture.format), str(picture.format))
 
 def _orientation(picture: Image.Image) -> int:
-    "That of the EXIF record; 1, upright, where there is none."
+    "Orientation in the EXIF record; 1 (upright) if there is none."
     try: found = picture.getexif().get(0x0112, 1)
     except Exception: return 1 # a damaged record does not change pixels
     return found if found in _TURNS else 1
 
 def _frames(picture: Image.Image) -> list[str]:
-    "A note on what else the file holds."
-    if "mp" in picture.info: return ["the main picture; a gain map, preview or second view is behind it"]
+    "A note on other pictures in the file."
+    if "mp" in picture.info: return ["the main picture; a gain map, preview or second view follows it"]
     try: frames = getattr(picture, "n_frames", 1)
     except Exception: return ["the first frame; the others are damaged"]
     return [f"first of {frames} frames"] if frames > 1 else []
@@ -362,7 +363,7 @@ def _load(
     picture: Image.Image, # of `open_image`
     stream: BinaryIO, # its file
 ) -> tuple[Image.Image, list[str]]: # with pixels; notes
-    "The picture with its pixels, compared with the checksums of a PNG."
+    "The picture with its pixels loaded; those of a PNG are compared with its checksums."
     if picture.format == "PNG":
         content = picture.fp # type: ignore[attr-defined]
         picture.verify() # after this, the file must be opened again
@@ -385,7 +386,7 @@ def _read(
     if width*height > max_pixels:
         raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}; save a smaller copy, "
                          f"or set {LIMIT_VARIABLE}={width*height} in the environment "
-                         f"(for `imaginet predict`: --max-megapixels {ceil(width*height/1e6)})")
+                         f"(for `imaginet predict` and `evaluate`: --max-megapixels {ceil(width*height/1e6)})")
     with _one_large_picture if width*height > _LARGE else contextlib.nullcontext():
         turned_by_pillow = picture.format == "TIFF" and _orientation(picture) != 1
         picture, more = _load(picture, stream)
@@ -409,7 +410,7 @@ def _explain(
 def opened(
     source: str | Path | bytes, # a file, or the content of one
 ) -> Iterator[BinaryIO]:
-    "The content, without Pillow's warnings and limit; whatever is raised inside becomes an `ImageError` that names the image."
+    "The content, without Pillow's warnings and limit; an exception inside becomes an `ImageError` that names the image."
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():
@@ -445,17 +446,17 @@ def decode(
 def why_no_image(
     path: str | Path, # a file, as found by `walk`
 ) -> str | None: # None for an image, damaged or not
-    "Why a file is left out where images are wanted, in words that follow on *because*."
+    "Why a file is not read as an image, as a clause that follows *because*."
     if is_image_path(path) and not Path(path).name.startswith("."): return None
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): return "they are no regular files"
+        if not stat.S_ISREG(os.stat(path).st_mode): return "they are not regular files"
         with open(path, "rb") as stream, warnings.catch_warnings(), _without_pillows_limit():
             warnings.simplefilter("ignore")
             open_image(stream)
-    except NotAnImage: return "by name and content they are no images"
+    except NotAnImage: return "by name and content they are not images"
     except ImageError: return None # `decode` says what is wrong with it
     except OSError as error: return f"they cannot be opened ({error.strerror or error})"
-    except Exception: return "by name and content they are no images" # a hostile file can raise nearly anything
+    except Exception: return "by name and content they are not images" # a hostile file can raise nearly anything
     return None
 
 # %% ../../nbs/01_data/03_images.ipynb #0177e22c
@@ -511,5 +512,5 @@ class Picture(Protocol):
 def longer_side(
     source: str | Path | bytes, # a file, or the content of one
 ) -> int: # pixels
-    "The larger of height and width, from the header alone. Raises `ImageError` where the header cannot be read."
+    "The larger of height and width, from the header alone. Raises `ImageError` if the header cannot be read."
     with opened(source) as stream: return max(open_image(stream)[0].size)

@@ -63,7 +63,7 @@ class Source(NamedTuple):
     origin: Origin
     contents: tuple[ContentType, ...]
     family: Family | None # None: both origins, by subfolder
-    get: str # where it comes from, and under which terms
+    get: str # where it comes from, and on which terms
 
 _OURS = "authors' generated images, Google Drive archive linked from their README; CC BY 4.0"
 _PH, _PA, _FA, _UN = ((c,) for c in ContentType)
@@ -149,7 +149,7 @@ def _ask_hub(question: Callable[[], Any]) -> Any:
         raise SourceError(f"{HUB_DATASET}: {error}") from None
     except Exception as error: # the client's transport has error classes of its own, others in each release
         raise SourceError(f"{HUB_DATASET}: connection failed ({type(error).__name__}: {error}); run the command again: "
-                          "it goes on where it stopped") from None
+                          "it continues where it stopped") from None
 
 def list_volumes(
     revision: str | None = None, # of the data set on the hub; None = its main branch
@@ -178,7 +178,7 @@ def _fetch_volume(volume: Volume, folder: Path) -> None:
                                   displayed_filename=target.name))
     if volume.sha256 and file_sha256(part) != volume.sha256:
         part.unlink()
-        raise SourceError(f"{target.name}: what arrived is not what the hub describes (SHA-256); it was removed, run the command again")
+        raise SourceError(f"{target.name}: the file does not match its SHA-256 on the hub; it was removed, run the command again")
     os.replace(part, target)
 
 def download_images(
@@ -200,7 +200,7 @@ def download_images(
 _FACTS = "volumes.json" # size and SHA-256 of each volume, from the hub
 
 # %% ../../nbs/01_data/11_imaginet.ipynb #43a56156
-WEIGHTS_HELP = ("weights: the authors' checkpoints lie in a Google Drive folder, linked from the README of their repository "
+WEIGHTS_HELP = ("weights: the authors' checkpoints are in a Google Drive folder, linked from the README of their repository "
                 f"{LISTS_REPOSITORY}; fetch them with a browser, then run `imaginet checkpoint convert FILE OUT.safetensors` for the "
                 "detector of the paper and `imaginet weights import corvi2022_imaginet FILE` for Corvi2022*")
 
@@ -208,7 +208,7 @@ def download(
     out: str | Path, # folder of the data set
     what: Collection[str] = ("annotations", "images"), # or weights
     revision: str | None = None, # of the data set on the hub; None = its main branch
-) -> list[Path]: # what is there now
+) -> list[Path]: # the files that exist now
     "Fetch lists and volumes; continues an interrupted download."
     unknown = sorted(set(what) - {"annotations", "images", "weights"})
     if unknown or not what: raise ValueError(f"--what {','.join(unknown)}: choose from annotations, images, weights")
@@ -223,7 +223,7 @@ _SIGNATURE = b"7z\xbc\xaf'\x1c"
 def find_volumes(
     archive: str | Path, # folder with the volumes
 ) -> list[Path]: # all of them, in order
-    "The volumes of the one archive in a folder; a missing or shortened one is an error that names it."
+    "The volumes of the one archive in a folder; a missing or truncated volume is an error that names it."
     volumes = sorted(p for p in Path(archive).glob("*.7z.*") if re.search(r"\.7z\.\d{3}$", p.name))
     if parts := sorted(p.name for p in Path(archive).glob("*.part")):
         raise SourceError(f"{archive}: {parts[0]} is not complete; run `imaginet data download` again to complete it")
@@ -265,24 +265,25 @@ def _check_end(volumes: Sequence[Path], total: int) -> None:
 # %% ../../nbs/01_data/11_imaginet.ipynb #f8ee8743
 def _safe_names(
     entries: Iterable[Any], # of the archive's list
-) -> dict[str, Any]: # name -> what the archive says of it
-    "The files of an archive; raises before anything is written if one of them has no plain name of its own."
+) -> dict[str, Any]: # name -> its entry
+    "The files of an archive; raises before anything is written if a name is not plain and unique."
     found: dict[str, Any] = {}
     for info in entries:
         name = info.filename
         if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\\" in name or "\0" in name:
-            raise SourceError(f"the archive holds {name!r}, which leads out of the folder; nothing was unpacked, do not trust this archive")
+            raise SourceError(f"the archive holds {name!r}, which leaves the folder; nothing was unpacked, do not trust this archive")
         if info.is_symlink or not (info.is_file or info.is_directory):
             raise SourceError(f"the archive holds {name!r}, a link or device; nothing was unpacked, do not trust this archive")
         if info.is_directory: continue
         if {"", "."} & set(name.split("/")):
-            raise SourceError(f"the archive holds {name!r}, which is no plain file name; nothing was unpacked, do not trust this archive")
+            raise SourceError(f"the archive holds {name!r}, which is not a plain file name; nothing was unpacked, "
+                              "do not trust this archive")
         if name in found: raise SourceError(f"the archive holds {name!r} twice; nothing was unpacked, do not trust this archive")
         found[name] = info
     return found
 
 def _check_places(targets: Mapping[str, Path]) -> None:
-    "Refuse files of an archive that would be written on top of each other, or over something else that is there."
+    "Refuse files of an archive that would be written on top of each other, or over something else that exists."
     owners = {path: name for name, path in targets.items()}
     for path, name in owners.items():
         if len(os.fsencode(_part(path).name)) > 255:
@@ -291,7 +292,7 @@ def _check_places(targets: Mapping[str, Path]) -> None:
         if blocked := next((place for place in path.parents if place.is_file()), None):
             raise SourceError(f"{blocked}: a file where the archive has a folder; move it away; nothing was unpacked")
         if other := next((owners[place] for place in (_part(path), *path.parents) if place in owners), None):
-            raise SourceError(f"the archive holds {name!r} and {other!r}, which cannot lie beside each other; nothing was unpacked")
+            raise SourceError(f"the archive holds {name!r} and {other!r}, which cannot exist side by side; nothing was unpacked")
 
 def _complete(path: Path, info: Any) -> bool:
     "Whether this file exists with the size and checksum in the archive."
@@ -335,7 +336,7 @@ class _Folder(py7zr.WriterFactory):
         return _Target(self.targets[name], self.infos[name].crc32, self.count)
 
 def _number_blocks(archive: py7zr.SevenZipFile) -> None:
-    "py7zr numbers the files of a block by counting from its first; a folder that stands between them would shift the names."
+    "py7zr numbers the files of a block by counting from its first; a folder that comes between them would shift the names."
     blocks: dict[int, tuple[Any, list]] = {}
     for file in archive.files:
         if not file.emptystream: blocks.setdefault(id(file.folder), (file.folder, []))[1].append(file)
@@ -355,14 +356,14 @@ def _damage(error: Exception, volumes: Sequence[Path], folder: _Folder, end: int
     facts = _facts(volumes[0].parent)
     wrong = [name for name in held if name in facts and facts[name][1] and file_sha256(volumes[0].parent/name) != facts[name][1]]
     where = wrong[0] if wrong else held[0] if len(held) == 1 else f"one of {held[0]} to {held[-1]}"
-    return (f"{folder.last or 'the list of files'}: cannot be unpacked ({type(error).__name__}); damaged is {where}: delete it and run "
+    return (f"{folder.last or 'the list of files'}: cannot be unpacked ({type(error).__name__}); {where} is damaged: delete it and run "
             "`imaginet data download` and `imaginet data unpack` again, which continue from here")
 
 def _extract(opened: py7zr.SevenZipFile, folder: _Folder, missing: Sequence[str], volumes: Sequence[Path]) -> None:
     "Write the missing files; incomplete ones are removed."
     try: opened.extract(targets=missing, factory=folder) # py7zr opens each file through the factory, and writes none itself
     except OSError as error:
-        if error.errno: raise # disk full, no rights: it says so itself
+        if error.errno: raise # disk full, no permission: the message says so
         raise SourceError(_damage(error, volumes, folder, folder.source.tell())) from None
     except (py7zr.exceptions.UnsupportedCompressionMethodError, py7zr.exceptions.PasswordRequired) as error:
         raise SourceError(f"{volumes[0].name}: encrypted, or compressed in a way that py7zr does not read ({type(error).__name__}); "
@@ -386,7 +387,7 @@ def unpack(
             opened = py7zr.SevenZipFile(source)
             entries = opened.list()
         except Exception as error: # a damaged list makes py7zr raise almost anything
-            raise SourceError(f"{volumes[-1].name}: the archive's list of files is damaged ({type(error).__name__}); it stands at the end "
+            raise SourceError(f"{volumes[-1].name}: the archive's list of files is damaged ({type(error).__name__}); it is at the end "
                               "of the last volume: delete that and download again") from None
         infos = _safe_names(entries)
         _number_blocks(opened)
@@ -401,7 +402,7 @@ def unpack(
 
 # %% ../../nbs/01_data/11_imaginet.ipynb #29168761
 def _find(source: Path, inner: str, by_name: dict[str, list[Path]]) -> Path | None:
-    "An image in a source, by path or by its name if that is unique; `by_name` is filled on first need."
+    "An image in a source, by path or by its name if that is unique; `by_name` is filled when it is first needed."
     if (source/inner).is_file(): return source/inner
     if not by_name:
         for path in source.rglob("*"):
@@ -422,7 +423,7 @@ def read_ffhq_hashes(
         found[f"ffhq/{PurePosixPath(fields[1]).stem}.png"] = fields[2]
     return found
 
-def _pixel_md5(path: Path) -> str: # empty for what is no image
+def _pixel_md5(path: Path) -> str: # empty for a file that is not an image
     "MD5 of the decoded pixels, `(H, W, 3)` uint8."
     try: return hashlib.md5(decode(path).tobytes()).hexdigest()
     except ImageError: return ""
@@ -445,7 +446,7 @@ def _listed(root: Path, lists: Iterable[str | Path] | None) -> pd.DataFrame:
 
 # %% ../../nbs/01_data/11_imaginet.ipynb #b2e6d7da
 def build(
-    sources: Mapping[str, str | Path], # folder of the layout -> folder of the original data that stands for it
+    sources: Mapping[str, str | Path], # folder of the layout -> folder of the original data for it
     out: str | Path, # folder of the data set, with the lists in `annotations/`
     lists: Iterable[str | Path] | None = None, # other lists
     jobs: int | None = None, # processes; None = one per core
@@ -467,7 +468,7 @@ def build(
             if found is None and folder in sources and not target.exists(): found = _find(Path(sources[folder]), inner, names[folder])
             if found is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True) # a link that leads nowhere
+                target.unlink(missing_ok=True) # a broken link
                 target.symlink_to(found.resolve())
             there += target.exists()
         source = FOLDERS.get(str(folder))
@@ -482,7 +483,7 @@ _STATE = ".verified.tsv"
 def _label_fault(row: Any) -> str:
     "How the folder and the labels of a manifest row disagree; empty if they agree."
     source = FOLDERS.get(row.path.partition("/")[0])
-    if source is None: return "label: the folder is none of ImagiNet's"
+    if source is None: return "label: not a folder of ImagiNet"
     family = source.family or (Family.GAN if "/1_fake/" in row.path else Family.REAL)
     wanted = ("synthetic" if family is not Family.REAL else "real", family.label)
     if (row.origin, row.generator_family) == wanted and row.content_type in {c.label for c in source.contents}: return ""
@@ -496,7 +497,7 @@ def _check_image(path: Path, md5: str | None) -> str:
     if not path.is_file(): return "missing"
     try: pixels = decode(path)
     except ImageError as error: return f"damaged: {str(error).replace(str(path), path.name)}"
-    if md5 and hashlib.md5(pixels.tobytes()).hexdigest() != md5: return "pixels: MD5 is not the one of the FFHQ list"
+    if md5 and hashlib.md5(pixels.tobytes()).hexdigest() != md5: return "pixels: MD5 differs from the FFHQ list"
     return ""
 
 def _check_images(
@@ -549,7 +550,7 @@ def verify(
     jobs: int | None = None, # processes; None = one per core
     ffhq: str | Path | None = None, # the authors' list of FFHQ hashes; None = `annotations/ffhq_filenames.txt` if it is there
 ) -> pd.DataFrame: # columns VERIFY_COLUMNS, one row per problem; empty if there is none
-    "Check that every listed image is there, can be decoded, and fits its labels."
+    "Check that every listed image exists, can be decoded, and fits its labels."
     root = Path(root)
     rows = _listed(root, lists)
     listed = rows.drop_duplicates("path", ignore_index=True)
@@ -560,7 +561,7 @@ def verify(
     problems: dict[str, str] = {}
     with open(root/_STATE, "a", encoding="utf-8") as state, worker_processes(1 if len(chunks) < 4 else jobs) as parallel:
         tasks = (delayed(_check_images)(root, chunk, {p: hashes[p] for p in chunk if p in hashes}) for chunk in chunks)
-        for results in progress(parallel(tasks), "verifying (64 images a step)", total=len(chunks)):
+        for results in progress(parallel(tasks), "verifying (64 images per step)", total=len(chunks)):
             problems |= {path: problem for path, *_, problem in results if problem}
             state.writelines(f"{path}\t{size}\t{time}\t{hashes.get(path, '')}\n" for path, size, time, problem in results if not problem)
             state.flush()

@@ -99,7 +99,7 @@ UNKNOWN = "unknown" # a label that an external list does not give
 _REAL, _SYNTHETIC = "real reals 0-real authentic", "synthetic artificial ai ai-generated fake fakes generated 1-fake"
 _WEAK = ("human", "nature", "natural") # a label, or a content
 LABEL_WORDS = {**dict.fromkeys((*_REAL.split(), *_WEAK), "real"), **dict.fromkeys(_SYNTHETIC.split(), "synthetic")}
-LABEL_RULE = ("Of two label words on one path the one nearest to the folder counts; human, nature and natural count only without another.")
+LABEL_RULE = ("If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.")
 
 def label_of(
     word: str, # name of a folder, or a cell
@@ -110,8 +110,8 @@ def label_of(
 def _plain(word: str) -> str: return re.sub(r"[ _-]+", "-", word.strip().lower())
 
 def label_place(
-    folders: Sequence[str], # names on the way to a picture, the outermost first
-) -> int | None: # position of the name that is its label; None without any
-    "Position of the name on a path that is the label."
+    folders: Sequence[str], # names of the folders above an image, the outermost first
+) -> int | None: # position of the name that is its label; None if there is none
+    "Which folder on a path names the label."
     places = [i for i, name in enumerate(folders) if label_of(name)]
     return next((i for i in places if _plain(folders[i]) not in _WEAK), places[0] if places else None)

@@ -27,7 +27,7 @@ MANIFEST_COLUMNS = ("path", *LABELS, "split")
 @dataclass(frozen=True)
 class RowSource:
     "Where rows come from, for error messages."
-    name: str                          # file name, or another word for the source
+    name: str                          # file name, or another name of the source
     lines: Sequence[int] | None = None # line of each row in the file; None: rows of a frame, counted from 0
 
     def error(self, row: int, why: str, remedy: str, more: int = 0) -> AnnotationError:
@@ -45,13 +45,13 @@ _PATH_ERRORS = ( # pattern of a bad path, what is wrong, what to do
     (r"^\s*$", "empty path", "name the image or delete the line"),
     (r"[\x00-\x1f\x7f]", "control character in path", "rename the file"),
     (r"^(?:/|\\\\|[A-Za-z]:[\\/])", "absolute path", "make it relative to the image folder, which is given separately"),
-    (r"(?:^|/)\.\.(?:/|$)", "path leaves the image folder", "give a path inside of it"),
+    (r"(?:^|/)\.\.(?:/|$)", "path leaves the image folder", "give a path inside it"),
     (r"(?:^|/)\.?(?:/|$)", "path is not in its shortest form", "remove the empty or . folders"),
 )
 
 # %% ../../nbs/01_data/01_manifest.ipynb #c8902933
 def _is_written(path: str) -> bool:
-    "Whether a path is spelled as `path_text` writes it; any other spelling could point outside of the folder."
+    "Whether a path is spelled as `path_text` writes it; any other spelling could point outside the folder."
     try: return path_text(text_path(path)).removeprefix("./") == path
     except ValueError: return False
 
@@ -60,7 +60,7 @@ def _check_paths(
     listing: RowSource,
     allow_duplicates: bool,
 ) -> None:
-    "Refuse paths that are empty, absolute, outside of the root, not in shortest form, or repeated."
+    "Refuse paths that are empty, absolute, outside the root, not in shortest form, or repeated."
     for pattern, why, remedy in _PATH_ERRORS:
         listing.refuse(paths.str.contains(pattern), paths, why, remedy)
     odd = paths.str.contains("\\", regex=False)
@@ -74,7 +74,7 @@ def image_file(
     root: str | Path, # folder of the images
     path: str, # as in a manifest
 ) -> Path:
-    r"""The file that a path of a manifest stands for. Raises `ValueError` for a backslash that `path_text` would not write."""
+    r"""The file that a manifest path names. Raises `ValueError` for a backslash that `path_text` would not write."""
     return Path(root)/text_path(path)
 
 
@@ -152,20 +152,21 @@ def _lines(path: str | Path) -> Iterator[str]:
                 raise AnnotationError(f"{path}, line {number}: byte 0x{line[e.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 def _csv_error(error: csv.Error) -> str:
-    "What is wrong and what to do; clearer than Python's message where that does not help."
+    "What is wrong and what to do; clearer than Python's message where that is unclear."
     if "field limit" in str(error): return f"a cell of more than {csv.field_size_limit():,} characters; shorten it, or close its quotes"
-    if "new-line character" in str(error): return "a carriage return that ends no line; put the cell in quotes, or end lines with a newline"
+    if "new-line character" in str(error):
+        return "a carriage return that does not end a line; put the cell in quotes, or end lines with a newline"
     return f"{error}; check the quotation marks"
 
 # %% ../../nbs/01_data/01_manifest.ipynb #5f0c3a25
 def table_rows(
-    path: str | Path, # CSV, or TSV by its suffix; the names of its columns in the first row
-) -> Iterator[tuple[int, list[str]]]: # line on which a row begins, from 1, and its cells; the names of the columns come first
-    """Rows of a CSV or TSV file, one by one; blank lines at its end are no rows.
+    path: str | Path, # CSV, or TSV by its suffix; column names in the first row
+) -> Iterator[tuple[int, list[str]]]: # line on which a row begins, from 1, and its cells; the column names come first
+    """Rows of a CSV or TSV file, one by one; blank lines at its end are ignored.
 
-    Raises `AnnotationError` with file and line for a file that cannot be read, bytes that are not UTF-8, a name of a
-    column that occurs twice or has several lines, a row with another number of cells, a cell of more than 131,072 characters, and wrong
-    quotation marks.
+    Raises `AnnotationError` with file and line for a file that cannot be read, bytes that are not UTF-8, a column
+    name that occurs twice or spans several lines, a row with a different number of cells, a cell of more than 131,072 characters, and
+    misplaced quotation marks.
     """
     separator, name = ("\t", "tabs") if Path(path).suffix.lower() == ".tsv" else (",", "commas")
     reader, start, columns, blank = csv.reader(_lines(path), delimiter=separator, strict=True), 1, None, 0
@@ -176,7 +177,7 @@ def table_rows(
             elif columns is None and len(set(cells)) < len(cells):
                 raise AnnotationError(f"{path}, line {line}: a column name occurs twice in {cells}; rename one")
             elif columns is None and any(len(name.splitlines()) > 1 for name in cells):
-                raise AnnotationError(f"{path}, line {line}: a column name of several lines in {cells}; rename it")
+                raise AnnotationError(f"{path}, line {line}: a column name spans several lines in {cells}; rename it")
             elif columns is not None and (blank or len(cells) != len(columns)):
                 raise AnnotationError(f"{path}, line {blank or line}: {0 if blank else len(cells)} fields instead of {len(columns)}; "
                                       + ("delete the blank line" if blank else f"quote fields that contain {name}"))
@@ -188,9 +189,9 @@ def table_rows(
 
 # %% ../../nbs/01_data/01_manifest.ipynb #5f0c3a26
 def read_table(
-    path: str | Path, # CSV or TSV, the names of its columns in the first row
-) -> tuple[pd.DataFrame, RowSource]: # all columns as text; where each row stands, for messages
-    "The whole of a CSV or TSV file. Raises as `table_rows`."
+    path: str | Path, # CSV or TSV, column names in the first row
+) -> tuple[pd.DataFrame, RowSource]: # all columns as text; the line of each row, for messages
+    "Read a whole CSV or TSV file. Raises as `table_rows`."
     (_, columns), *rows = table_rows(path)
     return pd.DataFrame([cells for _, cells in rows], columns=columns, dtype=str), RowSource(str(path), [line for line, _ in rows])
 

@@ -30,7 +30,7 @@ class StoreError(ValueError):
     "A store that is missing or damaged, or lacks the requested image; the message says what to do."
 
 _AGAIN = "run `imaginet data pack` again with the same arguments"
-_REMEDY = f"the store is damaged: delete the named shard and {_AGAIN}, which makes it anew"
+_REMEDY = f"the store is damaged: delete the named shard and {_AGAIN}, which makes it again"
 _CHUNK, _BLOCK = 512, 64 # sides, pixels: found in one step, and decompressed in one step; a block is a tile
 
 def tile_checksums(
@@ -42,7 +42,7 @@ def tile_checksums(
 
 # %% ../../nbs/01_data/08_packed.ipynb #28a0c001
 class StoredImage:
-    "An image in a store; a `Picture`. Slicing raises `StoreError` where the pixels are not those that were packed."
+    "An image in a store; a `Picture`. Slicing raises `StoreError` if the pixels are not those that were packed."
     def __init__(self,
         canvas: blosc2.NDArray, # of its shard, `(rows, widest, 3)`
         top: int, # its first row there, a multiple of 64
@@ -98,7 +98,7 @@ def read_facts(
 ) -> StoreFacts:
     "Read `store.json`; a `StoreError` names the file."
     marker = Path(path)/_MARKER
-    if not marker.is_file(): raise StoreError(f"{path}: no packed store, or one that is not finished; make it with `imaginet data pack`")
+    if not marker.is_file(): raise StoreError(f"{path}: not a packed store, or an unfinished one; make it with `imaginet data pack`")
     try: facts = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error: raise StoreError(f"{marker}: cannot be read ({error}); {_AGAIN}") from None
     version = facts.get("version") if isinstance(facts, dict) else None
@@ -117,7 +117,7 @@ def _read_index(folder: Path, facts: StoreFacts) -> np.memmap:
     try:
         if file_sha256(path) != facts.sha256.get(path.name): raise ValueError("does not match its SHA-256")
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-        if index.dtype != INDEX or index.shape != (facts.images,): raise ValueError(f"{index.dtype} {index.shape} is no index")
+        if index.dtype != INDEX or index.shape != (facts.images,): raise ValueError(f"{index.dtype} {index.shape} is not an index")
     except (OSError, ValueError, EOFError) as error: raise StoreError(f"{path}: missing or damaged ({error}); {_AGAIN}") from None
     return index
 
@@ -128,8 +128,9 @@ def _open_shard(
     blosc2.set_nthreads(1) # a loader has a process for each core already
     try:
         canvas = blosc2.open(str(path), mode="r", mmap_mode="r")
-        if not isinstance(canvas, blosc2.NDArray): raise ValueError("no array")
-        if (canvas.dtype, canvas.shape[2:], canvas.blocks) != (np.uint8, (3,), (_BLOCK, _BLOCK, 3)): raise ValueError("no canvas of tiles")
+        if not isinstance(canvas, blosc2.NDArray): raise ValueError("not an array")
+        if (canvas.dtype, canvas.shape[2:], canvas.blocks) != (np.uint8, (3,), (_BLOCK, _BLOCK, 3)):
+            raise ValueError("not a canvas of tiles")
         return canvas, np.memmap(path.with_suffix(".crc32"), "<u4", "r")
     except Exception as error: # a damaged file makes blosc2 raise almost anything
         raise StoreError(f"{path}: missing or damaged ({error}); {_REMEDY}") from None
@@ -143,14 +144,14 @@ class Store(Mapping[str, Picture]):
         self.path = Path(path)
         self.facts = read_facts(path)
         self.index = _read_index(self.path, self.facts)
-        self._entries = np.asarray(self.index) # the same memory, without the cost of a memmap's every view
+        self._entries = np.asarray(self.index) # the same memory, without the overhead of every view of a memmap
         self._shards: dict[tuple[int, int], tuple[blosc2.NDArray, np.memmap]] = {} # by process and number
 
     def __reduce__(self) -> tuple: return Store, (self.path,)
 
     def __len__(self) -> int: return len(self.index)
 
-    def __iter__(self) -> Iterator[str]: raise StoreError(f"{self.path} knows hashes of paths only; take the paths from the manifest")
+    def __iter__(self) -> Iterator[str]: raise StoreError(f"{self.path} stores only hashes of paths; take the paths from the manifest")
 
     def __contains__(self, path: object) -> bool: return isinstance(path, str) and _find(self._entries, path) is not None
 
@@ -178,7 +179,7 @@ def _mark(root: Path, paths: Sequence[str]) -> str:
     "Fingerprint of the current image files of a shard."
     def state(path: str) -> tuple[str, int, int, int]:
         found = image_file(root, path).stat()
-        return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns # nothing sets the last one back, as `cp -p` does with the other
+        return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns # no program can set the last one, as `cp -p` sets the other
     try: states = [state(path) for path in paths]
     except OSError as error: raise ImageError(f"{error.filename}: {error.strerror}; `imaginet data verify` lists what is missing") from None
     return hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
@@ -196,7 +197,7 @@ def _packed(part: Path, mark: str) -> dict[str, str] | None: # SHA-256 of its fi
 
 # %% ../../nbs/01_data/08_packed.ipynb #7c89ca50
 def _append(canvas: blosc2.NDArray, rows: np.ndarray) -> None:
-    "Write rows below those that are there."
+    "Append rows below the existing ones."
     start = canvas.shape[0]
     canvas.resize((start + len(rows), *canvas.shape[1:]))
     canvas[start:] = rows
@@ -214,14 +215,14 @@ def _write_shard(
     with atomic_path(out/f"shard-{number:05d}.b2nd") as temporary:
         canvas = blosc2.zeros(waiting.shape, dtype=np.uint8, chunks=(_CHUNK, _CHUNK, 3), blocks=(_BLOCK, _BLOCK, 3), urlpath=str(temporary),
                               mode="w", cparams=_COMPRESSION)
-        for row, (image, path) in enumerate(zip(images, paths)): # in this order, so that `images` comes to its end
+        for row, (image, path) in enumerate(zip(images, paths)): # in this order, so that `images` is exhausted
             h, w = image.shape[:2]
             part[row] = _key(path), rows, tile, number, h, w
             tiles = np.pad(image, ((0, -h % _BLOCK), (0, -w % _BLOCK), (0, 0)))
             checksums.append(tile_checksums(tiles))
             tile += len(checksums[-1])
             waiting = np.concatenate([waiting, np.pad(tiles, ((0, 0), (0, width - tiles.shape[1]), (0, 0)))])
-            rows += len(tiles) # an image begins with a block, so that a crop touches as few as can be
+            rows += len(tiles) # an image begins at a block, so that a crop overlaps as few as possible
             full = len(waiting)//_CHUNK*_CHUNK # a chunk that is not full would be compressed again with the next image
             _append(canvas, waiting[:full])
             waiting = waiting[full:]
@@ -237,7 +238,7 @@ def _finish(
     "Write the index of all shards, and `store.json`, which marks a finished store."
     parts = [np.load(part, allow_pickle=False) for part in shards]
     with atomic_path(out/"index.npy") as temporary: np.save(temporary, np.sort(np.concatenate(parts), order="path"))
-    for left in set(out.glob("shard-*.npy")) - set(shards): # of a longer manifest
+    for left in set(out.glob("shard-*.npy")) - set(shards): # left by a longer manifest
         for suffix in (*_SUFFIXES, ".json"): left.with_suffix(suffix).unlink(missing_ok=True)
     hashes = {name: sha256 for known in shards.values() for name, sha256 in known.items() if not name.endswith(".npy")}
     facts = StoreFacts(version=_VERSION, images=sum(map(len, parts)), sha256=hashes | {"index.npy": file_sha256(out/"index.npy")})
@@ -251,7 +252,7 @@ def _pack_shard(
     root: Path, # folder that they are relative to
     part: Path, # part of the index; its name without suffix is that of the shard
     number: int, # of the shard
-    mark: str, # stands for its images
+    mark: str, # fingerprint of its images
 ) -> dict[str, str]: # SHA-256 of its files
     "Write the files of one shard; the record of its inputs is written last."
     widest = max(longer_side(image_file(root, p)) for p in paths)
@@ -274,12 +275,12 @@ def pack(
     "Pack the images of a manifest; continues an interrupted run."
     root, out = Path(root), Path(out)
     if out.exists() and any(not p.name.startswith((".", "shard-")) for p in out.iterdir()) and not (out/_MARKER).exists():
-        raise StoreError(f"{out} is not empty and no store: name another folder")
+        raise StoreError(f"{out} is not empty and not a store: name another folder")
     paths = manifest["path"].drop_duplicates().tolist()
     if len({_key(p) for p in paths}) < len(paths): raise StoreError("two paths have the same hash; rename one of them")
     shards = [paths[i:i + shard_images] for i in range(0, len(paths), shard_images)]
     marks = [_mark(root, shard) for shard in shards]
-    for left in out.glob(".shard-*"): left.unlink() # by a run that was killed
+    for left in out.glob(".shard-*"): left.unlink() # left by a run that was killed
     known: dict[Path, dict[str, str]] = {}
     with worker_processes(1 if len(paths) < 100 else jobs) as parallel:
         for number, (shard, mark) in enumerate(zip(shards, marks, strict=True)):

@@ -44,35 +44,35 @@ def _paired_lists(folder: Path, family: str) -> pd.DataFrame:
     if len(raw) != len(perturbed): raise AnnotationError(f"{where}: {len(raw)} and {len(perturbed)} lines; take both from one release")
     differ = raw[list(LABELS)].ne(perturbed[list(LABELS)]).any(axis=1)
     _refuse(differ, raw["path"], where, "has other labels in the second list; take both from one release")
-    _refuse(~perturbed["path"].str.startswith("testset/"), perturbed["path"], where, "is not in testset/; take the list as published")
+    _refuse(~perturbed["path"].str.startswith("testset/"), perturbed["path"], where, "is not in testset/; use the list as published")
     foreign = raw["origin"].eq("synthetic") & raw["generator_family"].ne(family)
-    _refuse(foreign, raw["path"], where, f"is not of family {family}; take the list as published")
+    _refuse(foreign, raw["path"], where, f"is not of family {family}; use the list as published")
     return raw.assign(group=family, perturbed_path=perturbed["path"])
 
 # %% ../../nbs/01_data/09_perturbed.ipynb #d6f7f6cb
 def published_groups(
     folder: str | Path, # with the authors' eight lists, two for each family
-) -> pd.DataFrame: # manifest of raw paths, repeats included, in the order of the running numbers; new columns `group`, `perturbed_path`
+) -> pd.DataFrame: # manifest of raw paths, repeats included, in the order of the numbers; new columns `group`, `perturbed_path`
     "The test set as the authors group it."
     groups = pd.concat([_paired_lists(Path(folder), family) for family in FAMILIES], ignore_index=True)
     paths = groups["perturbed_path"]
-    _refuse(paths.duplicated(), paths, f"{folder}, all lists", "stands in two lists; take them as published")
+    _refuse(paths.duplicated(), paths, f"{folder}, all lists", "occurs in two lists; use them as published")
     return groups
 
 def _layout(manifest: pd.DataFrame, seed: int, lists: str | Path | None) -> pd.DataFrame:
-    "Ours, or the authors' for the same images."
+    "Our layout, or the authors' for the same images."
     if lists is None: return perturbed_layout(manifest, seed)
     layout, keys = published_groups(lists), ["path", *LABELS]
     known = layout[keys].merge(manifest[keys].drop_duplicates(), how="left", indicator=True)["_merge"].eq("both")
-    _refuse(~known, layout["path"], f"{lists}, all lists", "is not a test image with these labels; give the test list that belongs to them")
+    _refuse(~known, layout["path"], f"{lists}, all lists", "is not a test image with these labels; use the test list that belongs to them")
     return layout
 
 # %% ../../nbs/01_data/09_perturbed.ipynb #7e48f803
 PUBLISHED_ORDER = ("DALL-E 3", "Midjourney", "GAN", "SD") # of the groups in the authors' test_all.txt
 
 def make_testset(
-    manifest: pd.DataFrame, # test images as they are
-    root: str | Path, # folder of the images; the set goes to `root/testset`
+    manifest: pd.DataFrame, # unperturbed test images
+    root: str | Path, # folder of the images; the set is written to `root/testset`
     transform: Perturb, # size and crop cap
     seed: int,
     jobs: int | None = None, # processes; None = all cores
@@ -107,7 +107,7 @@ def clean_groups(
 
 # %% ../../nbs/01_data/09_perturbed.ipynb #d3cda20a
 def _count_group(grouping: str, name: str, rows: pd.DataFrame, identity: str) -> dict[str, Any]:
-    "One row of the table of difference."
+    "One row of the table of differences."
     real = rows["origin"].eq("real")
     reals, fakes = (rows.loc[mask, "content_type"].value_counts().reindex(CONTENT_TYPES, fill_value=0) for mask in (real, ~real))
     unmatched = (reals - reals.sum()*fakes/max(fakes.sum(), 1)).clip(lower=0).sum()

@@ -25,7 +25,7 @@ from .manifest import RowSource, validate_manifest
 def _read_text(
     path: str | Path,
 ) -> str:
-    "Text of a UTF-8 file, with `\\n` as line end and without byte-order mark."
+    "Text of a UTF-8 file, with `\\n` line endings and without a byte-order mark."
     try: data = Path(path).read_bytes()
     except OSError as e:
         raise AnnotationError(f"{path}: cannot be read ({e.strerror}); give the path of an annotation list") from None
@@ -44,7 +44,7 @@ def _read_fields(
     codes: int,      # fields after the path
     form: str,       # what a line should look like, for error messages
 ) -> tuple[list[tuple[str, ...]], RowSource]: # one tuple per field (path first), and the source for later errors
-    "Cut the lines of a list from the right."
+    "Split the lines of a list from the right."
     rows = [line.rsplit(separator, codes) for line in _read_text(path).split("\n")]
     listing = RowSource(str(path), range(1, len(rows) + 1))
     for i, row in enumerate(rows):
@@ -191,7 +191,7 @@ def split_manifest(
     seed: int,
 ) -> pd.DataFrame: # same rows, `split` set to train or test
     "Split at random within every origin, content type and generator."
-    if not 0 < test_share < 1: raise AnnotationError(f"test_share must lie between 0 and 1, got {test_share}; the paper takes 0.2")
+    if not 0 < test_share < 1: raise AnnotationError(f"test_share must lie between 0 and 1, got {test_share}; the paper uses 0.2")
     _refuse_repeats(df, "split_manifest")
     split = np.full(len(df), "train", dtype=object)
     strata = df["origin"] + "/" + df["content_type"] + "/" + df["generator"]
@@ -213,7 +213,8 @@ def balanced_calibration(
     for family, n in {**dict.fromkeys(FAMILIES, per_family), "real": per_family*len(FAMILIES)}.items():
         mine = _shuffled(train, train["generator_family"].eq(family), seed, "calibration", family)
         if len(mine) < n or n < 1:
-            raise AnnotationError(f"balanced_calibration: {n} images of family {family} wanted, {len(mine)} there; change per_family")
+            raise AnnotationError(f"balanced_calibration: {n} images of family {family} requested, {len(mine)} available; "
+                                  "change per_family")
         rows.append(mine[:n])
     return train.iloc[np.sort(np.concatenate(rows))].assign(split="calibration").reset_index(drop=True)
 
@@ -228,7 +229,7 @@ def draw_real_images(
     real = manifest["origin"].eq("real")
     _refuse_repeats(manifest[real], "draw_real_images")
     if not 0 < n <= real.sum():
-        raise AnnotationError(f"draw_real_images: {n} real images wanted, {real.sum()} there; n must lie in 1 to {real.sum()}")
+        raise AnnotationError(f"draw_real_images: {n} real images requested, {real.sum()} available; n must be between 1 and {real.sum()}")
     return manifest.iloc[_shuffled(manifest, real, seed, "reals", key)[:n]]
 
 # %% ../../nbs/01_data/02_splits.ipynb #b92d14a6
@@ -296,7 +297,7 @@ def family_groups(
     synthetic = manifest["origin"].eq("synthetic")
     counts = [int((synthetic & manifest["generator_family"].eq(f)).sum()) for f in FAMILIES]
     if sum(counts) < synthetic.sum() or not sum(counts):
-        raise AnnotationError("family_groups: every synthetic image needs a family of " + ", ".join(FAMILIES) + ", and one image at least")
+        raise AnnotationError(f"family_groups: every synthetic image needs a family of {', '.join(FAMILIES)}, and at least one is needed")
     groups = manifest["generator_family"].to_numpy(dtype=object).copy()
     real = _shuffled(manifest, ~synthetic, seed, "groups")
     groups[real] = np.repeat(np.array(FAMILIES, dtype=object), _apportion(len(real), counts))
@@ -305,7 +306,7 @@ def family_groups(
 # %% ../../nbs/01_data/02_splits.ipynb #4e64d88a
 def draw_without_family(
     manifest: pd.DataFrame, # one row per image
-    family: str | None, # that is left out; None = no family is
+    family: str | None, # to leave out; None = none
     n: int, # images, half of them real; fewer where a family has too few
     seed: int,
 ) -> pd.DataFrame: # synthetic images of each family in turn, then as many real images
@@ -318,7 +319,7 @@ def draw_without_family(
 
 def draw_per_group(
     manifest: pd.DataFrame, # of the perturbed test set: its column `group` assigns every image to a family
-    n: int, # images of each family, half of them real; fewer where there are not so many
+    n: int, # images of each family, half of them real; fewer where a group has too few
     seed: int,
 ) -> pd.DataFrame: # for each family the synthetic, then the real images of its group
     "Draw equally from the groups of all families."
@@ -330,7 +331,7 @@ def draw_per_group(
 def perturbed_layout(
     manifest: pd.DataFrame, # test images, paths of the raw layout
     seed: int,
-) -> pd.DataFrame: # in the order of the running number; new columns `group` and `perturbed_path`
+) -> pd.DataFrame: # in the order of their numbers; new columns `group` and `perturbed_path`
     "Give every test image its group and its name in the perturbed test set."
     _refuse_repeats(manifest, "perturbed_layout")
     frame = manifest.assign(group=family_groups(manifest, seed))

@@ -47,11 +47,11 @@ class FileSettings(Section):
     range: list[float] = Field(min_length=2, max_length=2)                # of the pixels, before mean and std
     mean: list[float] = Field(min_length=3, max_length=3)                 # of red, green, blue, in units of `range`
     std: list[PositiveFloat] = Field(min_length=3, max_length=3)          # the same
-    output: Literal["logit", "probability", "two_logits"]                 # the first output: of being synthetic, or of both classes
+    output: Literal["logit", "probability", "two_logits"]                 # the first output: for synthetic, or for both classes
     synthetic: Literal[0, 1] | None = None                                # with two_logits: which of them is synthetic
     identification: list[str] | None = None                               # the second output: families in the order of its logits
-    fit: Fit = "crop"                                                     # what it is shown of a picture
-    width: Annotated[PositiveInt, Field(le=MAX_SIDE)] | None = None       # with squash: of its images, if they are no squares
+    fit: Fit = "crop"                                                     # how a picture is prepared
+    width: Annotated[PositiveInt, Field(le=MAX_SIDE)] | None = None       # with squash: of its images, if they are not square
     short_side: Annotated[PositiveInt, Field(le=MAX_SIDE)] | None = None  # with resize: of the picture, before the crop
     interpolation: Interpolation = "bilinear"                             # with resize and squash
     antialias: bool = True                                                # smooth before shrinking
@@ -61,7 +61,7 @@ class FileSettings(Section):
 def file_spec(
     settings: FileSettings,
 ) -> InputSpec | None: # None = any image will do
-    "What a network in a file is shown. Raises ValueError for keys that contradict each other."
+    "How a picture is prepared for a network in a file. Raises ValueError for keys that contradict each other."
     side, own = settings.input_size, settings.fit == "own"
     if own and side is not None: raise ValueError("fit: own shows the whole picture; it goes with input_size: null")
     if settings.width is not None and settings.fit != "squash": raise ValueError("width: goes with fit: squash only")
@@ -74,7 +74,7 @@ def file_spec(
 def read_settings(
     path: str | Path, # a YAML file
 ) -> FileSettings:
-    "Read the YAML beside a network. Raises `DetectorError` that names file and key for every error in it."
+    "Read the YAML file beside a network. Raises `DetectorError`, which names file and key, for every error in it."
     required = ", ".join(key for key, field in FileSettings.model_fields.items() if field.is_required())
     try: content = read_yaml(path)
     except OSError:
@@ -96,9 +96,9 @@ def read_settings(
 # %% ../../nbs/04_detectors/02_custom.ipynb #4e476d2b
 def fit_batch(
     images: Tensor, # `(B, 3, H, W)`, uint8
-    spec: InputSpec | None, # what the detector is shown; None leaves the images as they are
+    spec: InputSpec | None, # of the detector; None leaves the images as they are
 ) -> Tensor: # `(B, 3, h, w)`, uint8; images that have the size already are left as they are
-    "Bring a batch of pictures to what a detector is shown."
+    "Prepare a batch of pictures for a detector."
     if spec is None or spec.size is None or images.shape[2:] == spec.size: return images
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     return torch.from_numpy(np.stack([shown_images(spec, image, 1)[0] for image in pixels])).permute(0, 3, 1, 2)
@@ -184,7 +184,7 @@ def _torch_program(path: Path, device: torch.device, trust: bool) -> Network:
                                     "(--trust on the command line), or convert it to ONNX")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # PyTorch prefers torch.export; TorchScript files are there all the same
+            warnings.simplefilter("ignore") # PyTorch prefers torch.export; but TorchScript files are still in use
             if path.suffix == ".pt2": model = torch.export.load(path).module().to(device)
             else: model = torch.jit.load(path, map_location=device).eval()
     except Exception as error: # a file that is something else makes torch raise almost anything
@@ -197,10 +197,10 @@ def _torch_program(path: Path, device: torch.device, trust: bool) -> Network:
     return Network(run)
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #378e99a7
-_TRIAL = 256 # side of the trial images where a detector has no size of its own: that of the perturbed test set
+_TRIAL = 256 # side of the trial images if a detector has no input size: that of the perturbed test set
 
 def _onnx_graph(path: Path, device: torch.device, size: int | None) -> Network:
-    "An ONNX file; its operations are known ones, so no code of its own is run."
+    "An ONNX file; it consists of known operations, so no code of its author is run."
     if find_spec("onnxruntime") is None:
         raise DetectorError(f"{path}: ONNX files need onnxruntime: pip install imaginet_nb[detectors]")
     try:
@@ -270,7 +270,7 @@ def check_detector(detector: Any, spec: str) -> Detector:
     "Refuse an object that does not follow the protocol."
     try: missing = [name for name in ("name", "input_size", "score") if not hasattr(detector, name)]
     except Exception as error:
-        raise DetectorError(f"{spec}: asking {type(detector).__name__} for its attributes failed: {error!r}") from error
+        raise DetectorError(f"{spec}: reading the attributes of {type(detector).__name__} failed: {error!r}") from error
     if missing: raise DetectorError(f"{spec}: {type(detector).__name__} has no {', '.join(missing)}; see detectors.protocol.Detector")
     name, size = detector.name, detector.input_size
     if not isinstance(name, str) or not name or not name.isprintable():
@@ -313,7 +313,7 @@ def _external_files(path: Path) -> list[Path]:
         raise DetectorError(f"{path}: ONNX files need the package onnx: pip install imaginet_nb[detectors]") from None
     try: model = onnx.load(path, load_external_data=False)
     except Exception as error: # of protobuf's own kinds
-        raise DetectorError(f"{path}: not a whole ONNX file ({type(error).__name__}); copy it anew") from None
+        raise DetectorError(f"{path}: not a complete ONNX file ({type(error).__name__}); copy it again") from None
     return [path.parent/name for name in sorted(set(_external_names(model)))]
 
 # %% ../../nbs/04_detectors/02_custom.ipynb #5e77a1d3
@@ -337,13 +337,13 @@ def _sources(spec: str) -> list[Path]:
 def detector_files(
     spec: str, # as for `load_custom_detector`, or any other file with a detector; loaded before
 ) -> list[Path]: # the one that is named first, then the YAML, external data, sources of other modules
-    "Every file that a detector which is named on the command line is made from."
+    "Every file that a detector named on the command line depends on."
     path = Path(spec)
     if path.suffix not in _SUFFIXES: return [path] if path.is_file() else _sources(spec)
     return [path, path.with_suffix(".yaml"), *(_external_files(path) if path.suffix == ".onnx" else [])]
 
 def _parts(value: Any) -> Iterable[Any]:
-    "The parts of an object: of a network its tensors, inner networks and attributes; of a container its items."
+    "The parts of an object: the tensors, submodules and attributes of a network, or the items of a container."
     if isinstance(value, nn.Module):
         tensors = value.named_parameters(recurse=False), value.named_buffers(recurse=False)
         attributes = [item for item in vars(value).items() if not item[0].startswith("_")]
@@ -363,7 +363,7 @@ def _held(value: Any, seen: dict[int, Any], depth: int = 12) -> Iterator[Any]:
 
 def weights_sha256(
     detector: Any, # a module, or an object that holds weights or settings as attributes, such as arrays from a file
-) -> str | None: # 64 hexadecimal digits; None where it holds nothing
+) -> str | None: # 64 hexadecimal digits; None if it holds nothing
     "Hash of the weights and settings that a detector holds in memory, whichever files they came from."
     digest, held = sha256(), list(_held(detector, {}))
     for value in held:

@@ -31,7 +31,7 @@ from ..training.processes import gather_objects, rank_and_size
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #f5227363
 class _Files(Dataset):
-    "What the detector is shown, or the reason why there is nothing, for every row of a manifest."
+    "The inputs of the detector, or an error, for every row of a manifest."
     def __init__(self, paths: list[str], root: str | Path, transform: Transform | None, seed: int, stage: str, first_row: int,
                  spec: InputSpec | None): # None = the image, as the transform makes it
         self.paths, self.root, self.transform, self.seed, self.stage, self.first_row = paths, Path(root), transform, seed, stage, first_row
@@ -40,13 +40,13 @@ class _Files(Dataset):
     def __len__(self) -> int: return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, list[Tensor] | str]:
-        source: Path | bytes = b"" # as long as there is none
+        source: Path | bytes = b"" # until it is known
         try: image = decode(source := picture_source(self.root, self.paths[row]))
         except ValueError as error:
             return row, str(error).replace(f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source), self.paths[row])
         if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
         try: shown = shown_images(self.spec, image) if self.spec else [image]
-        except Exception as error: return row, f"preprocessing failed: {error_text(error)}" # of the detector's own: anything
+        except Exception as error: return row, f"preprocessing failed: {error_text(error)}" # its own code can raise anything
         return row, [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in shown]
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #1f5851e5
@@ -85,7 +85,7 @@ def _batches(
 
 # %% ../../nbs/04_detectors/01_predictions.ipynb #5f50c33b
 def _own_rows(manifest: pd.DataFrame, batch_size: int) -> range:
-    "The rows of this process; empty where there are fewer batches than processes."
+    "The rows of this process; may be empty if there are fewer batches than processes."
     if manifest.empty: raise ValueError("the manifest has no rows; nothing to score")
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rank, size = rank_and_size()
@@ -165,10 +165,10 @@ def predict(
     stage: str = "test", # name of their stream
     num_workers: int | None = None, # loader processes; None chooses
 ) -> pd.DataFrame: # columns of the manifest, then `PREDICTION_COLUMNS`; rows in the order of the manifest
-    """Score every image of a manifest, as the detector's `input_spec` shows it, or as the transform makes it where it has none.
+    """Score every image of a manifest, after the transform and the preparation by the detector's `input_spec`, if there is any.
 
     An image that cannot be read, or on which the detector raises an exception, has a row with the error. Raises `ValueError`
-    where the detector fails on every image that could be read: then the error is the detector's."""
+    if the detector fails on every image that could be read, since the error is then the detector's."""
     own, errors, unread = _own_rows(manifest, batch_size), dict[int, str](), 0
     outputs, part = torch.zeros(len(own), 1 + len(FAMILIES)), manifest.iloc[own.start:own.stop]
     shown = torch.zeros(len(own), 1) # crops of each image
@@ -219,8 +219,8 @@ _TEXT = (*MANIFEST_COLUMNS, "detector", "predicted_family", "error", "group", "p
 
 def _numbers(
     column: pd.Series, # text
-) -> pd.Series: # exact floats, or the same text if it is no column of numbers
-    "Turn text into numbers where it can be done."
+) -> pd.Series: # exact floats, or the same text if the column is not numeric
+    "Turn text into numbers if possible."
     try:
         return pd.Series([float(v) for v in column], index=column.index, name=column.name, dtype=float)
     except ValueError:

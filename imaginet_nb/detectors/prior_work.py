@@ -35,7 +35,7 @@ from ..data.augmentation import center_crop
 @dataclass(frozen=True)
 class PublishedWeights:
     "A published file of weights."
-    file: str                # its name there
+    file: str                # its name on that page
     page: str                # its authors' page: where to get it, and on which terms
     licence: str             # the terms in short
     restricted: bool = False # True = they must be accepted before the import
@@ -96,7 +96,7 @@ class MeanDetector(nn.Module):
 
 # %% ../../nbs/04_detectors/03_prior_work.ipynb #df6c2f9e
 class AnchorHead(nn.Module):
-    "Dissimilarity to the mean of real images. Raises ValueError before it has that mean."
+    "Dissimilarity to the mean of real images. Raises ValueError as long as that mean is not set."
     anchor: Tensor | None
 
     def __init__(self):
@@ -177,7 +177,7 @@ def _rename(
         bare = {n.removeprefix("module."): t for n, t in state.items()}
         return {f"detection.{n[3:]}" if n.startswith("fc.") else f"backbone.{n}": t for n, t in bare.items()}
     unknown = [n for n in state if not n.startswith(_LASTED)]
-    if unknown: raise CheckpointError(f"{path}: has {len(unknown)} weights that LASTED has not (such as {unknown[0]})")
+    if unknown: raise CheckpointError(f"{path}: has {len(unknown)} weights that LASTED does not have (such as {unknown[0]})")
     return {n.replace(_TOWER, "backbone.0.", 1): t for n, t in state.items() if n.startswith(_TOWER)}
 
 # %% ../../nbs/04_detectors/03_prior_work.ipynb #3b7d478b
@@ -187,7 +187,7 @@ def _network(
     "The network that a file belongs to."
     detector = next(method for method, parts in PRIOR_METHODS.items() if name in parts)
     if name == "wu2023":
-        with torch.device("meta"): tower = _clip_tower() # 420 million numbers that need not be drawn
+        with torch.device("meta"): tower = _clip_tower() # 420 million random numbers that are not needed
         return LastedNetwork(detector, tower.to_empty(device="cpu"), CLIP_RN50X64["image_size"])
     with torch.random.fork_rng(devices=[]): return NoDownNetwork(detector)
 
@@ -204,7 +204,7 @@ def _published_network(
     fill(network, counters | state, path, f"{name} is {WEIGHTS[name].file} of {WEIGHTS[name].page}")
     broken = [n for n, t in own.items() if not t.isfinite().all()]
     if broken:
-        raise CheckpointError(f"{path}: {len(broken)} weights are not finite (such as {broken[0]}); download it anew")
+        raise CheckpointError(f"{path}: {len(broken)} weights are not finite (such as {broken[0]}); download it again")
     return network
 
 # %% ../../nbs/04_detectors/03_prior_work.ipynb #64a0c001
@@ -236,7 +236,7 @@ def _refuse_twin(name: str, sha256: str, folder: Path) -> None:
 def import_weights(
     name: str, # key of `WEIGHTS`
     source: str | Path, # the published file
-    folder: str | Path, # where imported weights lie
+    folder: str | Path, # of imported weights
     accept_licence: bool = False, # True = the terms were read and cover the use
 ) -> Path: # the new file, `folder/name.safetensors`; replaced if it exists
     """Check a published file and convert it.
@@ -274,7 +274,7 @@ def _load_weights(
 # %% ../../nbs/04_detectors/03_prior_work.ipynb #570e27a4
 def load_prior_method(
     name: str, # a detector of `PRIOR_METHODS`, or one network of `WEIGHTS`
-    folder: str | Path, # where imported weights lie
+    folder: str | Path, # of imported weights
     device: str = "cpu", # auto, cpu, cuda, ...
 ) -> PixelDetector | MeanDetector: # a `Detector`; Wu2023 still needs its anchors
     "Load a detector from imported weights. Raises `CheckpointError` if they are missing, damaged or do not fit."
@@ -315,8 +315,8 @@ def _lacking(
     return ""
 
 def available_prior_methods(
-    folder: str | Path, # where imported weights lie
-    anchors: pd.DataFrame | None = None, # real images for Wu2023, needed as soon as its weights are there
+    folder: str | Path, # of imported weights
+    anchors: pd.DataFrame | None = None, # real images for Wu2023, needed if its weights are imported
     root: str | Path = ".", # folder that the paths of the anchors are relative to
     device: str = "cpu", # auto, cpu, cuda, ...
 ) -> list[PixelDetector | MeanDetector]: # ready to score, in the order of the paper's tables
@@ -329,8 +329,8 @@ def available_prior_methods(
 
 # %% ../../nbs/04_detectors/03_prior_work.ipynb #ffa71f63
 def missing_prior_methods(
-    folder: str | Path, # where imported weights lie
-    present: Collection[str] = (), # detectors that predictions exist of
+    folder: str | Path, # of imported weights
+    present: Collection[str] = (), # detectors that have predictions
 ) -> dict[str, str]: # detector -> note, for the tables
     "Why each prior method without predictions was not run."
     late = "the weights are there but no predictions: run p47_predict again"
@@ -338,7 +338,7 @@ def missing_prior_methods(
 
 # %% ../../nbs/04_detectors/03_prior_work.ipynb #2672fa82
 def weights_table(
-    folder: str | Path, # where imported weights lie
+    folder: str | Path, # of imported weights
 ) -> pd.DataFrame: # columns weights, detector, imported (name of the file, or empty), published, licence, page
     "Which weights were imported, and where to get the others."
     rows = []

@@ -28,7 +28,7 @@ from ..data.images import Picture
 class Detector(Protocol):
     "The interface that evaluation uses. `input_spec`, `embed`, `identify` and `tracks` are optional."
     name: str               # in every table
-    input_size: int | None  # side in pixels that images should be brought to; None = any will do
+    input_size: int | None  # side of its images, pixels; None = any size
 
     def score(self,
         images: Tensor, # `(B, 3, H, W)`, uint8
@@ -76,7 +76,7 @@ def resize_picture(
 # %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0005
 @dataclass(frozen=True)
 class InputSpec:
-    "What a detector is shown of a picture. Raises ValueError for settings that contradict each other."
+    "How a picture is prepared for a detector. Raises ValueError for settings that contradict each other."
     fit: Fit = "crops"
     size: tuple[int, int] | None = None        # height and width of what is shown, pixels; None = any, for `crops` and `own`
     short_side: int | None = None              # with `resize`: of the picture before it is cropped, pixels; None = as `size`
@@ -121,7 +121,7 @@ def spec_boxes(
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0010
 def _used_part(picture: np.ndarray) -> np.ndarray:
-    "The middle of a picture, at most eight times as long as wide: of a line of pixels all of it, resized, would fill the memory."
+    "The middle of a picture, at most eight times as long as wide: a line of pixels, resized whole, would fill the memory."
     longest = 8*min(picture.shape[:2])
     def middle(side: int) -> slice:
         cut = max(side - longest, 0)//2 # as much on either side, so that the centre stays
@@ -133,7 +133,7 @@ def fit_picture(
     spec: InputSpec,
     picture: Picture, # `(H, W, 3)` uint8; a crop, where the specification cuts at full resolution
 ) -> np.ndarray: # `(h, w, 3)`
-    "What the detector is shown of a whole picture, or of a crop."
+    "The input of the detector for a whole picture, or for a crop."
     pixels = np.ascontiguousarray(picture[:, :])
     if spec.fit == "own": return pixels if spec.own is None else spec.own(pixels)
     if spec.size is None or spec.crop_side: return pixels
@@ -152,7 +152,7 @@ def shown_images(
     picture: Picture, # `(H, W, 3)` uint8
     most: int = 5, # crops
 ) -> list[np.ndarray]: # `(h, w, 3)` each; one unless the specification says `crops`
-    "What a detector is shown of a picture; smaller pictures are mirrored outwards where squares are cut."
+    "The inputs of a detector for a picture; pictures smaller than a crop are padded by reflection."
     if spec.fit not in ("crop", "crops"): return [fit_picture(spec, picture)]
     padded = pad_to(picture, spec.crop_side) if spec.crop_side else picture
     boxes = spec_boxes(spec, padded.shape[0], padded.shape[1], most)
@@ -179,14 +179,14 @@ def _own_name(function: Callable) -> str:
 def input_spec(
     detector: Any, # `Detector`
 ) -> InputSpec | None: # None = it states none
-    "The specification that a detector states."
+    "The input specification of a detector."
     return getattr(detector, "input_spec", None)
 
 # %% ../../nbs/04_detectors/00_protocol.ipynb #5e1a0013
 def default_spec(
     detector: Any, # `Detector`
 ) -> InputSpec:
-    "What a detector is shown by `predict`: what it states, else crops of its `input_size`."
+    "The input specification that `predict` uses: the detector's own, else crops of its `input_size`."
     size = detector.input_size
     return input_spec(detector) or InputSpec("crops", (size, size) if size else None)
 
@@ -204,7 +204,7 @@ def inference_times(
     detector: Detector,
     image_size: int = 448, # side in pixels; 448 in the paper
     warmup: int = 3, # calls that are not counted
-    repeats: int = 20, # calls that are
+    repeats: int = 20, # calls that are timed
     precision: str = "float32", # or bfloat16, if the detector has a `precision`
 ) -> pd.Series: # `(repeats,)` milliseconds
     "Time single calls of `score` on one image. Raises ValueError for impossible counts, and for a precision that cannot be set."

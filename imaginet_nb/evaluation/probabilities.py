@@ -294,7 +294,8 @@ def plot_scores(
         axes.set_title(_heading([name, f"measured FPR: {rates}"], len(found)))
         axes.set_xlabel("log-odds of synthetic" if fit.n else "logit\n(detector has no calibration)")
     for axes in panels[::3]: axes.set_ylabel("share of the class")
-    return finish(figure, title, panels[0], columns=2)
+    drawn = {handle.get_label(): handle for axes in panels for handle in axes.get_legend_handles_labels()[0]} # not all have all thresholds
+    return finish(figure, title, list(drawn.values()), columns=2)
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #30a2e902
 @mpl.rc_context(STYLE)

@@ -88,7 +88,7 @@ def compilation_pays(
     pixels: int, # of all images that will go through it
     device: torch.device,
 ) -> bool: # never on a CPU
-    "Whether a network is used long enough to earn back the time of its compilation."
+    "Whether a network is used long enough for its compilation to pay off."
     return device.type == "cuda" and pixels*backbone.width >= EARNED_BACK[backbone.name]
 
 # %% ../../nbs/02_models/04_fast.ipynb #5c0a1e05
@@ -127,7 +127,7 @@ def compile_where_it_pays(
     "Compile a network that will be used long enough. One line says what was decided."
     if choice == "never": return
     if compilation_pays(backbone, pixels, next(network.parameters()).device): compile_network(network, example, whole)
-    else: print(f"compile: {pixels/1e9:.1f} thousand million pixels on this device would not earn it back, eager", flush=True)
+    else: print(f"compile: {pixels/1e9:.1f} billion pixels are too few on this device, eager", flush=True)
 
 def compile_detector(
     choice: Literal["auto", "never"], # of the profile

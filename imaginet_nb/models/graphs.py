@@ -25,7 +25,7 @@ def onnx_session(
     import onnxruntime
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3 # errors alone
+    options.intra_op_num_threads, options.log_severity_level = threads, 3 # errors only
     providers = ["CPUExecutionProvider"]
     if cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers(): providers.insert(0, "CUDAExecutionProvider")
     return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
@@ -49,7 +49,7 @@ def image_input(
     "The input of a graph that takes `(B, 3, H, W)` floats; raises `GraphError` for any other."
     found = [(i.name, i.type, i.shape) for i in session.get_inputs()]
     name, kind, shape = found[0] if len(found) == 1 else ("", "", [])
-    # a free dimension is a text or None
+    # a free dimension is a string or None
     batch, channels, *sides = [side if isinstance(side, int) else None for side in shape] if len(shape) == 4 else (None, 0)
     if kind not in _TYPES or channels not in (3, None):
         raise GraphError(f"expected one input of floats of shape (B, 3, H, W), the file has {found}")
@@ -62,7 +62,7 @@ def try_graph(
     side: int, # of the trial images where the file leaves it free, pixels
 ) -> None:
     "Load and run an ONNX file in a separate process; raises `GraphError` if that process crashes."
-    # -P: no module that lies in the working folder is imported in place of a library's
+    # -P: no module in the working folder is imported in place of a library
     words = [sys.executable, "-P", "-m", "imaginet_nb.models.graphs", str(Path(path).absolute()), str(side)]
     code = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     if code >= 0: return

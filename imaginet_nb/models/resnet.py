@@ -45,7 +45,7 @@ _LAYOUTS = {"resnet18": ("BasicBlock", (2, 2, 2, 2)), "resnet50": ("Bottleneck",
 def _stage(
     block: Any, # torchvision's BasicBlock or Bottleneck
     inputs: int, # channels that come in
-    planes: int, # channels inside a block; it puts out `planes*block.expansion`
+    planes: int, # channels inside a block; its output has `planes*block.expansion`
     depth: int, # number of blocks
     stride: int, # of the first block
 ) -> nn.Sequential:
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         super().__init__()
         _check_backbone(name, width, stem_stride)
         self.name, self.width, self.stem_stride = name, float(width), int(stem_stride)
-        from torchvision.models import resnet # takes as long to import as torch; programs that only read tables do without
+        from torchvision.models import resnet # takes as long to import as torch; programs that only read tables do not need it
         (block_name, depths), first = _LAYOUTS[name], round(64*width)
         block = getattr(resnet, block_name)
         self.stage_channels = [first*2**i*block.expansion for i in range(4)]
@@ -104,7 +104,7 @@ class Backbone(nn.Module):
     def forward(self,
         x: Tensor, # `(B, 3, H, W)`, normalised
     ) -> Tensor: # `(B, D)`, mean over space, not normalised
-        "The feature vector; unlike `forward_stages` it retains no map that is no longer needed."
+        "The feature vector; unlike `forward_stages`, it keeps no map longer than needed."
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
@@ -142,7 +142,7 @@ def _torchvision_state(
                            f"place it at {cached}, or pass its path, or set `pretrained: false` in the profile") from error
     except Exception as error: # whatever a damaged or foreign file makes torch raise
         kind = type(error).__name__
-        raise WeightsError(f"{path or cached}: not a weights file that torch can read ({kind}); fetch {weights.url} anew") from error
+        raise WeightsError(f"{path or cached}: not a weights file that torch can read ({kind}); fetch {weights.url} again") from error
 
 # %% ../../nbs/02_models/00_resnet.ipynb #70fda03e
 def load_imagenet_weights(

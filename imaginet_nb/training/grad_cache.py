@@ -57,7 +57,7 @@ class _Collector:
 def one_statistics_update(
     model: nn.Module,
 ) -> Iterator[Callable[[], None]]: # call it when all chunks have passed once: it ends the collection
-    "Inside, running statistics of BatchNorm stay; on success they are updated once, with those of all chunks together."
+    "Inside, the running statistics of BatchNorm do not change; on success they are updated once, with those of all chunks together."
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     collectors = [_Collector(layer) for layer in layers]
 
@@ -84,7 +84,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        "Inside, random numbers are those that came after the state was taken; afterwards all is as before."
+        "Inside, random numbers are those drawn after the state was taken; afterwards the generators are restored."
         with torch.random.fork_rng(devices=self.devices):
             torch.set_rng_state(self.cpu)
             for device, state in zip(self.devices, self.cuda, strict=True):
@@ -94,7 +94,7 @@ class RandomState:
 # %% ../../nbs/03_training/02_grad_cache.ipynb #a9a4819f
 @contextlib.contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    "Forget low-precision copies of weights, and keep none inside."
+    "Clear the cache of low-precision weights, and keep it off inside."
     before = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)

@@ -59,7 +59,7 @@ class SelfConLoss(nn.Module):
     ) -> Tensor: # 0-d, float32 or wider, at least 0
         """Mean loss of the anchors that have a positive, in nats; 0 if none has.
 
-        Raises ValueError for wrong shapes or types and, on a CPU, for embeddings that have not unit length."""
+        Raises ValueError for wrong shapes or types and, on a CPU, for embeddings that are not of unit length."""
         _check_embeddings(features)
         labels = torch.arange(len(features)) if labels is None else labels
         among = torch.ones_like(labels, dtype=torch.bool) if among is None else among
@@ -82,7 +82,7 @@ def loss_bounds(
     labels: Tensor, # `(B,)` class of each image that takes part in the term
     exits: int = 2, # `V`
 ) -> tuple[float, float]: # the SelfCon loss of perfectly clustered embeddings, and of embeddings that are all equal
-    "Where a SelfCon term moves in training: from ln(BV - 1) to the mean of ln|P(a)|, in nats; both 0 if no anchor has a positive."
+    "Range of a SelfCon term in training, from the mean of ln|P(a)| to ln(BV - 1), in nats; both 0 if no anchor has a positive."
     positives = positive_pairs(labels, exits)[0].sum(1)
     positives = positives[positives > 0].double()
     if not len(positives): return 0.0, 0.0

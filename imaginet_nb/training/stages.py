@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from ..data.labels import FAMILY_CLASSES
 from ..data.manifest import read_manifest_csv
 from ..data.splits import draw_balanced, set_aside
-from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint, training_outcome
+from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint, training_outcome, weights_digest
 from ..core import Profile, Run, autocast, fingerprint, load_profile, pick_device, repo_root, seed_everything
 from ..data.datasets import EpochSampler, ManifestDataset, make_loader
 from .grad_cache import cached_step
@@ -47,9 +47,11 @@ def training_loader(
     stage: str, # name of the stream of random numbers
     batch_size: int, # images, of all processes together
 ) -> DataLoader: # batches for `fit`: this process's share
-    """Crops with the augmentation of the stage, reshuffled each epoch; the last batch is left out if it is not full.
+    """Crops with the augmentation of the stage, reshuffled each epoch; an incomplete last batch is left out.
 
-    Raises ValueError if the processes cannot share a batch evenly."""
+    Raises ValueError for batches of one image, or if the processes cannot share a batch evenly."""
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}: one image cannot be compared or normalised")
     data = profile.data
     if stage == "pretrain":
         transform: Stage1 | Stage2 = Stage1(size=data.crop_size, probabilities=data.probabilities)
@@ -113,7 +115,7 @@ def selfcon_bounds(
     dataset = ManifestDataset(manifest, "", Stage1(size=profile.data.crop_size), seed=profile.seed, stage="pretrain")
     rows = torch.tensor([row for _, row in EpochSampler(dataset, shuffle=True)])
     origin, family = (torch.tensor(codes)[rows].split(profile.pretrain.batch_size) for codes in (dataset.origins, dataset.families))
-    batches = max(len(manifest)//profile.pretrain.batch_size, 1) # a last one that is not full is not trained on
+    batches = max(len(manifest)//profile.pretrain.batch_size, 1) # an incomplete last batch is not trained on
     terms = {"loss_origin": [loss_bounds(codes) for codes in origin[:batches]],
              "loss_family": [loss_bounds(codes[of == 1]) for codes, of in zip(family[:batches], origin, strict=False)]}
     means = {term: np.mean(values, axis=0) for term, values in terms.items()}
@@ -151,7 +153,7 @@ def stage1_measurements(
 
 # %% ../../nbs/03_training/04_stages.ipynb #5c0a1e11
 def _compile(network: nn.Module, model: nn.Module, step: Step, loader: DataLoader, epochs: int, profile: Profile) -> None:
-    "Compile the network that a step of the model calls, if the profile wants it and the training is long; in a single process only."
+    "Compile the network that a step of the model calls, if the profile asks for it and the training is long; in a single process only."
     if rank_and_size()[1] > 1: return
     size, batch_size = loader.dataset.transform.size, loader.batch_size or 1 # type: ignore[attr-defined]
     backbone, batch = next(part for part in model.modules() if isinstance(part, Backbone)), random_batch(batch_size, size)
@@ -260,8 +262,9 @@ def calibrate(
 
     step = heads_step(model, device, settings.precision)
     loader = training_loader(manifest, root, profile, "calibrate", settings.batch_size)
-    run_fingerprint = fingerprint(
-        model.name, profile.seed, profile.data, profile.model, profile.batchnorm, profile.pretrain, settings, manifest)
+    backbone = weights_digest({}, {name: value.cpu() for name, value in model.backbone.state_dict().items()})
+    run_fingerprint = fingerprint(model.name, backbone, profile.seed, profile.data, profile.model, profile.batchnorm,
+                                  profile.pretrain, settings, manifest)
     bounds = heads_bounds(manifest)
     _compile(model.backbone, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, None, resume, run_fingerprint, lambda epoch: bounds)
@@ -275,7 +278,7 @@ def two_track_loss(
 ) -> Tensor: # 0-d, in nats, at least 0
     """Mean sigmoid cross-entropy of all images plus mean softmax cross-entropy of the synthetic ones.
 
-    The identification head sees the synthetic images alone. Fewer than two cannot be normalised, and leave it as it is."""
+    The identification head gets only the synthetic images. Fewer than two cannot be normalised and do not change it."""
     rows = (origin == 1).nonzero().squeeze(1)
     origin, family, rows = (codes.to(features.device, non_blocking=True) for codes in (origin, family, rows))
     value = F.binary_cross_entropy_with_logits(model.detection(features).squeeze(1).float(), origin.float())
@@ -286,7 +289,7 @@ def two_track_loss(
 def heads_bounds(
     manifest: pd.DataFrame, # calibration images
 ) -> dict[str, float]: # loss_floor, loss_chance; in nats
-    "Loss of stage 2 without a mistake, and of heads that know the frequencies of the classes alone."
+    "Loss of stage 2 without errors, and of heads that know only the class frequencies."
     synthetic = manifest["origin"].eq("synthetic")
     chance = entropy(manifest["origin"].value_counts()) + entropy(manifest.loc[synthetic, "generator_family"].value_counts())
     return {"loss_floor": 0.0, "loss_chance": float(chance)}
@@ -386,7 +389,7 @@ def not_learned(
 
 # %% ../../nbs/03_training/04_stages.ipynb #b8cb305c
 def _records(history: pd.DataFrame) -> list[dict[str, float]]:
-    "Rows of a history without what was not measured, which JSON has no number for."
+    "Rows of a history without missing values, which JSON cannot represent."
     return [{str(key): value for key, value in row.items() if pd.notna(value)} for row in history.to_dict("records")]
 
 def _write(
@@ -464,7 +467,7 @@ def launch(
         return
     if processes == 1: return train_stage(stage, profile)
     from accelerate import notebook_launcher # takes a fifth of a second to import
-    with socket.socket() as free: # of a port, so that two launches on one machine do not meet
+    with socket.socket() as free: # a free port, so that two launches on one machine do not collide
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     notebook_launcher(train_stage, (stage, profile), num_processes=processes, use_port=str(port))
