@@ -524,13 +524,13 @@ def _custom_detector(
         from imaginet_nb.detectors.linear_probe import load_linear_probe
         loaded: Any = load_linear_probe(spec, device)
     else: loaded = load_custom_detector(spec, device, trust)
-    files = detector_files(spec)
-    hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]]
-    if files[1:]:
-        rest = fingerprint([(path.name, file_sha256(path)) for path in files[1:]])
-        hashes.append(f"with {', '.join(path.name for path in files[1:])}: {rest[:16]}")
-    if not Path(spec).is_file() and (weights := weights_sha256(loaded)): hashes.append(f"weights {weights[:16]}")
-    return loaded, ", ".join([spec, *hashes]), []
+    files, is_file = detector_files(spec), Path(spec).is_file()
+    hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]] # what follows the word is the content, and decides
+    rest = sorted(map(file_sha256, files[1:]))
+    if rest: hashes.append(f"with {len(rest)} more files: {fingerprint(rest)[:16]}")
+    if not is_file: hashes.append(spec.rpartition(":")[2])
+    if not is_file and (weights := weights_sha256(loaded)): hashes.append(f"weights {weights[:16]}")
+    return loaded, ", ".join([Path(spec).name if is_file else spec, *hashes]), []
 
 def _detector(
     checkpoint: str | None, detector: str | None, device: str, trust: bool, labels: list[str] | None = None,
@@ -543,16 +543,16 @@ def _detector(
 # %% ../../nbs/08_apps/09_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
-                                                   "or - for paths on standard input.")],
+    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, Parquet files with pictures inside, tables "
+                                                   "(.csv, .tsv, .parquet) with a column path, or - for paths on standard input.")],
     checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION], or `make reproduce`'s.")] = None,
     detector: Annotated[str | None, typer.Option(help=DETECTOR_HELP)] = None,
     synthetic_label: SyntheticLabels = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
-                                                          "changed; rows of other detectors, options, libraries are refused.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows; pictures that changed, or that another "
+                     "--max-megapixels concerns, are scored again; other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
                                                    "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
@@ -567,14 +567,14 @@ def predict(
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
-    Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
-    no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
+    Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. Probabilities
+    are empty where nothing follows from them (demo only, too small, flat). A corrupt file has an error. Exits with 1 if all have.
     Labels of a table are joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
-    if root and not any(path.endswith((".csv", ".parquet")) for path in paths):
-        raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
-    from imaginet_nb.apps.predict import Settings
+    from imaginet_nb.apps.predict import LISTS, Settings
+    if root and not any(path.lower().endswith(LISTS) for path in paths):
+        raise typer.BadParameter(f"goes with a table of paths ({', '.join(LISTS)})", param_hint="--root")
     from imaginet_nb.apps.calibrate import read_calibration
     _keep_sources([Path(out), *filter(None, [html])], [*paths, checkpoint, detector, calibration], _read_earlier)
     settings, stored = Settings(error_rate, crops, views, demo=demo), calibration and read_calibration(calibration)
@@ -585,7 +585,9 @@ def predict(
 # %% ../../nbs/08_apps/09_cli.ipynb #231208b5
 def _is_missing(path: Path) -> bool:
     "Whether a file is certainly missing; in a folder without permission it may exist."
-    try: os.stat(path)
+    from imaginet_nb.core import path_text
+    from imaginet_nb.data.parquet import picture_file
+    try: os.stat(picture_file("", path_text(path))) # a Parquet file for a picture inside it
     except PermissionError: return False
     except (OSError, ValueError): return True
     return False
