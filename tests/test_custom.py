@@ -16,10 +16,10 @@ from torch import nn
 
 from imaginet_nb.apps.evaluate import judge
 from imaginet_nb.apps.predict import Scorer, Settings, score_files
-from imaginet_nb.data.folders import read_custom_dataset
+from imaginet_nb.data.folders import CustomDataset, read_custom_dataset
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
-from imaginet_nb.detectors.custom import DetectorError, load_custom_detector, read_settings, weights_sha256
+from imaginet_nb.detectors.custom import DetectorError, FileDetector, load_custom_detector, read_settings, weights_sha256
 from imaginet_nb.detectors.predictions import predict
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -374,8 +374,8 @@ def test_weights_count_in_whatever_a_detector_keeps_them(tmp_path, monkeypatch):
 
 # what a detector is shown of a picture
 
-def square_score(tmp_path: Path, **keys) -> tuple[float, float]:
-    "Logits, through `predict` and `evaluate`, of a white picture with a black square: a network that gives 8*mean - 4 of its input."
+def squares(tmp_path: Path, **keys) -> tuple[FileDetector, CustomDataset]:
+    "A network that gives 8*mean - 4 of its input, and two white pictures with a black square."
     mean = helper.make_node("ReduceMean", ["x"], ["m"], axes=[1, 2, 3], keepdims=0)
     scale = [numpy_helper.from_array(np.float32(value), name) for name, value in (("eight", 8.0), ("four", 4.0))]
     nodes = [mean, helper.make_node("Mul", ["m", "eight"], ["s"]), helper.make_node("Sub", ["s", "four"], ["y"])]
@@ -387,10 +387,14 @@ def square_score(tmp_path: Path, **keys) -> tuple[float, float]:
     picture = np.full((1000, 1000, 3), 255, np.uint8)
     picture[300:700, 300:700] = 0
     for name in ("real/a.png", "synthetic/gan/b.png"): save(picture, tmp_path/"pictures"/name)
-    detector = load_custom_detector(str(tmp_path/"mean.onnx"))
+    return load_custom_detector(str(tmp_path/"mean.onnx")), read_custom_dataset(tmp_path/"pictures")
+
+
+def square_score(tmp_path: Path, **keys) -> tuple[float, float]:
+    "Logits of a white picture with a black square, through `predict` and `evaluate`."
+    detector, pictures = squares(tmp_path, **keys)
     scorer = Scorer(detector, Settings(views=False))
     row, = score_files([tmp_path/"pictures"/"real"/"a.png"], scorer)
-    pictures = read_custom_dataset(tmp_path/"pictures")
     if detector.settings.fit == "resize": found = judge(detector, pictures, resamples=10, num_workers=0).predictions
     else: found = predict(detector, pictures.manifest, pictures.root, num_workers=0) # without the tables, to save time
     return row["logit"], float(found["logit"].iloc[0])
@@ -405,12 +409,15 @@ def test_predict_and_evaluate_show_what_the_yaml_says(tmp_path, keys, mean):
     assert square_score(tmp_path, **keys) == pytest.approx([8*mean - 4]*2, abs=0.05)
 
 
-def test_no_grid_of_squares_for_a_detector_that_is_shown_the_whole_picture(net, tmp_path):
-    write_yaml(write_onnx(tmp_path/"net.onnx", net), fit="squash")
-    for name in ("real/a.png", "synthetic/gan/b.png"): save(np.zeros((20, 30, 3), np.uint8), tmp_path/"pictures"/name)
-    with pytest.raises(ValueError, match="shown the whole picture"):
-        detector, pictures = load_custom_detector(str(tmp_path/"net.onnx")), read_custom_dataset(tmp_path/"pictures")
-        judge(detector, pictures, robustness=2, resamples=10, num_workers=0)
+# of the middle 500 x 500 pixels 64 % are black; a grid of central squares would have shown black alone, or a shift of nothing at all
+@pytest.mark.parametrize("keys", [dict(input_size=200, width=300, fit="squash"), dict(input_size=None, fit="own")], ids=["squash", "own"])
+def test_the_grid_corrupts_whole_pictures_for_a_detector_that_is_shown_them(tmp_path, keys):
+    detector, pictures = squares(tmp_path, **keys)
+    found = judge(detector, pictures, robustness=2, resamples=10, num_workers=0)
+    table, caption = found.tables["robustness_shift"]
+    real = table[table["group"].eq("real")].set_index(["perturbation", "value"])["shift"]
+    assert len(real) == 17 and real["crop", 50] == pytest.approx(8*(0.36 - 0.84), abs=0.05)
+    assert real["resize", 4] == pytest.approx(0, abs=0.05) and "Whole pictures were corrupted; of each the detector was shown" in caption
 
 
 def test_what_is_shown_belongs_to_the_fingerprint(net, tmp_path):

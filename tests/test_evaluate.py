@@ -1,5 +1,6 @@
 """`imaginet evaluate`: the numbers are those of plain computations, every picture counts, faults are named."""
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
+from imaginet_nb.apps.calibrate import read_calibration
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.evaluate import Contender, compare, judge, judge_all, keeping
 from imaginet_nb.core import seed_everything
@@ -46,11 +48,16 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(folder: Path, *words) -> Result:
+def imaginet(folder: Path, *words) -> Result:
     here = Path.cwd()
+    for name in ("meter", "other"): sys.modules.pop(name, None) # a process of its own has not imported them
     os.chdir(folder)
-    try: return CliRunner().invoke(app, ["evaluate", *map(str, words)])
+    try: return CliRunner().invoke(app, [*map(str, words)])
     finally: os.chdir(here)
+
+
+def evaluate(folder: Path, *words) -> Result:
+    return imaginet(folder, "evaluate", *words)
 
 
 def test_a_folder_gives_tables_a_page_and_predictions_that_agree(pictures):
@@ -116,14 +123,17 @@ def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
         window.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         window.open((pictures/"page"/"index.html").as_uri())
         assert window.ask("innerWidth") == width
-        shown = window.ask("[...document.images].map(i => [i.src.split('/').pop(), i.naturalWidth > 0, "
-                           "i.clientWidth <= innerWidth])")
-        assert shown == [[f"{name}.png", True, True] for name in ("detection_by_generator", "roc", "scores")]
+        shown = window.ask("[...document.images].map(i => [i.src.split('/').pop(), i.naturalWidth > 0])")
+        assert shown == [[f"{name}.png", True] for name in ("detection_by_generator", "roc", "scores")]
+        frames = window.ask("[...document.images].map(i => [i.naturalWidth/i.getBoundingClientRect().width, "
+                            "i.parentElement.clientWidth, i.parentElement.scrollWidth])")
+        for smaller, frame, inside in frames: # labels of 8 points at 150 dpi remain 10 pixels high; a narrow frame scrolls
+            assert smaller < 1.6 and frame < width and (inside > frame) == (width < 600), frames
         heads = window.ask("[...document.querySelectorAll('.table')].map(t => [t.innerText.includes('Empirical FPR'), "
                            "t.scrollWidth - t.clientWidth])")
         assert [over for operating, over in heads if operating] == [0], heads
-        cues = window.ask("[...document.querySelectorAll('.table')].map(t => getComputedStyle(t).backgroundAttachment)")
-        assert set(cues) == {"local, local, scroll, scroll"} # a shadow at the side where a table goes on
+        cues = window.ask("[...document.querySelectorAll('.table, figure')].map(t => getComputedStyle(t).backgroundAttachment)")
+        assert set(cues) == {"local, local, scroll, scroll"} # a shadow at the side where it goes on
         assert window.ask("document.documentElement.scrollWidth") <= width and window.errors == []
 
 
@@ -260,6 +270,7 @@ def test_detectors_are_compared_in_pairs_on_the_same_images(pictures, tmp_path):
     dataset, two = read_custom_dataset(pictures/"set"), [Contender(Bright("A", 0), "a"), Contender(Bright("B", 0.01), "b")]
     sentences = compare(two, dataset, tmp_path/"out", resamples=200, num_workers=0)
     assert any("could not score them: 1 pictures" in text for text in sentences), sentences
+    assert len([text for text in sentences if "no better than chance" in text]) == 1 # of the files alone, so not once per detector
     rows, auc = pd.read_csv(tmp_path/"out"/"predictions.csv"), {}
     assert len(rows) == 2*91 and rows["error"].notna().sum() == 2
     for name, mine in rows[rows["error"].isna()].groupby("detector"):
@@ -354,3 +365,83 @@ def test_two_detectors_in_the_terminal(pictures):
     assert result.output.index("set: 91 images") < result.output.index("balanced accuracy")
     result = evaluate(pictures, *words, "--robustness", 8)
     assert result.exit_code == 1 and "--robustness measures one detector" in result.output
+
+
+# --- options as those of `predict` --------------------------------------------------------------------------------------------------
+
+def test_the_largest_picture_that_is_read(pictures, monkeypatch):
+    "Catches a limit that is not passed on, one that stays in the environment, and scores that a run with another limit has kept."
+    words = ("--root", "set", "--detector", "meter:Meter", "--out", "limit", "--workers", 0, "--max-megapixels")
+    monkeypatch.setenv("IMAGINET_MAX_PIXELS", "1000")
+    result = evaluate(pictures, *words, 0.00192)
+    assert result.exit_code == 0 and "1 of 91 pictures could not be scored" in result.output, result.output
+    assert os.environ["IMAGINET_MAX_PIXELS"] == "1000"
+    monkeypatch.delenv("IMAGINET_MAX_PIXELS")
+    result = evaluate(pictures, *words, 0.0019)
+    assert result.exit_code == 1 and "more than max_pixels=1900" in result.output, result.output
+    assert "`imaginet predict` and `evaluate`: --max-megapixels 1" in result.output and "IMAGINET_MAX_PIXELS" not in os.environ
+    result = evaluate(pictures, *words, "nan")
+    assert result.exit_code == 1 and "--max-megapixels nan: choose a number" in result.output, result.output
+
+
+@pytest.fixture(scope="module")
+def calibrated(pictures) -> Path:
+    "Three calibrations beside the pictures: of the meter, the same anew, and one with other crops; and a second detector."
+    (pictures/"other.py").write_text(METER.replace("Brightness meter", "Other meter"))
+    for name, crops in (("meter", 5), ("again", 5), ("crops", 2)):
+        result = imaginet(pictures, "calibrate", "--detector", "meter:Meter", "--real", "set/real", "--synthetic", "set/synthetic",
+                          "--crops", crops, "--out", f"{name}.json", "--device", "cpu")
+        assert result.exit_code == 0, result.output
+    return pictures
+
+
+def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
+    "Those of the file, on scores that are those of `predict`; said in the terminal and on the page."
+    words = ("--detector", "meter:Meter", "--calibration", "meter.json", "--out")
+    result = evaluate(calibrated, "--root", "set", "--workers", 0, *words, "own")
+    assert result.exit_code == 0, result.output
+    stored = read_calibration(calibrated/"meter.json").calibration
+    rows = pd.read_csv(calibrated/"own"/"predictions.csv").set_index("path").dropna(subset="logit")
+    assert np.allclose(rows["probability"], stored.probability(rows["logit"]))
+    point = pd.read_csv(calibrated/"own"/"tables"/"operating_points.csv").iloc[0]
+    assert point["threshold"] == pytest.approx(stored.thresholds["0.05"], abs=6e-5)
+    share = (rows.query("origin == 'real'")["probability"] > stored.thresholds["0.05"]).mean()
+    for text in (result.output, (calibrated/"own"/"index.html").read_text()):
+        assert "as in meter.json, fitted by imaginet calibrate on" in text and f"false positives, {100*share:.1f} % [" in text
+        assert "crops of 32 x 32 pixels all over the picture, as it was for the calibration" in text and "was not checked" in text
+    result = imaginet(calibrated, "predict", "set", "--no-views", *words, "p.csv")
+    assert result.exit_code == 0, result.output
+    theirs = pd.read_csv(calibrated/"p.csv").assign(path=lambda frame: frame["path"].str.removeprefix("set/")).set_index("path")
+    assert np.allclose(theirs["probability"][rows.index], rows["probability"], atol=1e-5)
+
+
+def test_of_several_detectors_each_has_its_own_calibration(calibrated):
+    "Catches a detector that is another one if a second one is loaded beside it."
+    words = ("--root", "set", "--detector", "other:Meter", "--detector", "meter:Meter", "--out", "several", "--workers", 0)
+    result = evaluate(calibrated, *words, "--calibration", "meter.json")
+    assert result.exit_code == 0, result.output
+    points = pd.read_csv(calibrated/"several"/"tables"/"operating_points.csv")
+    assert points["detector"].unique().tolist() == ["Brightness meter"] and points["threshold"].notna().any()
+    lines = {name: next(line for line in result.output.splitlines() if f"- {name}: balanced" in line) for name in
+             ("Other meter", "Brightness meter")}
+    assert "a plain sigmoid: this detector has no calibration" in lines["Other meter"]
+    assert "as in meter.json" in lines["Brightness meter"] and "were flagged" in lines["Brightness meter"]
+    page = (calibrated/"several"/"index.html").read_text()
+    assert "<li>Brightness meter at 1.0%: " in page
+    assert "Not in the table, for lack of a calibration: Other meter." in page and page.count("was not checked") == 1
+
+
+@pytest.mark.parametrize("detectors, files, message", [
+    (["other:Meter"], ["meter"], "meter.json: the calibration was made for another detector: Brightness meter"),
+    (["other:Meter", "other:Meter"], ["meter"], "meter.json: the calibration was made for another detector: Brightness meter"),
+    (["meter:Meter"], ["meter", "again"], "again.json: a second calibration of Brightness meter; give one for each detector"),
+    (["meter:Meter"], ["crops"], "crops.json: made with at most 2 crops of a picture, but Brightness meter is shown up to 5 here; "
+                                 "calibrate with --crops 5"),
+    (["meter:Meter"], ["list"], "list.json: not a calibration of `imaginet calibrate`")])
+def test_a_calibration_that_does_not_fit_is_refused(calibrated, detectors, files, message):
+    (calibrated/"list.json").write_text("[]")
+    words = [word for name in detectors for word in ("--detector", name)]
+    words += [word for name in files for word in ("--calibration", f"{name}.json")]
+    result = evaluate(calibrated, "--root", "set", *words, "--out", "refused", "--workers", 0)
+    assert result.exit_code == 1 and message in result.output, result.output
+    assert not (calibrated/"refused").exists()

@@ -1,5 +1,7 @@
 """Classifiers of the Hugging Face Hub: the probabilities of their own library, and what goes wrong. Tiny random networks, no hub."""
 import json
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from imaginet_nb.data.images import save
 from imaginet_nb.detectors.custom import DetectorError
 from imaginet_nb.detectors.hub import hub_folder, load_hub_detector
 from imaginet_nb.detectors.predictions import predict as predict_manifest
+from imaginet_nb.models import checkpoints
+from imaginet_nb.models.checkpoints import CheckpointError, fetch_checkpoint
 
 LABELS = {0: "artificial", 1: "human"}
 SHAPES = [(32, 32), (50, 70), (300, 90), (41, 200), (640, 481)]
@@ -121,6 +125,25 @@ def test_a_repository_is_found_in_the_cache_by_its_commit_and_a_missing_one_is_n
         assert Scorer(detector, identity=detector.identity).fingerprint.endswith(f"revision {commit}")
     with pytest.raises(DetectorError, match="hf:owner/other: not in the cache, and no download.*hf download owner/other"):
         hub_folder("owner/other")
+
+
+def test_a_hub_that_does_not_answer_costs_seconds_and_the_cache_serves(tmp_path, tiny, monkeypatch):
+    "A machine behind a firewall: connections are taken and nothing comes back. The library alone waits for minutes."
+    from huggingface_hub import constants
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for path in tiny.iterdir(): save_bytes(tmp_path/"hub"/"models--owner--detector"/"snapshots"/commit/path.name, path.read_bytes())
+    save_bytes(tmp_path/"hub"/"models--owner--detector"/"refs"/"main", commit.encode())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    monkeypatch.setattr(checkpoints, "HUB_SECONDS", 0.3)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address, start = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        assert hub_folder("owner/detector")[1] == commit
+        with pytest.raises(DetectorError, match="no download .the hub cannot be reached.*name the folder"): hub_folder("owner/other")
+        with pytest.raises(CheckpointError, match="the hub cannot be reached"): fetch_checkpoint("hf:owner/other")
+    assert time.monotonic() - start < 5
 
 
 def save_bytes(path: Path, content: bytes) -> None:

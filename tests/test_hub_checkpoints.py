@@ -72,6 +72,7 @@ class Models(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, state = self.path.partition("?")[0], self.state
+        if path == "/": return self.answer(200)
         name = re.match(r"/(?:api/models/)?([^/]+/[^/]+)", path)[1]
         model, allowed = state.models.get(name), self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if model is None or model.private and not allowed: return self.answer(401, X_Error_Code="RepoNotFound")

@@ -256,6 +256,29 @@ def test_a_parquet_file_in_capitals_is_read(tmp_path):
     assert [decode(picture_source(found.root, path)).max() for path in found.manifest["path"]] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["LIST.CSV", "LIST.TSV", "SET"])
+def test_names_in_capitals_are_read(tmp_path, name):
+    "A list or a folder from a camera or from Windows."
+    for path in ("SET/REAL/1.JPG", "SET/FAKE/FLUX/2.JPG"): put(tmp_path/path)
+    comma = "\t" if name.endswith("TSV") else ","
+    (tmp_path/"LIST.CSV").with_name(name if "." in name else "x").write_text("\n".join(comma.join(cells) for cells in (
+        ("path", "label", "generator"), ("SET/REAL/1.JPG", "REAL", ""), ("SET/FAKE/FLUX/2.JPG", "FAKE", "FLUX"))))
+    for found in (read_custom_dataset(tmp_path/name), audit_source(tmp_path/name)):
+        assert sorted(zip(found.manifest["origin"], found.manifest["generator"])) == [("real", "real"), ("synthetic", "FLUX")]
+        assert decode(picture_source(found.root, found.manifest["path"][0])).shape[2] == 3
+
+
+@pytest.mark.parametrize("read", [read_custom_dataset, audit_source])
+@pytest.mark.parametrize("name, text, message", [
+    ("twice.CSV", "path,label,label\na.png,real,fake\n", "twice.CSV, line 1: a column name occurs twice in .*; rename one"),
+    ("caps.csv", "Path,Label\na.png,real\n", "it has Path, Label; rename 'Path' to path; rename 'Label' to label"),
+    ("both.csv", "path,label,origin\na.png,real,real\nb.png,fake,real\n", "line 3: label and origin contradict each other, path 'b.png'"),
+    ("list.XLSX", "PK", "list.XLSX: a list ends in .csv, .tsv or .parquet")])
+def test_a_table_that_can_be_read_in_two_ways_is_refused(tmp_path, read, name, text, message):
+    (tmp_path/name).write_text(text)
+    with pytest.raises(AnnotationError, match=message): read(tmp_path/name)
+
+
 def test_parts_of_which_only_some_have_a_column(tmp_path):
     frame = pd.DataFrame({"image": [content(1), content(2)], "label": ["real", "fake"], "model": ["", "Flux"]})
     frame.assign(source=["flickr", "laion"]).to_parquet(tmp_path/"a.parquet")

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -473,6 +474,61 @@ def test_a_detector_that_fails_on_a_picture_costs_one_row(tmp_path, monkeypatch)
     alone = predict("b.png", "--detector", "fickle:Fickle", "--out", "alone.csv")
     assert alone.exit_code == 1 and alone.output.count("imaginet:") == 1 and "none of 1 files could be scored" in alone.output
     assert Path("alone.csv").exists() and not Path("alone.csv.part").exists()
+
+
+def test_pictures_inside_parquet_files_are_scored_and_resumed(net, tmp_path, monkeypatch):
+    "A folder of parts: the rows of the same pictures as files; a run goes on; the page shows them; a damaged part has its row."
+    monkeypatch.chdir(tmp_path)
+    for folder in ("files", "set"): Path(folder).mkdir()
+    for i in range(6): Image.fromarray(noise(i, SIDE + 9*i, SIDE)).save(f"files/{i}.png")
+    cells = [{"bytes": Path(f"files/{i}.png").read_bytes(), "path": f"{i}.png"} for i in range(6)]
+    def write(part: int) -> None:
+        pd.DataFrame({"image": cells[3*part:3*part + 3]}).to_parquet(f"set/{part}.parquet", row_group_size=2)
+    for part in (0, 1): write(part)
+    inside, scorer = find_files(["set"]), Scorer(load_detector(net))
+    assert list(map(str, inside)) == [f"set/{part}.parquet/{place}.png" for part in (0, 1) for place in ("0/0", "0/1", "1/0")]
+    alone = list(score_files(find_files(["files"]), scorer, readers=0))
+    expected = [row | {"path": str(path)} for row, path in zip(alone, inside, strict=True)]
+    for readers in (0, 2): assert list(score_files(inside, scorer, readers=readers)) == expected
+    words = ["--checkpoint", net, "--out", "p.csv"]
+    assert predict("set/0.parquet", *words).exit_code == 0
+    more = predict("set", *words, "--resume", "--html", "p.html")
+    assert more.exit_code == 0 and "; 3 rows kept" in more.output, more.output
+    page = Path("p.html").read_text()
+    assert page.count('<img loading="lazy"') == 6 and '<span class="name">1.parquet/1/0.png</span>' in page
+    cells[0] = cells[5]
+    write(0)
+    assert "; 5 rows kept" in predict("set", *words, "--resume").output # its content has changed
+    Path("set/1.parquet").write_bytes(b"PAR1")
+    assert "1 with an error; 3 rows kept" in predict("set", *words, "--resume").output
+    *_, damaged = read_scores("p.csv")
+    assert damaged["path"] == "set/1.parquet" and "no pictures are found: it must be whole" in damaged["error"]
+    refused = predict("set/1.parquet", *words)
+    assert refused.exit_code == 1 and "set/1.parquet: not a readable Parquet file" in refused.output
+
+
+def test_resume_scores_again_what_another_limit_of_pixels_concerns(net, tmp_path):
+    for side in (40, 60): Image.fromarray(noise(0, side, side)).save(tmp_path/f"{side}.png")
+    words = [tmp_path/"*.png", "--checkpoint", net, "--no-views", "--out", tmp_path/"p.csv"]
+    assert "1 with an error" in predict(*words, "--max-megapixels", 0.002).output
+    assert "0 with an error; 1 rows kept" in predict(*words, "--resume").output
+    assert "1 with an error; 1 rows kept" in predict(*words, "--resume", "--max-megapixels", 0.002).output
+
+
+def test_a_detector_is_known_by_its_content_however_its_path_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_graph(tmp_path, 1.0)
+    for folder in ("real", "other"): Path(folder).mkdir()
+    for i in range(19): Image.fromarray(noise(i, SIDE, SIDE)//2 + 3*i).save(f"real/{i:02d}.png")
+    for name in ("net.onnx", "net.yaml", "weights.bin"): shutil.copy(name, f"other/{name.replace('net', 'copy')}")
+    made = CliRunner().invoke(app, ["calibrate", "--real", "real", "--detector", "./net.onnx", "--out", "c.json"])
+    assert made.exit_code == 0, made.output
+    words = ["real/00.png", "--calibration", "c.json", "--out", "p.csv", "--no-views", "--detector"]
+    for spelling in ("net.onnx", tmp_path/"net.onnx", "other/copy.onnx"):
+        found = predict(*words, spelling, "--resume")
+        assert found.exit_code == 0 and ("1 rows kept" in found.output) == (spelling != "net.onnx"), found.output
+    write_graph(tmp_path, 2.0)
+    assert "made for another detector" in predict(*words, "net.onnx").output
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_first_picture(net, tmp_path, monkeypatch):

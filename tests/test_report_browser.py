@@ -1,4 +1,5 @@
 """The report of `imaginet predict` in a browser: what a reader sees, clicks and types."""
+import re
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +154,12 @@ def test_the_share_that_is_expected_changes_the_number_and_not_the_verdict(page,
     for (text, _), row in zip(after, rows, strict=True):
         odds = row["probability"]/(1 - row["probability"])*0.05/0.95 # calibrated on as many real as synthetic images
         expected = odds/(1 + odds)
-        if expected < 0.005: assert text == "< 0.01"
-        elif expected > 0.995: assert text == "> 0.99"
-        else: assert float(text) == pytest.approx(expected, abs=0.0051)
+        if text.startswith("<"): assert expected < float(text[2:])
+        elif text.startswith(">"): assert expected > float(text[2:])
+        else: assert float(text) == pytest.approx(expected, abs=0.00051) and 5 <= len(text) <= 10
+    above = float(re.search(r"synthetic above ([\d.]+)", page.ask("document.getElementById('meaning').innerText"))[1])
+    for text, verdict in before: # the reader sees on which side of the threshold a number is
+        if verdict in ("real", "synthetic"): assert (float(text.strip("<> ")) > above) == (verdict == "synthetic"), (text, above)
     assert after != before and "5 %" in page.ask("document.querySelector('#prior [role=status]').textContent")
     page.ask(f"location.hash = '#{rows[0]['number']}'")
     page.until("!!document.querySelector('#detail meter')")

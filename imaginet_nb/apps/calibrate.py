@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'files_of_kind', 'labelled_scores', 'counted', 'fit_pictures', 'rate_text', 'calibration_text',
-           'StoredCalibration', 'with_calibration', 'read_calibration', 'calibrated_detector', 'calibrate']
+           'StoredCalibration', 'with_calibration', 'read_calibration', 'made_for', 'calibrated_detector', 'calibrate']
 
 # %% ../../nbs/08_apps/01_calibrate.ipynb #ca1b0004
 import datetime
@@ -162,6 +162,18 @@ def read_calibration(
         where = ".".join(map(str, first["loc"])) or "file"
         raise ValueError(f"{path}: not a calibration of `imaginet calibrate` ({where}: {first['msg']}); make it again") from None
 
+def made_for(
+    stored: StoredCalibration,
+    detectors: Sequence[tuple[Any, str]], # each with what tells it from others; none of them is changed
+) -> list[int]: # places of those that it was made for
+    "Find the detectors of a calibration. Raises `ValueError` if it was made for none of them."
+    header = {"probability": stored.calibration.header()}
+    found = [Scorer(_WithHeader(detector, header), identity=identity).made_with["detector"] for detector, identity in detectors]
+    if stored.fingerprint in found: return [k for k, digits in enumerate(found) if digits == stored.fingerprint]
+    mine = shorten(f"{stored.detector} ({stored.identity})", 300, placeholder=" ...")
+    others = ", nor for ".join(f"{detector.name} ({identity})" for detector, identity in detectors)
+    raise ValueError(f"the calibration was made for another detector: {mine}, not {others}; make one with `imaginet calibrate`")
+
 def calibrated_detector(
     stored: StoredCalibration,
     detector: Any, # `Detector`; changed in place if it takes attributes
@@ -172,11 +184,8 @@ def calibrated_detector(
     if stored.crops != crops:
         raise ValueError(f"the calibration was made with at most {stored.crops} crops of a picture: choose --crops {stored.crops}, "
                          f"or calibrate with --crops {crops}")
-    ready = with_calibration(detector, stored.calibration)
-    if Scorer(ready, identity=identity).made_with["detector"] == stored.fingerprint: return ready
-    made_for = shorten(f"{stored.detector} ({stored.identity})", 300, placeholder=" ...")
-    raise ValueError(f"the calibration was made for another detector: {made_for}, not {detector.name} "
-                     f"({identity}); make one with `imaginet calibrate`")
+    made_for(stored, [(detector, identity)])
+    return with_calibration(detector, stored.calibration)
 
 # %% ../../nbs/08_apps/01_calibrate.ipynb #ca1b0014
 def calibrate(

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial, wraps
 from importlib.metadata import version
@@ -524,13 +524,13 @@ def _custom_detector(
         from imaginet_nb.detectors.linear_probe import load_linear_probe
         loaded: Any = load_linear_probe(spec, device)
     else: loaded = load_custom_detector(spec, device, trust)
-    files = detector_files(spec)
-    hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]]
-    if files[1:]:
-        rest = fingerprint([(path.name, file_sha256(path)) for path in files[1:]])
-        hashes.append(f"with {', '.join(path.name for path in files[1:])}: {rest[:16]}")
-    if not Path(spec).is_file() and (weights := weights_sha256(loaded)): hashes.append(f"weights {weights[:16]}")
-    return loaded, ", ".join([spec, *hashes]), []
+    files, is_file = detector_files(spec), Path(spec).is_file()
+    hashes = [f"sha256 {file_sha256(path)}" for path in files[:1]] # what follows the word is the content, and decides
+    rest = sorted(map(file_sha256, files[1:]))
+    if rest: hashes.append(f"with {len(rest)} more files: {fingerprint(rest)[:16]}")
+    if not is_file: hashes.append(spec.rpartition(":")[2])
+    if not is_file and (weights := weights_sha256(loaded)): hashes.append(f"weights {weights[:16]}")
+    return loaded, ", ".join([Path(spec).name if is_file else spec, *hashes]), []
 
 def _detector(
     checkpoint: str | None, detector: str | None, device: str, trust: bool, labels: list[str] | None = None,
@@ -543,16 +543,16 @@ def _detector(
 # %% ../../nbs/08_apps/09_cli.ipynb #a86b9de3
 @command(app, "predict", "out", "html")
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, tables (.csv, .parquet) with a column path, "
-                                                   "or - for paths on standard input.")],
+    paths: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns in quotes, Parquet files with pictures inside, tables "
+                                                   "(.csv, .tsv, .parquet) with a column path, or - for paths on standard input.")],
     checkpoint: Annotated[str | None, typer.Option(help="Detector: .safetensors, hf:OWNER/NAME[@REVISION], or `make reproduce`'s.")] = None,
     detector: Annotated[str | None, typer.Option(help=DETECTOR_HELP)] = None,
     synthetic_label: SyntheticLabels = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows, but not of pictures whose content (SHA-256) "
-                                                          "changed; rows of other detectors, options, libraries are refused.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows; pictures that changed, or that another "
+                     "--max-megapixels concerns, are scored again; other detectors, options, libraries are refused.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
                                                    "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
@@ -567,14 +567,14 @@ def predict(
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
-    Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. A file that is
-    no image, or is corrupt, gets a row with its error. Exits with 1 only if no file could be scored.
+    Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. Probabilities
+    are empty where nothing follows from them (demo only, too small, flat). A corrupt file has an error. Exits with 1 if all have.
     Labels of a table are joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
-    if root and not any(path.endswith((".csv", ".parquet")) for path in paths):
-        raise typer.BadParameter("goes with a table of paths (.csv, .parquet)", param_hint="--root")
-    from imaginet_nb.apps.predict import Settings
+    from imaginet_nb.apps.predict import LISTS, Settings
+    if root and not any(path.lower().endswith(LISTS) for path in paths):
+        raise typer.BadParameter(f"goes with a table of paths ({', '.join(LISTS)})", param_hint="--root")
     from imaginet_nb.apps.calibrate import read_calibration
     _keep_sources([Path(out), *filter(None, [html])], [*paths, checkpoint, detector, calibration], _read_earlier)
     settings, stored = Settings(error_rate, crops, views, demo=demo), calibration and read_calibration(calibration)
@@ -585,7 +585,9 @@ def predict(
 # %% ../../nbs/08_apps/09_cli.ipynb #231208b5
 def _is_missing(path: Path) -> bool:
     "Whether a file is certainly missing; in a folder without permission it may exist."
-    try: os.stat(path)
+    from imaginet_nb.core import path_text
+    from imaginet_nb.data.parquet import picture_file
+    try: os.stat(picture_file("", path_text(path))) # a Parquet file for a picture inside it
     except PermissionError: return False
     except (OSError, ValueError): return True
     return False
@@ -633,6 +635,17 @@ def _pixels(megapixels: float | None) -> int | None:
     if not 1e-6 <= megapixels <= 1e6: # nor for nan
         raise ValueError(f"--max-megapixels {megapixels:g}: choose a number between 0.000001 and 1000000")
     return round(1e6*megapixels)
+
+@contextlib.contextmanager
+def _reading_up_to(megapixels: float | None) -> Iterator[None]:
+    "The limit of `--max-megapixels` for all that reads pictures here, and in the processes that this one starts."
+    from imaginet_nb.data.images import LIMIT_VARIABLE
+    before, pixels = os.environ.get(LIMIT_VARIABLE), _pixels(megapixels)
+    if pixels is not None: os.environ[LIMIT_VARIABLE] = str(pixels)
+    try: yield
+    finally:
+        os.environ.pop(LIMIT_VARIABLE, None)
+        if before is not None: os.environ[LIMIT_VARIABLE] = before
 
 # %% ../../nbs/08_apps/09_cli.ipynb #d0e20001
 def _scorers(
@@ -729,6 +742,23 @@ def calibrate(
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 
 # %% ../../nbs/08_apps/09_cli.ipynb #e7a00021
+@contextlib.contextmanager
+def _alone(
+    spec: str, # of the detector that is loaded inside, as for --detector
+    earlier: dict[str, set[Path]], # module of each detector that was loaded before -> files of its own, filled in
+) -> Iterator[None]:
+    "Hide the modules of other detectors, else they count for the identity of this one. What it needs of them is imported again."
+    from imaginet_nb.detectors.custom import detector_files
+    module = spec.partition(":")[0]
+    others = set().union(*earlier.values()) - earlier.get(module, set())
+    hidden = {name: found for name, found in list(sys.modules.items()) if Path(getattr(found, "__file__", None) or "/") in others}
+    for name in hidden: del sys.modules[name]
+    try:
+        yield
+        earlier[module] = {file for file in detector_files(spec) if not file.is_relative_to(sys.prefix)} # not of installed packages
+    finally:
+        for name, found in hidden.items(): sys.modules.setdefault(name, found)
+
 def _detectors(
     checkpoints: list[str],
     names: list[str], # as for --detector
@@ -740,7 +770,27 @@ def _detectors(
     asked: list[tuple[str | None, str | None]] = [*((path, None) for path in checkpoints), *((None, name) for name in names)]
     from_hub = any(name.startswith("hf:") for name in names)
     def mine(name: str | None) -> list[str] | None: return None if from_hub and not (name or "").startswith("hf:") else labels
-    return [_detector(path, name, device, trust, mine(name)) for path, name in asked or [(None, None)]]
+    found, earlier = list[tuple[Any, str, list[str]]](), dict[str, set[Path]]()
+    for path, name in asked or [(None, None)]:
+        with _alone(name or "", earlier): found.append(_detector(path, name, device, trust, mine(name)))
+    return found
+
+# %% ../../nbs/08_apps/09_cli.ipynb #e7a00022
+def _measure(
+    detectors: list[tuple[Any, str, list[str]]], # of `_detectors`
+    calibrations: list[Path], # of `imaginet calibrate`
+    pictures: Any, # `CustomDataset`
+    out: Path,
+    robustness: int, # of one detector alone
+    **options: Any, # of `judge` and `judge_all`
+) -> tuple[str, ...]: # the result in words
+    "Write the page of one detector, or of several."
+    from imaginet_nb.apps.evaluate import Contender, compare, evaluate, with_calibrations
+    if robustness and len(detectors) > 1: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
+    chosen = with_calibrations([Contender(*one) for one in detectors], calibrations)
+    if len(chosen) > 1: return compare(chosen, pictures, out, **options)
+    detector, identity, notes, calibration = chosen[0]
+    return evaluate(detector, pictures, out, identity, notes, robustness=robustness, calibration=calibration, **options)
 
 # %% ../../nbs/08_apps/09_cli.ipynb #52779b86
 @command(app, "evaluate", "out")
@@ -756,8 +806,10 @@ def evaluate(
                                                             "first of these, is what others are compared with.")] = None,
     synthetic_label: SyntheticLabels = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
+    calibration: Annotated[list[Path] | None, typer.Option(help="Of `imaginet calibrate`, for one of the detectors; repeat it.")] = None,
     split: Annotated[str | None, typer.Option(help="Evaluate this split; if not given, test, or all that is not for training.")] = None,
     robustness: Annotated[int, typer.Option(min=0, help="Images for each corruption of the robustness grid, half real; 0 = no grid.")] = 0,
+    max_megapixels: Annotated[float | None, typer.Option(help="Largest picture that is read, as for predict.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; if not given, chosen from the machine.")] = None,
 ) -> None:
@@ -773,14 +825,11 @@ def evaluate(
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")
     _keep_sources([out], [manifest, root])
-    from imaginet_nb.apps.evaluate import Contender, compare, evaluate as measure
     from imaginet_nb.data.folders import read_custom_dataset
     _show(pictures := read_custom_dataset(source, root if manifest else None))
-    several = len(checkpoint or []) + len(detector or []) > 1
-    if several and robustness: raise ValueError("--robustness measures one detector; leave it out, or give one detector")
     chosen = _detectors(checkpoint or [], detector or [], str(pick_device(device)), trust, synthetic_label)
-    if several: found = compare([Contender(*one) for one in chosen], pictures, out, split=split, num_workers=workers)
-    else: found = measure(chosen[0][0], pictures, out, *chosen[0][1:], split=split, robustness=robustness, num_workers=workers)
+    with _reading_up_to(max_megapixels):
+        found = _measure(chosen, calibration or [], pictures, out, robustness, split=split, num_workers=workers)
     for sentence in found: typer.echo(f"- {sentence.replace('`', '')}")
     typer.echo(f"Page: {out/'index.html'}")
 

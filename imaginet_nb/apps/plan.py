@@ -36,35 +36,43 @@ def image_counts(
 
 # %% ../../nbs/08_apps/05_plan.ipynb #4b6255fc
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    "Shortest time of a step, among those that fit into a second; the first is not counted, unless it takes a second on a CPU."
+    "Shortest time of a step; the first is not counted. At least two are timed, and more until a second is full."
     times: list[float] = []
-    while sum(times) < 1 or (len(times) < 2 and device.type != "cpu"):
+    while len(times) < 3 or sum(times[1:]) < 1:
         start = time.perf_counter()
         step()
         if device.type == "cuda": torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:] or times)
+    return min(times[1:])
+
+def _images(batch_size: int, size: int, device: torch.device) -> int:
+    "Images of a batch that a timed step has."
+    return max(2 if device.type == "cpu" else 8, min(batch_size, 2**15//size**2))
 
 # %% ../../nbs/08_apps/05_plan.ipynb #7cec5e21
 def seconds_per_image(
     profile: Profile,
-    batch_size: int | None = None, # images in a timed step; None = 2 on a CPU, 8 elsewhere
+    batch_size: int | None = None, # images in a timed step; None = see above
 ) -> dict[str, float]: # pretrain (a crop forward and back), infer (an image forward), ablation (an image forward and back)
     "Time each kind of work on the profile's device."
     device, data, model = pick_device(profile.device), profile.data, profile.model
-    batch_size = batch_size or (2 if device.type == "cpu" else 8)
-    batch = random_batch(batch_size, data.crop_size)
+    sizes = dict(pretrain=(profile.pretrain.batch_size, data.crop_size),
+                 infer=(profile.evaluation.batch_size, data.image_size),
+                 ablation=(profile.ablation.batch_size, data.image_size))
+    counts = {name: batch_size or _images(*size, device) for name, size in sizes.items()}
+    crops, *images = (random_batch(counts[name], size) for name, (_, size) in sizes.items())
+    scored, classified = (batch[0].to(device) for batch in images)
     net = to_device(SelfConNet(create_backbone(model.name, model.width), model.exit_stage, model.projection_size), device)
     optimizer = make_optimizer(net.parameters(), profile.pretrain.optimizer, 1e-6, 0)
     step = selfcon_step(net, ImagiNetLoss(profile.pretrain.temperature), device, profile.pretrain.precision, None)
     small = to_device(ImagiNetClassifier(create_backbone("resnet18", profile.ablation.width)), device)
-    large, images = to_device(ImagiNetClassifier(net.backbone), device).eval(), random_batch(batch_size, data.image_size)[0].to(device)
+    large = to_device(ImagiNetClassifier(net.backbone), device).eval()
     large.precision = profile.evaluation.precision
     def ablation() -> None:
-        with autocast(device, profile.pretrain.precision): value = small.detection(small.features(images)).sum()
+        with autocast(device, profile.pretrain.precision): value = small.detection(small.features(classified)).sum()
         value.backward()
-    work = dict(pretrain=lambda: (step(batch), optimizer.step()), infer=lambda: large.score(images), ablation=ablation)
-    return {name: _seconds(once, device)/batch_size for name, once in work.items()}
+    work = dict(pretrain=lambda: (step(crops), optimizer.step()), infer=lambda: large.score(scored), ablation=ablation)
+    return {name: _seconds(once, device)/counts[name] for name, once in work.items()}
 
 # %% ../../nbs/08_apps/05_plan.ipynb #18dbb7f5
 def estimate(

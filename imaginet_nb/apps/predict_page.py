@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'REAL', 'SIDE', 'STAND_IN_TAG', 'FLAT_TAG', 'TOO_SMALL_TAG', 'SHOWN', 'contributions', 'contribution_map',
-           'colour_limit', 'activation_map', 'card_images', 'probability_name', 'probability_text', 'has_number',
+           'colour_limit', 'activation_map', 'card_images', 'probability_name', 'probability_text', 'page_digits',
            'card_tags', 'card', 'page_promises', 'family_note', 'page_facts', 'Gallery', 'write_page']
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #81ec3a93
@@ -28,11 +28,12 @@ from PIL import Image
 from ..evaluation.calibration import calibration_of
 from ..core import atomic_path, link_target, path_text, progress, text_path, versions
 from ..data.images import decode
+from ..data.parquet import parquet_file, picture_source
 from ..data.provenance import VALID
 from ..models.selfcon import PixelDetector, evaluation_mode
-from .predict import (DEMO_ONLY, FLAT, FLAT_NOTE, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL, TOO_SMALL_NOTE, VIEWS, Prepared,
-                                      Scorer, error_promise, flat_share, looked_at, looked_text, prepare, trained_on_imaginet,
-                                      trained_on_stand_ins, verdict_words)
+from .predict import (DEMO_ONLY, FAMILY_LIMIT, FLAT, FLAT_NOTE, NOT_CLEAR, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL,
+                                      TOO_SMALL_NOTE, VIEWS, Prepared, Scorer, decimals, error_promise, flat_share, looked_at,
+                                      looked_text, prepare, trained_on_imaginet, trained_on_stand_ins, verdict_words)
 from ..detectors.protocol import default_spec, spec_words
 from ..reporting.pages import templates
 
@@ -113,8 +114,9 @@ def card_images(
     prepared: Prepared | None = None, # of the picture, with a thumbnail; None = the file is read
 ) -> dict[str, Any]: # picture, squares, and map and its mean, or a problem
     "Picture, squares and map of a row; no map if there can be none."
-    if prepared is None: prepared = prepare(decode(text_path(row["path"]), scorer.max_pixels), default_spec(scorer.detector),
-                                            scorer.settings.crops, ("original",), SIDE)
+    if prepared is None:
+        picture = decode(picture_source("", row["path"]), scorer.max_pixels)
+        prepared = prepare(picture, default_spec(scorer.detector), scorer.settings.crops, ("original",), SIDE)
     if prepared.thumbnail is None: raise ValueError(f"{row['path']}: prepared without a thumbnail")
     found: dict[str, Any] = {"picture": _data_url(prepared.thumbnail)}
     found["squares"], found["share"] = looked_at(prepared)
@@ -128,7 +130,6 @@ def card_images(
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #a6d4e708
 STAND_IN_TAG, FLAT_TAG, TOO_SMALL_TAG = "demo only: trained on stand-ins", "screenshot, diagram or text?", "too small to judge"
-_NO_VERDICT = (TOO_SMALL_NOTE, FLAT_NOTE)
 
 def probability_name(
     detector: Any, # `Detector`
@@ -139,16 +140,20 @@ def probability_name(
 
 def probability_text(
     p: float, # 0 to 1
-) -> str: # two decimals, never a rounded 0 or 1
-    "A probability on a card; the script of the page writes the same."
-    if p < 0.005: return "< 0.01"
-    return "> 0.99" if p > 0.995 else f"{p:.2f}"
+    digits: int = 3, # decimals
+) -> str: # never a rounded 0 or 1
+    "A probability on the page; its script writes the same."
+    least = 10**-digits
+    if p < least/2: return f"< {least:.{digits}f}"
+    return f"> {1 - least:.{digits}f}" if p > 1 - least/2 else f"{p:.{digits}f}"
 
-def has_number(
-    row: Mapping[str, Any], # columns of `SCORE_COLUMNS`
-) -> bool:
-    "Whether something follows from the probability of a row, so that it stands on its card and pictures are sorted by it."
-    return row["probability"] is not None and row["verdict"] != DEMO_ONLY and row.get("reason") not in _NO_VERDICT
+def page_digits(
+    rows: Iterable[Mapping[str, Any]], # columns of `SCORE_COLUMNS`
+    scorer: Scorer,
+) -> int: # decimals
+    "Decimals of all numbers and thresholds on a page, so that the reader sees on which side of a threshold a number is."
+    columns = ["probability" if view == "original" else f"p_{view}" for view in VIEWS]
+    return decimals((row[column] for row in rows for column in columns if row.get(column) is not None), scorer.limits)
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #9a6e0d04
 def card_tags(
@@ -174,26 +179,29 @@ def card(
     number: int, # in the page's address
     row: Mapping[str, Any], # columns of `SCORE_COLUMNS`
     images: Mapping[str, Any] | None = None, # by `card_images`; None = the file is read
+    digits: int = 3, # decimals of the number
 ) -> Markup:
     "One picture, or one file that could not be read."
     shown: dict[str, Any] = {k: v for k, v in row.items() if v is not None and k not in ("sha256", "settings")}
-    shown |= {"number": number, "name": path_text(text_path(row["path"]).name), "verdict": row["verdict"] or "error"}
+    parts = 1 if parquet_file("", row["path"]) is None else 3 # FILE/ROW GROUP/ROW
+    shown |= {"number": number, "name": path_text(Path(*text_path(row["path"]).parts[-parts:])), "verdict": row["verdict"] or "error"}
     if row["error"] is None:
         try: shown |= card_images(scorer, row) if images is None else images
         except (ValueError, OSError): shown["problem"] = "The file cannot be read any more."
         except Exception as error: shown["problem"] = f"No map: {error}" # one image must not prevent the report
     shown["tags"] = card_tags(row, shown, trained_on_stand_ins(scorer.detector))
     said_above = ("", STAND_IN_NOTE, row.get("reason"), *shown["tags"])
-    shown |= {"counts": has_number(row), "notes": [note for note in (row.get("note") or "").split("; ") if note not in said_above]}
+    shown |= {"notes": [note for note in (row.get("note") or "").split("; ") if note not in said_above]}
     if row.get("provenance"): shown["says"] = f"{row['provenance']} (can be removed or forged, unless verified)"
     return Markup(templates().get_template("predict_card.html").render(
         picture=shown.pop("picture", None), row=json.dumps(shown), number=number, verdict=shown["verdict"], name=shown["name"],
-        tags=shown["tags"],
-        measure=probability_name(scorer.detector), score=probability_text(row["probability"]) if shown["counts"] else ""))
+        tags=shown["tags"], measure=probability_name(scorer.detector),
+        score=probability_text(shown["probability"], digits) if "probability" in shown else ""))
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #b0d30005
 def page_promises(
     scorer: Scorer,
+    digits: int = 3, # decimals of the thresholds
 ) -> list[str]: # sentences
     "What a number and a verdict on the page mean, and what they do not."
     calibration, found = calibration_of(scorer.detector), list[str]()
@@ -203,7 +211,7 @@ def page_promises(
     if calibration is None:
         found.append("The score is the sigmoid of the logit. This detector has no calibration, so the score is no probability, "
                      "and no error rate is promised.")
-    found.append(_verdict_rule(scorer))
+    found.append(_verdict_rule(scorer, digits))
     if calibration and calibration.real_only:
         found += [error_promise(scorer.detector, scorer.settings.error_rate),
                   "The score is the sigmoid of the logit. It is no probability, since the calibration held "
@@ -217,11 +225,11 @@ def page_promises(
     return [*found, "A verdict is no proof. Real means that no traces of a generator were found: the picture may be edited, "
             "or come from a generator that was not in the training data."]
 
-def _verdict_rule(scorer: Scorer) -> str:
+def _verdict_rule(scorer: Scorer, digits: int) -> str:
     "Thresholds of the verdict, and what else makes it unsure."
     low, high = scorer.limits
-    between = f"synthetic above {high:.3g}, else real"
-    if low < high: between = f"real up to {low:.3g}, synthetic above {high:.3g}, unsure between"
+    between = f"synthetic above {high:.{digits}f}, else real"
+    if low < high: between = f"real up to {low:.{digits}f}, synthetic above {high:.{digits}f}, unsure between"
     others = ["the picture, re-saved or reduced, gets the opposite verdict"] if scorer.settings.views else []
     others.append(f"a side has fewer than {TOO_SMALL} pixels")
     if trained_on_imaginet(scorer.detector): others.append(f"it is {FLAT_NOTE.partition(':')[0]}")
@@ -234,8 +242,8 @@ def family_note(
     scorer: Scorer,
 ) -> str: # sentences
     "What the name of a family is worth."
-    text = ("A guess: the most similar of the families that the detector knows. How often it is right was not measured on pictures "
-            "like yours.")
+    text = (f"A guess: the most similar of the families that the detector knows, if it has at least {FAMILY_LIMIT:g} of the "
+            f"score, else “{NOT_CLEAR}”. How often it is right was not measured on pictures like yours.")
     if not scorer.nearest: return f"{text} A generator of another family gets one of these names, too."
     return (f"{text} “unknown” is said of {scorer.settings.false_alarms:.0%} of the pictures by known generators. Pictures by other "
             "generators may get a known name all the same.")
@@ -272,7 +280,7 @@ SHOWN = 2000 # pictures on a page
 
 def _place(row: Mapping[str, Any]) -> float:
     "Cards with a number stand first, the largest first; then those without; then errors."
-    if has_number(row): return float(row["probability"])
+    if row.get("probability") is not None: return float(row["probability"])
     return -1 if row["error"] is None else -2
 
 class Gallery:
@@ -292,7 +300,7 @@ class Gallery:
         row: dict[str, Any], # columns of `SCORE_COLUMNS`, without an error
     ) -> None:
         "Make the images of a picture that may be shown; forget those of one that no longer can."
-        entry = (_place({"reason": None, "error": None} | row), -len(self._files), row["path"])
+        entry = (_place({"error": None} | row), -len(self._files), row["path"])
         if len(self._best) >= SHOWN and entry < self._best[0]: return
         try: images = json.dumps(card_images(self.scorer, row, prepared))
         except Exception: return # the page will try again, and say why not
@@ -311,12 +319,12 @@ def _hash(text: str) -> str:
     "Hash by which a content security policy names a script or style."
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
-def _script_data(scorer: Scorer) -> str:
-    "What the script of the page reads, as JSON: titles of the views, name of the number, what it is worth."
+def _script_data(scorer: Scorer, digits: int) -> str:
+    "What the script of the page reads, as JSON: titles of the views, name and decimals of the number, what it is worth."
     calibration = calibration_of(scorer.detector)
     views = [["probability" if view == "original" else f"p_{view}", title] for view, (title, _) in VIEWS.items()]
-    data = {"views": views, "measure": probability_name(scorer.detector), "family": family_note(scorer),
-            "demo": trained_on_stand_ins(scorer.detector),
+    data = {"views": views, "measure": probability_name(scorer.detector), "digits": digits,
+            "family": family_note(scorer), "demo": trained_on_stand_ins(scorer.detector),
             "share": 1 - calibration.n_real/calibration.n if calibration else None}
     return json.dumps(data).replace("<", "\\u003c")
 
@@ -324,15 +332,15 @@ def _page(rows: list[dict[str, Any]], notes: Iterable[str], scorer: Scorer, gall
     "The page, piece by piece: with all pictures at once it would fill the memory."
     style, script = (templates().get_template(name).render() for name in ("predict.css", "predict.js"))
     verdicts = Counter(row["verdict"] or "error" for row in rows)
-    words = [*verdict_words(scorer.detector, scorer.settings), "error"]
+    words, digits = [*verdict_words(scorer.detector, scorer.settings), "error"], page_digits(rows, scorer)
     return templates().get_template("predict.html").generate(
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script), notes=notes,
-        promises=page_promises(scorer), stand_ins=trained_on_stand_ins(scorer.detector), demo_only=words[0] == DEMO_ONLY,
+        promises=page_promises(scorer, digits), stand_ins=trained_on_stand_ins(scorer.detector), demo_only=words[0] == DEMO_ONLY,
         calibration=calibration_of(scorer.detector), measure=probability_name(scorer.detector), family=family_note(scorer),
         verdicts={word: verdicts[word] for word in words}, families=sorted({row["family"] for row in rows if row["family"]}),
-        cards=(card(scorer, number, row, gallery.images(row) if gallery else None)
+        cards=(card(scorer, number, row, gallery.images(row) if gallery else None, digits)
                for number, row in enumerate(progress(rows, "report"))),
-        facts=page_facts(scorer), data=Markup(_script_data(scorer)))
+        facts=page_facts(scorer), data=Markup(_script_data(scorer, digits)))
 
 # %% ../../nbs/08_apps/01_predict_page.ipynb #033471e8
 def write_page(

@@ -6,9 +6,11 @@
 __all__ = ['ROWS', 'Source', 'units_of', 'score_unit', 'part_name', 'write_part', 'parts_of', 'missing_units', 'score_with_ray']
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10004
+import contextlib
 import json
 import logging
 import os
+import re
 import tarfile
 import tempfile
 from collections import Counter
@@ -19,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from fsspec.core import url_to_fs
 from torch.utils.data import Dataset
 
-from .predict import (Prepared, Reader, Scorer, find_files, is_list, read_list, read_picture, read_pictures, refuse_other,
-                                      score_prepared, write_scores)
+from .predict import (Prepared, Reader, Scorer, find_files, is_list, pixels_allowed, read_list, read_picture,
+                                      read_pictures, refuse_other, score_prepared, write_scores)
 from ..core import fingerprint, path_text, progress, text_path
 from ..data.labels import AnnotationError
 from ..data.manifest import read_table
-from ..data.parquet import group_pictures, picture_column
+from ..data.parquet import named_pictures, picture_column
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10006
 ROWS = 1000 # pictures in a unit, at most, where the source is a list or a Parquet file
@@ -68,7 +72,7 @@ def _listed(table: str, folder: str) -> list[str]:
 def _found(source: str) -> list[str]:
     "Addresses of the files that a folder, a pattern or an address stands for."
     if not _is_remote(source):
-        paths = [Path(source)] if is_list(source) else find_files([source])
+        paths = [Path(source)] if is_list(source) else find_files([source], inside=False)
         if not any(map(os.path.lexists, paths)): raise FileNotFoundError(f"{source}: no such file or folder; check the spelling")
         return list(map(str, paths))
     files, root = url_to_fs(source)
@@ -77,25 +81,47 @@ def _found(source: str) -> list[str]:
     return list(map(files.unstrip_protocol, found))
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #d0e10018
-def _pieces(address: str, folder: str) -> Iterator[dict[str, Any]]:
-    "Units of a Parquet file: its row groups, in pieces."
-    with fsspec.open(address, "rb") as file: found = pq.ParquetFile(file).metadata
-    for group in range(found.num_row_groups):
-        for start in range(0, found.row_group(group).num_rows, ROWS):
-            yield {"parquet": address, "folder": folder, "group": group, "start": start}
+class _Damaged(Exception):
+    "A Parquet file cannot be read."
+
+@contextlib.contextmanager
+def _parquet(address: str) -> Iterator[Any]: # `pyarrow.parquet.ParquetFile`
+    "A Parquet file while it is open. Raises `_Damaged` for what is wrong with the file, not with the storage."
+    try:
+        with fsspec.open(address, "rb") as file, pq.ParquetFile(file) as table: yield table
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None: raise
+        raise _Damaged(str(error).partition(".")[0]) from None
+
+def _pieces(address: str, folder: str) -> list[dict[str, Any]]:
+    "Units of a Parquet file: its row groups, in pieces. Raises `AnnotationError` for one without pictures and paths."
+    with _parquet(address) as table: schema, about = table.schema_arrow, table.metadata
+    if picture_column(schema, address) is None and (times := schema.names.count("path")) != 1:
+        if times: raise AnnotationError(f"{address}: two columns are called path; rename or delete one")
+        raise AnnotationError(f"{address}: no column path and none with pictures, only {', '.join(schema.names)}; name one")
+    sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    return [{"parquet": address, "folder": folder, "group": group, "start": start}
+            for group, rows in enumerate(sizes) for start in range(0, rows, ROWS)]
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d6
 def units_of(
-    source: str, # folder, pattern, .csv, .parquet or .tar; local, or an address that fsspec knows
+    source: str, # folder, pattern, .csv, .tsv, .parquet or .tar; local, or an address that fsspec knows
     done: Collection[str] = (), # paths that have a row already, as text
     root: str | None = None, # folder or address that the paths of a table are relative to; None = that of the table
 ) -> Iterator[dict[str, Any]]: # units, as plain JSON
-    "Divide a source into units. Raises `AnnotationError` for a bad CSV, `FileNotFoundError` for a source without files."
+    "Divide a source into units. Raises `AnnotationError` for a bad table, `FileNotFoundError` for a source without files."
     def folder(table: str) -> str: return table[:table.rfind("/") + 1] if root is None else f"{root.rstrip('/')}/"
-    left = []
-    for address in _listed(source, folder(source)) if source.endswith(".csv") else _found(source):
-        if address.endswith(".tar"): yield {"tar": address}
-        elif address.endswith(".parquet"): yield from _pieces(address, folder(address))
+    is_text, left = source.lower().endswith((".csv", ".tsv")), []
+    addresses = _listed(source, folder(source)) if is_text else _found(source)
+    for address in addresses:
+        pieces = None
+        if address.lower().endswith(".parquet"):
+            try: pieces = _pieces(address, folder(address))
+            except _Damaged: pass # it gets a row with an error, as any file that is no picture
+            except AnnotationError:
+                if len(addresses) == 1: raise
+        if address.lower().endswith(".tar"): yield {"tar": address}
+        elif pieces is not None: yield from pieces
         elif _name(address) not in done: left.append(address)
     for start in range(0, len(left), ROWS): yield {"paths": left[start:start + ROWS]}
 
@@ -116,17 +142,21 @@ def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
     "Rows of a piece of a Parquet file."
     address, start = unit["parquet"], unit["start"]
     with fsspec.open(address, "rb") as file:
-        schema = pq.read_schema(file)
-        column = picture_column(schema, address)
-        if column is not None:
-            contents = islice(group_pictures(file, unit["group"], column), start, start + ROWS)
-            for row, content in enumerate(contents, start): yield f"{_name(address)}/{unit['group']}/{row}", content
-        elif "path" in schema.names:
-            paths = pq.ParquetFile(file).read_row_group(unit["group"], columns=["path"])["path"].to_pylist()
-            for row, path in enumerate(paths[start:start + ROWS], start):
-                try: yield from _path_items([_beside(unit["folder"], _named(path))])
-                except ValueError as error: yield f"{_name(address)}/{unit['group']}/{row}", error
-        else: raise ValueError(f"{address}: no column path, and none with pictures; found {', '.join(schema.names)}")
+        column = picture_column(pq.read_schema(file), address)
+        items = _listed_items(unit) if column is None else named_pictures(file, unit["group"], column, _name(address))
+        yield from islice(items, start, start + ROWS)
+
+def _listed_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
+    "Files that a row group lists; one item with the error where its paths cannot be read."
+    place = f"{_name(unit['parquet'])}/{unit['group']}"
+    try:
+        with _parquet(unit["parquet"]) as table: paths = table.read_row_group(unit["group"], columns=["path"])["path"].to_pylist()
+    except _Damaged as error:
+        paths = []
+        yield f"{place}/0", ValueError(f"the paths of this row group are damaged ({error}); write the file again")
+    for row, path in enumerate(paths):
+        try: yield from _path_items([_beside(unit["folder"], _named(path))])
+        except ValueError as error: yield f"{place}/{row}", error
 
 def _named(path: Any) -> str:
     "A cell of a column of paths. Raises `ValueError` where it names no file."
@@ -146,7 +176,7 @@ class _Items(Dataset):
         name, source = self.items[number]
         try: content = _content(source)
         except (FileNotFoundError, tarfile.TarError, ValueError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{name}: ")
             return None, {"path": name, "settings": self.reader.fingerprint, "error": f"{name}: {reason}"}
         return read_picture(self.reader, content, name)
 
@@ -198,18 +228,34 @@ def parts_of(
     return [files.unstrip_protocol(path) if _is_remote(out) else path for path in sorted(found)]
 
 # %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d7
+def _refuse_other_limit(
+    table: Any, # `pyarrow.Table` with width, height and error
+    most: int, # width times height that this run reads
+    part: str, # for the message
+) -> None:
+    "`ValueError` if a part has a row that this run's limit of pixels would change."
+    largest = pc.max(pc.multiply(table["width"], table["height"])).as_py() or 0
+    sizes = re.findall(r"(\d+)x(\d+) pixels are more than max_pixels", "\n".join(table["error"].drop_null().to_pylist()))
+    refused = [int(width)*int(height) for width, height in sizes]
+    if largest > most or min(refused, default=most + 1) <= most:
+        pixels, how = (largest, "scored") if largest > most else (min(refused), "refused")
+        raise ValueError(f"{part}: a picture of {pixels:,} pixels was {how} under another limit; choose the --max-megapixels of that "
+                         "run, or another --out")
+
 def missing_units(
     source: str,
     out: str,
     scorer: Scorer, # as its rows will be made
     root: str | None = None, # as for `units_of`
 ) -> list[dict[str, Any]]:
-    "Units without a part. Raises `ValueError` if a part was made in another way."
+    "Units without a part. Raises `ValueError` if a part was made in another way, or if this run's limit of pixels would change it."
     parts, units, done = parts_of(out), list(units_of(source, root=root)), set[str]()
-    columns = ["settings", "path"] if any("paths" in unit for unit in units) else ["settings"] # tars are recognised by their parts alone
+    columns, most = ["settings", "width", "height", "error"], pixels_allowed(scorer)
+    if any("paths" in unit for unit in units): columns.append("path") # tars are recognised by their parts alone
     for part in parts:
         with fsspec.open(part, "rb") as file: table = pq.read_table(file, columns=columns)
         for settings in set(table["settings"].to_pylist()): refuse_other({"settings": settings}, scorer, part)
+        _refuse_other_limit(table, most, part)
         if "path" in columns: done.update(table["path"].to_pylist())
     names = {part.rpartition("/")[2] for part in parts}
     if done: units = list(units_of(source, done, root)) # without the files that have a row

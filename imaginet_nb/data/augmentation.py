@@ -122,7 +122,7 @@ def _avif(image: np.ndarray, quality: int) -> np.ndarray:
     try: Image.fromarray(np.ascontiguousarray(image)).save(content, "AVIF", quality=quality, speed=8, max_threads=1)
     except (KeyError, OSError) as error:
         raise ValueError(f"this Pillow cannot write AVIF ({error}); install pillow 11.3 or newer") from None
-    return np.asarray(Image.open(content).convert("RGB"))
+    return np.array(Image.open(content).convert("RGB")) # a copy, which may be written to
 
 def compress(
     image: np.ndarray, # `(H, W, 3)` uint8

@@ -42,35 +42,51 @@ JPEG_QUALITIES = range(40, 101, 5)
 RESIZE_STEPS = range(12, 1, -1)
 
 # %% ../../nbs/01_data/06_corruptions.ipynb #4c0ce063
+def _part(
+    image: Picture, # `(H, W, 3)`
+    size: int | None, # side, pixels; None = all of it
+) -> np.ndarray:
+    "The central square of an image, or the whole of it."
+    return np.ascontiguousarray(image[:, :]) if size is None else center_crop(image, size)
+
 @dataclass(frozen=True)
 class CompressAt:
     "Centre crop, then one codec at one quality."
     kind: str         # jpeg, webp or avif
     quality: int      # 1..100
-    size: int = 256   # side, pixels
+    size: int | None = 256 # side, pixels; None = the whole picture, as in all corruptions below
     p: float = 1.0    # share of images that are compressed
 
     def __post_init__(self) -> None:
-        if self.size < 1: raise ValueError(f"size must be positive, got {self.size}")
+        if self.size is not None and self.size < 1: raise ValueError(f"size must be positive, got {self.size}")
         if not (1 <= self.quality <= 100 and 0 <= self.p <= 1): raise ValueError(f"quality must lie in 1..100 and p in 0..1: {self}")
 
     def __call__(self,
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # needed if p < 1
     ) -> np.ndarray: # `(size, size, 3)`
-        image = center_crop(image, self.size)
+        image = _part(image, self.size)
         if self.p < 1 and rng is None: raise ValueError("p < 1 needs a generator")
         return compress(image, self.kind, self.quality) if rng is None or rng.random() < self.p else image
 
 # %% ../../nbs/01_data/06_corruptions.ipynb #e358b7b6
+def _scaled(
+    image: np.ndarray, # `(H, W, 3)` uint8
+    factor: float,
+    interpolation: int, # of OpenCV
+) -> np.ndarray:
+    "An image with both sides multiplied by a factor."
+    height, width = (max(round(side*factor), 1) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=interpolation)
+
 @dataclass(frozen=True)
 class ResizeAt:
     "Centre crop of `size*12/step` pixels, reduced to `size`."
     step: int         # 12 (no scaling) down to 2 (six times smaller)
-    size: int = 256   # side of the result, pixels
+    size: int | None = 256 # side of the result, pixels
 
     def __post_init__(self) -> None:
-        if self.size < 1: raise ValueError(f"size must be positive, got {self.size}")
+        if self.size is not None and self.size < 1: raise ValueError(f"size must be positive, got {self.size}")
         if self.step not in RESIZE_STEPS: raise ValueError(f"step must lie in 2..12, got {self.step}")
 
     @property
@@ -82,6 +98,7 @@ class ResizeAt:
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
+        if self.size is None: return _scaled(_part(image, None), self.step/12, cv2.INTER_LANCZOS4)
         cropped = center_crop(image, int(self.size*12/self.step))
         return cv2.resize(cropped, (self.size, self.size), interpolation=cv2.INTER_LANCZOS4)
 
@@ -90,65 +107,81 @@ class ResizeAt:
 class DoubleJpeg:
     "JPEG of quality 75, cropped by 3 pixels on each side, JPEG again."
     quality: int    # of the second, 1..100
-    size: int = 256 # side, pixels
+    size: int | None = 256 # side, pixels
 
     def __call__(self,
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
-        first = compress(center_crop(image, self.size + 6), "jpeg", 75)
+        first = compress(_part(pad_to(image, 7), None if self.size is None else self.size + 6), "jpeg", 75)
         return compress(first[3:-3, 3:-3], "jpeg", self.quality)
 
 # %% ../../nbs/01_data/06_corruptions.ipynb #085aa233
+def _middle(
+    image: Picture, # `(H, W, 3)`
+    percent: int, # of each side
+) -> np.ndarray:
+    "The middle of a whole picture, of its own shape."
+    height, width = (max(side*percent//100, 1) for side in image.shape[:2])
+    top, left = (image.shape[0] - height)//2, (image.shape[1] - width)//2
+    return np.ascontiguousarray(image[top:top + height, left:left + width])
+
 @dataclass(frozen=True)
 class CropAt:
     "Only the middle of the centre crop, mirrored outwards."
     percent: int    # of the side that is kept, 1..100
-    size: int = 256 # side of the result, pixels
+    size: int | None = 256 # side of the result, pixels
 
     def __call__(self,
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
+        if self.size is None: return _middle(image, self.percent)
         return np.asarray(pad_to(center_crop(image, max(self.size*self.percent//100, 1)), self.size))
 
+# %% ../../nbs/01_data/06_corruptions.ipynb #085aa234
 @dataclass(frozen=True)
 class BlurAt:
     "Centre crop, smoothed."
     kernel: int     # odd width, pixels
-    size: int = 256 # side, pixels
+    size: int | None = 256 # side, pixels
 
     def __call__(self,
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
-        return gaussian_blur(center_crop(image, self.size), self.kernel)
+        return gaussian_blur(_part(image, self.size), self.kernel)
+
+_AT_ONCE = 6_000_000 # values
 
 @dataclass(frozen=True)
 class NoiseAt:
     "Centre crop with normal noise."
     variance: int   # on the 0-255 scale
-    size: int = 256 # side, pixels
+    size: int | None = 256 # side, pixels
 
     def __call__(self,
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator,
     ) -> np.ndarray: # `(size, size, 3)`
-        return gaussian_noise(center_crop(image, self.size), self.variance, rng)
+        part = _part(image, self.size)
+        strips = np.array_split(part, -(-part.size//_AT_ONCE)) # 24 bytes for each value would not do for a large picture
+        return np.concatenate([gaussian_noise(strip, self.variance, rng) for strip in strips if len(strip)])
 
 # %% ../../nbs/01_data/06_corruptions.ipynb #47e64c5a
 @dataclass(frozen=True)
 class Screenshot:
     "Scaled for the screen (bilinear, smoothed before shrinking), then JPEG of quality 80."
     percent: int    # of its size at which the picture is shown
-    size: int = 256 # side, pixels
+    size: int | None = 256 # side, pixels
 
     def __call__(self,
         image: Picture, # `(H, W, 3)`
         rng: np.random.Generator | None = None, # not used
     ) -> np.ndarray: # `(size, size, 3)`
-        shown = center_crop(image, max(round(self.size*100/self.percent), 1))
         how = cv2.INTER_AREA if self.percent < 100 else cv2.INTER_LINEAR
+        if self.size is None: return compress(_scaled(_part(image, None), self.percent/100, how), "jpeg", 80)
+        shown = center_crop(image, max(round(self.size*100/self.percent), 1))
         return compress(cv2.resize(shown, (self.size, self.size), interpolation=how), "jpeg", 80)
 
 # %% ../../nbs/01_data/06_corruptions.ipynb #e6275569
@@ -165,13 +198,13 @@ NAMES = {"jpeg": "JPEG, quality {:g}", "webp": "WebP, quality {:g}", "avif": "AV
 def grid_transform(
     kind: str, # key of `GRID`
     value: int, # strength
-    size: int, # side of the result, pixels
+    size: int | None, # side of the result, pixels; None = the whole picture is corrupted, and keeps its shape as far as it can
 ) -> GridTransform:
     "The corruption of one point. Raises `ValueError` for a kind that is not in `GRID`."
     if kind not in GRID: raise ValueError(f"unknown perturbation {kind!r}; known: {', '.join(GRID)}")
     if kind in ("jpeg", "webp", "avif"): return CompressAt(kind, value, size)
     if kind == "resize": return ResizeAt(12//value, size)
-    make: dict[str, Callable[[int, int], GridTransform]] = {
+    make: dict[str, Callable[[int, int | None], GridTransform]] = {
         "double_jpeg": DoubleJpeg, "crop": CropAt, "blur": BlurAt, "noise": NoiseAt, "screenshot": Screenshot}
     return make[kind](value, size)
 

@@ -50,17 +50,34 @@ _NUMBERS = {"0": "real", "1": "synthetic", "0.0": "real", "1.0": "synthetic"}
 _LABELS, _GENERATORS = ("label", "origin"), ("generator", "model", "source")
 COLUMNS = ("path", *_LABELS, *_GENERATORS, "generator_family", "content_type", "split") # of a table, that are used
 
+def _lacks_columns(
+    name: str, # of the file
+    columns: Sequence[str],
+) -> AnnotationError:
+    "The error of a table without paths or labels."
+    near = [column for column in columns if column not in COLUMNS and column.strip().lower() in COLUMNS]
+    hint = "".join(f"; rename {column!r} to {column.strip().lower()}" for column in near)
+    if len(columns) == 1 and set(columns[0]) & set(";\t|"): hint = "; separate the columns by commas"
+    return AnnotationError(f"{name}: the columns path and label are needed; it has {', '.join(columns)}{hint}")
+
+def _origins(words: pd.Series) -> list[str]:
+    "Labels as real or synthetic; empty for other words."
+    return [label_of(word) or _NUMBERS.get(word.strip(), "") for word in words]
+
+# %% ../../nbs/01_data/04_folders.ipynb #7e200015
 def _with_labels(
     frame: pd.DataFrame, # columns as text, in any names
     listing: RowSource,
+    columns: Sequence[str], # of the file, for messages
     allow_duplicates: bool,
 ) -> pd.DataFrame: # manifest
     "The manifest of a table."
     column = next((name for name in _LABELS if name in frame), None)
-    if column is None or "path" not in frame:
-        hint = "; separate the columns by commas" if len(frame.columns) == 1 and set(frame.columns[0]) & set(";\t|") else ""
-        raise AnnotationError(f"{listing.name}: the columns path and label are needed; it has {', '.join(frame.columns)}{hint}")
-    origins = [label_of(word) or _NUMBERS.get(word.strip(), "") for word in frame[column]]
+    if column is None or "path" not in frame: raise _lacks_columns(listing.name, list(dict.fromkeys([*frame, *columns])))
+    origins = _origins(frame[column])
+    if column != "origin" and "origin" in frame:
+        other = [bool(word) and word != origin for word, origin in zip(_origins(frame["origin"]), origins)]
+        listing.refuse(other, frame["path"], "label and origin contradict each other, path", "correct or delete one of the columns")
     listing.refuse([not origin for origin in origins], frame[column], "unknown label", "use real or synthetic, or 0 or 1")
     named = next((name for name in _GENERATORS if name in frame), None)
     if named not in (None, "generator"): frame = frame.assign(generator=frame[named].where(np.equal(origins, "synthetic"), ""))
@@ -96,7 +113,7 @@ def read_labelled_list(
     else:
         frame, listing = read_table(path)
         columns = frame.columns.tolist()
-    return _with_labels(frame, listing, allow_duplicates), _columns_sentence(columns)
+    return _with_labels(frame, listing, columns, allow_duplicates), _columns_sentence(columns)
 
 # %% ../../nbs/01_data/04_folders.ipynb #7e20000c
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -205,7 +222,7 @@ def _read_shards(
         frame, listing, found = _read_inside(shard, name)
         columns |= dict.fromkeys(found)
         if "split" not in frame: frame = frame.assign(split=_split_of(re.split(r"[/_.-]", name)))
-        frames.append(_with_labels(frame, listing, allow_duplicates))
+        frames.append(_with_labels(frame, listing, found, allow_duplicates))
     whole = pd.concat(frames, ignore_index=True).fillna("") # a column that only some of the shards have
     return whole, _columns_sentence(list(columns))
 
@@ -221,8 +238,10 @@ def lists_folder(
 def read_authors_list(
     path: str | Path,
 ) -> pd.DataFrame: # manifest
-    "Read a list in one of the authors' formats, recognised by its name."
+    "Read a list in one of the authors' formats, recognised by its name. Raises `AnnotationError` for another suffix."
     path = Path(path)
+    if path.suffix.lower() not in ("", ".txt"):
+        raise AnnotationError(f"{path}: a list ends in .csv, .tsv or .parquet, or is one of the authors' in .txt; save it as CSV")
     if path.name.startswith(("annotations_corvi", "annotations_calib_corvi", "anchor_lasted_corvi")): return read_corvi(path)
     if path.name.startswith(("Test_", "annotations_calib_practical", "anchor_lasted_practical")): return read_practical(path)
     split = next((s for s in ("train", "calibration") if path.name.startswith(s)), "test")

@@ -154,7 +154,8 @@ _OTHERS = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), remedy) for pat
     (rb"\s*<\?xml", "an XML document, perhaps the error message of a failed download: fetch the file again"),
     (rb"%PDF-|%!PS", "a PDF or PostScript document: export its pictures as PNG"),
     (rb"8BPS", "a Photoshop file: save a copy as PNG"),
-    (rb"PAR1", "a Parquet file: `evaluate` reads the pictures in one, and so does `predict --engine ray --out FOLDER`"),
+    (rb"PAR1", "a Parquet file in which no pictures are found: it must be whole, end in .parquet, and have a column of pictures "
+               "such as image"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf\x27\x1c|Rar!", "an archive: unpack it"),
     (rb"\x1aE\xdf\xa3|RIFF.{4}AVI |.{4}ftyp(?!avi[fs]|he[iv]|m[is]f1)|FLV\x01|\0\0\x01[\xb3\xba]",
      "a video: save frames of it as PNG (`ffmpeg -i FILE frame%05d.png`)"),
@@ -385,7 +386,7 @@ def _read(
     if width*height > max_pixels:
         raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}; save a smaller copy, "
                          f"or set {LIMIT_VARIABLE}={width*height} in the environment "
-                         f"(for `imaginet predict`: --max-megapixels {ceil(width*height/1e6)})")
+                         f"(for `imaginet predict` and `evaluate`: --max-megapixels {ceil(width*height/1e6)})")
     with _one_large_picture if width*height > _LARGE else contextlib.nullcontext():
         turned_by_pillow = picture.format == "TIFF" and _orientation(picture) != 1
         picture, more = _load(picture, stream)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'picture_column', 'group_pictures', 'parquet_file', 'picture_file', 'picture_source', 'class_names',
-           'read_parquet']
+           'read_parquet', 'member_paths', 'named_pictures']
 
 # %% ../../nbs/01_data/03_parquet.ipynb #9a700004
+import contextlib
 import json
 import os
 import re
@@ -42,6 +43,7 @@ def picture_column(
     usual = next((name for name in _PICTURES if name in [*plain, *records]), None)
     found = [*records, *([] if "path" in schema.names else plain)]
     if usual is not None: found = [name for name in [*records, *plain] if name == usual]
+    if len(set(found)) < len(found): raise AnnotationError(f"{file}: two columns are called {found[0]}; rename or delete one")
     if len(found) > 1:
         raise AnnotationError(f"{file}: which column holds the pictures, {' or '.join(found)}? Call one of them image")
     return found[0] if found else None
@@ -86,6 +88,12 @@ def _until_damage(pictures: Iterator[bytes]) -> Iterator[bytes | Exception]:
     try: yield from pictures
     except Exception as error: yield from repeat(error) # a damaged file can raise nearly anything
 
+def _damage(path: str, file: str, error: Exception) -> ImageError:
+    "What is wrong with a picture in a damaged Parquet file, with the path of the picture."
+    text = str(error).replace(file, Path(file).name)
+    reason = " ".join("".join(c if c.isprintable() else " " for c in text).split()).rstrip(".")
+    return ImageError(f"{path}: the Parquet file is damaged or changed ({reason}); fetch or write it again")
+
 class _Place:
     "The position in a Parquet file after the last image that this process read, and the images that follow."
     def __init__(self) -> None:
@@ -120,8 +128,7 @@ def picture_source(
     if file is None or member is None: return image_file(root, path)
     try: return _place.read(file, int(member[2]), int(member[3]))
     except Exception as error: # a damaged file can raise nearly anything
-        reason = str(error).replace(str(file), file.name).rstrip(".")
-        raise ImageError(f"{path}: the Parquet file is damaged or changed ({reason}); fetch or write it again") from None
+        raise _damage(path, str(file), error) from None
 
 # %% ../../nbs/01_data/03_parquet.ipynb #9a70000c
 def class_names(
@@ -167,16 +174,37 @@ def _frame(table: Any, file: str | Path, wanted: Sequence[str] | None, name: str
         cells = table.read_row_group(group, columns=plain)
         texts = {c: _texts(cells[c].to_pylist(), class_names(schema, c)) for c in plain}
         part = pd.DataFrame(texts, index=range(cells.num_rows), dtype=object)
-        if picture is not None: part["path"] = list(_member_paths(table, group, picture, name))
+        if picture is not None: part["path"] = list(member_paths(table, group, picture, name))
         parts.append(part)
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=plain, dtype=object)
+    if parts: return pd.concat(parts, ignore_index=True)
+    return pd.DataFrame(columns=plain if picture is None else [*plain, "path"], dtype=object)
 
-def _member_paths(table: Any, group: int, picture: str, name: str) -> Iterator[str]:
-    "Paths of the images of a row group, with the suffix that an image had as a file."
+# %% ../../nbs/01_data/03_parquet.ipynb #9a700013
+def member_paths(
+    table: Any, # `pyarrow.parquet.ParquetFile`
+    group: int, # number of the row group
+    picture: str, # column of `picture_column`
+    name: str, # of the file in the paths
+) -> Iterator[str]:
+    "Paths of the pictures of a row group, with the suffix that a picture had as a file unless the page of these is damaged."
     field = table.schema_arrow.field(picture).type
     rows, known = table.metadata.row_group(group).num_rows, False
     if hasattr(field, "get_field_index"): known = field.get_field_index("path") >= 0
-    cells = table.read_row_group(group, columns=[f"{picture}.path"])[picture].to_pylist() if known else [None]*rows
+    cells: list[Any] = [None]*rows
+    with contextlib.suppress(OSError, ValueError): # of pyarrow; the pictures may be whole
+        if known: cells = table.read_row_group(group, columns=[f"{picture}.path"])[picture].to_pylist()
     for row, cell in enumerate(cells):
         suffix = os.path.splitext((cell or {}).get("path") or "")[1]
         yield f"{name}/{group}/{row}{suffix if re.fullmatch(r'[.][A-Za-z0-9]+', suffix) else ''}"
+
+def named_pictures(
+    file: BinaryIO, # Parquet
+    group: int, # number of the row group
+    column: str, # of `picture_column`
+    name: str, # of the file in the paths
+) -> Iterator[tuple[str, bytes | ImageError]]: # path and content of each picture; from a damaged page on, what is wrong
+    "The pictures of a row group, in order, a few rows in memory."
+    import pyarrow.parquet as pq
+    with pq.ParquetFile(file) as table: paths = list(member_paths(table, group, column, name))
+    for path, content in zip(paths, _until_damage(group_pictures(file, group, column))):
+        yield path, _damage(path, name, content) if isinstance(content, Exception) else content

@@ -27,7 +27,7 @@ from ..core import file_sha256, fingerprint, pick_device
 from .protocol import InputSpec
 from .custom import DetectorError, FileDetector, FileSettings, Network, check_detector
 from .prior_work import PRIOR_METHODS, WEIGHTS
-from ..models.checkpoints import fill, without_retries
+from ..models.checkpoints import fill, hub_reachable, without_retries
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b000006
 _PATTERNS = ("config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -41,12 +41,15 @@ def hub_folder(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DetectorError(f"hf:{place}: no such folder, and not OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub")
     from huggingface_hub import snapshot_download
+    offline = not hub_reachable()
     try:
-        with without_retries(): folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_PATTERNS)))
+        with without_retries():
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*_PATTERNS], local_files_only=offline))
     except Exception as error: # whatever the network library calls it
-        why = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise DetectorError(f"hf:{place}: not in the cache, and no download ({type(error).__name__}: {why[:200]}); check the name and the "
-                            f"network, or fetch it elsewhere (hf download {name}) and name the folder: hf:FOLDER") from None
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        why = "the hub cannot be reached" if offline else said
+        raise DetectorError(f"hf:{place}: not in the cache, and no download ({why}); check the name and the network, or fetch it "
+                            f"elsewhere (hf download {name}) and name the folder: hf:FOLDER") from None
     return folder, folder.name
 
 # %% ../../nbs/04_detectors/06_hub.ipynb #6b000008

@@ -239,7 +239,8 @@ def _heading(
     n: int, # detectors
 ) -> str:
     "Heading of a panel, broken so that it fits if there are several side by side."
-    return "\n".join(fill(line, 60 if n == 1 else 26) for line in lines)
+    width = {1: 60, 2: 38}.get(n, 26) # characters
+    return "\n".join(fill(line.replace(" %", "\u00a0%"), width).replace("\u00a0", " ") for line in lines) # no line begins with a unit
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
 @mpl.rc_context(STYLE)
@@ -294,7 +295,8 @@ def plot_scores(
         axes.set_title(_heading([name, f"measured FPR: {rates}"], len(found)))
         axes.set_xlabel("log-odds of synthetic" if fit.n else "logit\n(detector has no calibration)")
     for axes in panels[::3]: axes.set_ylabel("share of the class")
-    return finish(figure, title, panels[0], columns=2)
+    drawn = {handle.get_label(): handle for axes in panels for handle in axes.get_legend_handles_labels()[0]} # not all have all thresholds
+    return finish(figure, title, list(drawn.values()), columns=2)
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #30a2e902
 @mpl.rc_context(STYLE)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROBUSTNESS_COLUMNS', 'SHIFT_LABELS', 'SHIFT_COLUMNS', 'LOSS_COLUMNS', 'TRACK_CLASSES', 'robustness_table', 'in_order',
-           'over_grid', 'image_shifts', 'shift_table', 'loss_table', 'plot_shifts', 'points_of']
+           'over_grid', 'image_shifts', 'shift_table', 'loss_table', 'drawn_images', 'plot_shifts', 'points_of']
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #9ea92731
 from collections.abc import Callable, Iterator, Sequence
@@ -257,6 +257,26 @@ def loss_table(
     return in_order(pd.DataFrame(rows, columns=list(LOSS_COLUMNS)))
 
 # %% ../../nbs/07_evaluation/07_robustness.ipynb #4ff83a59
+def _drawn_points(
+    table: pd.DataFrame, # from `shift_table`, one track
+) -> pd.DataFrame: # mean shift: rows named by `point_name`, columns detector and group
+    "Points that every detector has."
+    names = [point_name(k, v) for k, v in table[["perturbation", "value"]].itertuples(index=False, name=None)]
+    wide = table.assign(point=names).pivot_table(index="point", columns=["detector", "group"], values="shift", sort=False)
+    return wide.loc[wide.notna().all(axis=1)]
+
+def drawn_images(
+    table: pd.DataFrame, # from `shift_table`, one track
+) -> str: # such as "48 test images at each point (real 24, synthetic 24, GAN 6, …)"
+    "Number of images behind the cells that `plot_shifts` draws."
+    drawn = set(_drawn_points(table).index)
+    here = [point_name(k, v) in drawn for k, v in table[["perturbation", "value"]].itertuples(index=False, name=None)]
+    n = table[here].groupby("group", sort=False)["n"].agg(["min", "max"])
+    counts = {group: f"{low:,}" if low == high else f"{low:,} to {high:,}" for group, low, high in n.itertuples(name=None)}
+    disjoint = n.loc[[g for g in n.index if g in ("real", "synthetic")] or list(n.index)].sum()
+    total = f"{disjoint['min']:,}" if n["min"].eq(n["max"]).all() else f"{disjoint['min']:,} to {disjoint['max']:,}"
+    return f"{total} test images at each point ({', '.join(f'{group} {count}' for group, count in counts.items())})"
+
 @mpl.rc_context(STYLE)
 def plot_shifts(
     table: pd.DataFrame, # from `shift_table`, one track
@@ -265,15 +285,13 @@ def plot_shifts(
 ) -> Figure:
     "Mean shifts as a heat map, one panel per detector, one colour scale for all."
     detectors, groups = table["detector"].unique(), table["group"].unique()
-    names = [point_name(k, v) for k, v in table[["perturbation", "value"]].itertuples(index=False, name=None)]
-    columns = ["detector", "group"]
-    wide = table.assign(point=names).pivot_table(index="point", columns=columns, values="shift", sort=False)
-    wide = wide.loc[wide.notna().all(axis=1)] # points that every detector has
+    wide = _drawn_points(table)
     limit = limit or max(float(np.abs(wide.to_numpy()).max(initial=0)), 1e-6)
+    digits = 1 if limit >= 1 else 2
     figure, panels = new_figure(len(detectors), 1.8 + 0.23*len(wide), width=1.6 + 3.1*len(detectors))
     for axes, name in zip(panels, detectors, strict=True):
         values = wide[name][list(groups)]
-        texts = [[f"{round(value, 1) + 0.0:.1f}" for value in row] for row in values.to_numpy()] # no minus before zero
+        texts = [[f"{round(value, digits) + 0.0:.{digits}f}" for value in row] for row in values.to_numpy()] # no minus before zero
         heat_map(axes, values, texts, vmin=-limit, vmax=limit, cmap="RdBu_r")
         axes.set_title(name)
         axes.tick_params(axis="x", rotation=40)

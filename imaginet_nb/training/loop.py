@@ -6,6 +6,7 @@
 __all__ = ['Batch', 'Step', 'make_optimizer', 'warmup_cosine', 'random_batch', 'fit', 'neighbour_accuracy']
 
 # %% ../../nbs/03_training/03_loop.ipynb #a5b1327f
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -66,26 +67,45 @@ def random_batch(
     origin = torch.arange(images) % 2
     return pixels, origin, torch.where(origin == 1, torch.arange(images)//2 % 4, 4), torch.arange(images)
 
+# %% ../../nbs/03_training/03_loop.ipynb #5c0a1f34
 def _print_once(text: str) -> None:
     "Print, if this is the first process."
     if rank_and_size()[0] == 0: print(text, flush=True)
 
+def _device(model: nn.Module) -> torch.device:
+    "Where the first weights are."
+    return next(model.parameters()).device
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    "State of the generators that training draws from: the CPU's and, for dropout on a GPU, that of the device."
+    states = {"torch_rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return states
+
 def _save_state(path: Path, run_fingerprint: str, parts: dict[str, Any], epoch: int, history: list[dict]) -> None:
     "Write everything that `_load_state` restores."
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"fingerprint": run_fingerprint, "epoch": epoch, "history": history, "torch_rng": torch.get_rng_state()}
+    state |= _random_state(_device(parts["model"]))
+    state |= {"fingerprint": run_fingerprint, "epoch": epoch, "history": history}
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 def _load_state(path: Path, run_fingerprint: str, parts: dict[str, Any]) -> tuple[int, list[dict]]:
     "Restore a saved state; returns the last finished epoch and the history so far."
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{path}: not a training state that torch can read ({kind}); delete it to train anew") from error
     if state["fingerprint"] != run_fingerprint:
-        _print_once(f"{path.name}: left by a run with other settings or images; starting from the beginning")
+        _print_once(f"{path.name}: left by a run with other settings, images or first weights; starting from the beginning")
         return 0, []
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["torch_rng"])
+    device = _device(parts["model"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
     _print_once(f"{path.name}: continuing after epoch {state['epoch']}")
     return state["epoch"], state["history"]
 
@@ -118,8 +138,11 @@ def fit(
 ) -> pd.DataFrame: # one row per epoch: epoch, loss and its terms (means over batches), learning_rate, what `measure` returns
     """Train for `epochs` epochs, or continue from `resume` if that file is there and fits.
 
-    Raises ValueError if there is not one full batch, FloatingPointError if the loss is not finite."""
-    if len(loader) == 0: raise ValueError("fewer training images than one batch: lower batch_size in the profile")
+    Raises ValueError if there is not one full batch or `resume` cannot be read,
+    FloatingPointError if the loss is not finite."""
+    if len(loader) == 0:
+        images = len(loader.dataset) # type: ignore[arg-type]
+        raise ValueError(f"{images} training images are fewer than one batch: lower batch_size in the profile")
     first = rank_and_size()[0] == 0
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if scheduler is not None:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from ..data.labels import FAMILY_CLASSES
 from ..data.manifest import read_manifest_csv
 from ..data.splits import draw_balanced, set_aside
-from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint, training_outcome
+from ..models.checkpoints import load_checkpoint, read_header, save_checkpoint, training_outcome, weights_digest
 from ..core import Profile, Run, autocast, fingerprint, load_profile, pick_device, repo_root, seed_everything
 from ..data.datasets import EpochSampler, ManifestDataset, make_loader
 from .grad_cache import cached_step
@@ -49,7 +49,9 @@ def training_loader(
 ) -> DataLoader: # batches for `fit`: this process's share
     """Crops with the augmentation of the stage, reshuffled each epoch; an incomplete last batch is left out.
 
-    Raises ValueError if the processes cannot share a batch evenly."""
+    Raises ValueError for batches of one image, or if the processes cannot share a batch evenly."""
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}: one image cannot be compared or normalised")
     data = profile.data
     if stage == "pretrain":
         transform: Stage1 | Stage2 = Stage1(size=data.crop_size, probabilities=data.probabilities)
@@ -260,8 +262,9 @@ def calibrate(
 
     step = heads_step(model, device, settings.precision)
     loader = training_loader(manifest, root, profile, "calibrate", settings.batch_size)
-    run_fingerprint = fingerprint(
-        model.name, profile.seed, profile.data, profile.model, profile.batchnorm, profile.pretrain, settings, manifest)
+    backbone = weights_digest({}, {name: value.cpu() for name, value in model.backbone.state_dict().items()})
+    run_fingerprint = fingerprint(model.name, backbone, profile.seed, profile.data, profile.model, profile.batchnorm,
+                                  profile.pretrain, settings, manifest)
     bounds = heads_bounds(manifest)
     _compile(model.backbone, model, step, loader, settings.epochs, profile)
     return fit(model, loader, step, optimizer, settings.epochs, None, resume, run_fingerprint, lambda epoch: bounds)

@@ -4,17 +4,19 @@ const data = JSON.parse($("data").textContent), prior = $("prior");
 let shown = order, last = null, given = "", shift = 0; // of the log-odds, by the share of synthetic pictures that the reader expects
 const logOdds = p => Math.log(p / (1 - p)), sigmoid = z => 1 / (1 + Math.exp(-z));
 const posterior = p => sigmoid(logOdds(p) + shift);
-const probabilityText = p => p < 0.005 ? "< 0.01" : p > 0.995 ? "> 0.99" : p.toFixed(2); // as on the cards without a script
+const least = 10 ** -data.digits, hasNumber = row => "probability" in row;
+const probabilityText = p => p < least / 2 ? `< ${least.toFixed(data.digits)}` // as on the cards without a script
+  : p > 1 - least / 2 ? `> ${(1 - least).toFixed(data.digits)}` : p.toFixed(data.digits);
 function make(tag, text, attributes = {}) {
   const element = document.createElement(tag);
   if (text !== undefined) element.textContent = text;
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   return element;
 }
-const last_of_all = row => row.error ? 3 : 2; // behind every picture whose number counts
+const last_of_all = row => row.error ? 3 : 2; // behind every picture with a number
 const keys = {
-  high: row => row.counts ? -row.probability : last_of_all(row), low: row => row.counts ? row.probability : last_of_all(row),
-  apart: row => row.counts ? (row.probability_low ?? 0) - (row.probability_high ?? 0) : last_of_all(row), name: row => row.path,
+  high: row => hasNumber(row) ? -row.probability : last_of_all(row), low: row => hasNumber(row) ? row.probability : last_of_all(row),
+  apart: row => hasNumber(row) ? (row.probability_low ?? 0) - (row.probability_high ?? 0) : last_of_all(row), name: row => row.path,
 };
 function filter() {
   const chosen = new FormData(form), words = chosen.getAll("verdict"), text = chosen.get("text").toLowerCase();
@@ -31,7 +33,7 @@ function expect() {
   if (!field.checkValidity()) { status.textContent = "A number between 0.1 and 99.9, please."; return; }
   shift = field.value === field.defaultValue ? 0 : logOdds(field.value / 100) - logOdds(data.share);
   given = shift ? ` at ${field.value} %` : "";
-  for (const i of order) if (rows[i].counts) {
+  for (const i of order) if (hasNumber(rows[i])) {
     cards[i].querySelector(".p").textContent = probabilityText(posterior(rows[i].probability));
     cards[i].querySelector(".at").textContent = given;
   }
@@ -71,7 +73,7 @@ function scores(row) {
 function facts(row) {
   const values = {"error": row.error, "why": row.reason, "the file itself says": row.says, "note": row.notes.join("; "),
     "size": row.width && `${row.width} x ${row.height} pixels`, "format": row.format, "file": row.path};
-  if (row.flat && row.counts) values["kind"] = "Perhaps a screenshot, a diagram or text: " +
+  if (row.flat && hasNumber(row)) values["kind"] = "Perhaps a screenshot, a diagram or text: " +
     `${Math.round(100 * row.flat)} % of what was looked at is flat. Without such pictures in the training data the score means nothing.`;
   return table(Object.entries(values).filter(([, value]) => value));
 }
@@ -82,9 +84,8 @@ function folded(title, ...content) {
 }
 function onRequest(row) {
   const boxes = [], whose = data.demo ? " of the demo detector" : "";
-  if ("probability" in row && !row.counts) boxes.push(folded(`${data.measure}${whose}, from which nothing follows`, scores(row)));
   if (row.family) boxes.push(folded("Family of the generator, a guess",
-    make("p", `${row.family}, nearest known family with ${probabilityText(row.family_probability)} of the score. ${data.family}`)));
+    make("p", `${row.family}; the nearest known family has ${probabilityText(row.family_probability)} of the score. ${data.family}`)));
   if ("logit" in row) {
     const numbers = [["logit", row.logit.toFixed(3)], ["squares", row.crops]];
     if ("crop_spread" in row) numbers.push(["spread of their logits", row.crop_spread.toFixed(3)]);
@@ -138,10 +139,10 @@ function show(number) {
   nav.append(make("span", "Keys: \u2190 and \u2192 for the previous and the next picture, Esc for all.", {class: "keys"}));
   const word = make("p", "Verdict: ", {class: "verdict"});
   word.append(make("b", row.verdict, {class: row.verdict}));
-  if (row.counts) word.append(`, ${data.measure}${given} ${probabilityText(posterior(row.probability))}`);
+  if (hasNumber(row)) word.append(`, ${data.measure}${given} ${probabilityText(posterior(row.probability))}`);
   right.append(word);
   if (!row.error) right.append(...row.tags.filter(tag => !row.says || !tag.startsWith("the file says")).map(tag => make("p", tag, {class: "tag"})));
-  if (row.counts) right.append(make("p", `${data.measure}${given} of the picture in these views:`), scores(row));
+  if (hasNumber(row)) right.append(make("p", `${data.measure}${given} of the picture in these views:`), scores(row));
   right.append(facts(row), ...onRequest(row));
   detail.replaceChildren(nav, title, image ? figure(row, image) : make("p", row.problem ?? "There is no picture to show."), right);
 }
