@@ -1,4 +1,8 @@
 """The fast ways give the answers of the plain ones, in the memory that they promise. Nothing here is timed."""
+import os
+import shutil
+import sys
+import sysconfig
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -21,6 +25,7 @@ from imaginet_nb.apps.benchmark import (
     summary,
     training_case,
 )
+from imaginet_nb.apps.plan import image_counts
 from imaginet_nb.core import load_profile, usable_precision
 from imaginet_nb.data.augmentation import Stage1
 from imaginet_nb.data.images import save
@@ -34,7 +39,8 @@ from imaginet_nb.models.selfcon import ImagiNetClassifier, SelfConNet
 from imaginet_nb.reporting.tables import read_table, save_table
 from imaginet_nb.training import stages
 from imaginet_nb.training.grad_cache import cached_step
-from imaginet_nb.training.loop import random_batch
+from imaginet_nb.training.loop import make_optimizer, random_batch
+from imaginet_nb.training.losses import ImagiNetLoss
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +149,32 @@ def test_the_gpu_profile_is_the_configuration_of_the_paper():
     assert gpu.pretrain.epochs >= 15 and crops >= 60_000, "too few steps for a curve to flatten"
 
 
+@pytest.mark.parametrize("name", ["demo", "gpu", "paper"])
+def test_stage_2_has_the_steps_to_forget_where_its_running_statistics_started(name):
+    """Each step moves running statistics by a tenth: 0.9 to the number of steps is the share of the first ones that is left.
+
+    Those of the heads are 0 and 1, those of the backbone belong to crops. The profile gpu had 12 steps, and a share of 0.28."""
+    profile = load_profile(name)
+    images = image_counts(profile)["calibration"] - profile.evaluation.calibration_images
+    small = stages.small_stages(profile).calibrate
+    for settings, count in ((profile.calibrate, images), (small, profile.generalisation.train_images)):
+        assert 0.9**(settings.epochs*(count//settings.batch_size)) < 0.01, settings
+
+
+def test_wide_heads_do_not_begin_with_too_long_steps():
+    "Adam moves each weight by the learning rate at first, so an output moves by the rate times the width: the rule of the profiles."
+    for name in ("demo", "gpu", "paper"):
+        profile = load_profile(name)
+        features = create_backbone(profile.model.name, profile.model.width).num_features
+        assert profile.calibrate.learning_rate*features <= 1.1, name # demo 0.26, paper 0.2; the profile gpu had 4.1
+
+
 @pytest.fixture
 def long_training(tmp_path, monkeypatch):
     """Settings, images and a network whose training is compiled, with as few layers as a ResNet can have.
 
-    torch traces the network forward and backward, and its debug compiler `aot_eager` runs the graphs: kernels of C++ would take
-    over a minute to compile on a CPU, and those of a GPU are compared with eager ones by the benchmark."""
+    torch traces the network forward and backward, and its debug compiler `aot_eager` runs the graphs: the C++ kernels of a whole
+    network would take minutes to compile on a CPU. Those of a block are tested below, and those of a GPU by the benchmark."""
     graphs = []
     def compiler(graph, inputs, **options):
         graphs.append(graph)
@@ -198,6 +224,60 @@ def test_compiled_training_is_that_of_the_eager_network(long_training, tmp_path,
     assert "continuing after epoch 1" in capsys.readouterr().out
     assert history["loss"].tolist() == compiled[0]["loss"].tolist()
     for name, weight in compiled[1].items(): assert torch.equal(weights[name], weight), name
+
+
+class StemAndBlock(torch.nn.Module):
+    "What a compiler fuses, once each: scaled pixels, BatchNorm with ReLU, BatchNorm with addition and ReLU, mean over space."
+
+    def __init__(self):
+        super().__init__()
+        backbone = create_backbone("resnet18", width=1/16)
+        self.stem, self.block = torch.nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu), backbone.layer1[0]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.block(self.stem(images/255)).mean((2, 3))
+        return torch.nn.functional.normalize(features, dim=1)[:, None]
+
+
+@pytest.fixture
+def cpp_kernels(tmp_path, monkeypatch):
+    "An empty folder for torch's own compiler, inductor, whose settings stay as they are, but for what shortens a compilation."
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler): pytest.skip(f"no C++ compiler here ({compiler})")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file(): pytest.skip("the headers of Python are not here")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    inductor = pytest.importorskip("torch._inductor.config")
+    with inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": True}): yield tmp_path
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
+
+
+def test_a_step_compiled_to_kernels_is_the_eager_step(cpp_kernels, capsys):
+    """Inductor's C++ kernels, forward and backward, in float32, as in stage 1: the network compiled, the loss eager.
+
+    Tolerance: loss to 1e-5 of itself, weights and running statistics to 1e-5, in each of four steps of SGD. Before them, the
+    compilation leaves no trace. About 20 s of processor time, for six kernels: a whole ResNet has ten times as many."""
+    batch = random_batch(4, 12)
+
+    def four_steps(compiled: bool) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+        torch.manual_seed(0)
+        model = StemAndBlock().train()
+        step, losses, states = stages.selfcon_step(model, ImagiNetLoss(0.5), CPU, "float32", None), [], []
+        if compiled: assert fast_models.compile_network(model, lambda: step(batch)), capsys.readouterr().out
+        optimizer = make_optimizer(model.parameters(), "sgd", learning_rate=0.5, weight_decay=0)
+        for _ in range(4):
+            losses.append(step(batch)["loss"].item())
+            optimizer.step()
+            optimizer.zero_grad()
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return losses, states
+
+    (eager, expected), (compiled, found) = four_steps(False), four_steps(True)
+    assert list(cpp_kernels.rglob("*.so")), "no kernel was compiled"
+    assert eager[-1] < eager[0] - 0.01, "nothing was learned, so equal losses mean nothing"
+    np.testing.assert_allclose(compiled, eager, rtol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        for name, value in other.items(): torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_compiler_that_fails_leaves_an_eager_training(long_training, monkeypatch, capsys):
