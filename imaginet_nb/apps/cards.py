@@ -304,7 +304,7 @@ def _differences(tables: Path, stem: str, mean: bool) -> pd.DataFrame: # empty w
     if "setting" in table: table = table[table["setting"].eq("perturbed")]
     return table[table["detector"].eq(difference_name()) & table["group"].eq(MEAN).eq(mean)]
 
-def _winner(row: Mapping[str, Any], metric: str) -> str: # a detector; "" if the interval does not exclude 0
+def _winner(row: Mapping[Any, Any], metric: str) -> str: # a detector; "" if the interval does not exclude 0
     "Which detector a difference favours."
     if row[f"{metric}_low"] > 0: return DETECTORS[0]
     return DETECTORS[1] if row[f"{metric}_high"] < 0 else ""
