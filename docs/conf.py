@@ -1,6 +1,7 @@
 """Sphinx settings for the site that `make docs` builds. The site loads nothing from the network, so it can be read offline."""
 import html
 import json
+import posixpath
 import re
 from configparser import ConfigParser
 from functools import cache
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
-from sphinx import addnodes
+from furo.navigation import get_navigation_tree
+from sphinx.environment.adapters.toctree import TocTree
 
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).resolve().parents[1]/"settings.ini", encoding="utf-8")
@@ -42,24 +44,43 @@ def add_excerpts(app, pagename, templatename, context, doctree):
 
 
 @cache
-def titles(app):
-    "The table of contents of each page, without the headings below its title, which the menu does not show."
-    tocs = {name: toc.deepcopy() for name, toc in app.env.tocs.items()}
-    for entry in (entry for toc in tocs.values() for entry in toc if len(entry) > 1):
-        below = list(entry.findall(addnodes.toctree))
-        if below: entry[1][:] = below
-        else: entry.pop(1)
-    return tocs
+def first_menu(app):
+    "The menu as the first page has it."
+    options = dict(collapse=False, titles_only=True, maxdepth=-1, includehidden=True)
+    return get_navigation_tree(app.builder.render_partial(TocTree(app.env).get_toctree_for("index", app.builder, **options))["fragment"])
 
 
-def write_menu_from_titles(app, pagename, templatename, context, doctree):
-    "Every page has a menu of all pages. By default, Sphinx copies all headings of the site to each, in half of the build time."
-    whole = context["toctree"]
-    def menu(**options):
-        everything, app.env.tocs = app.env.tocs, titles(app)
-        try: return whole(**options)
-        finally: app.env.tocs = everything
-    context["toctree"] = menu
+def lines_that_hold(lines, page):
+    "Numbers of the lines of a menu that open what holds a page, and of its own."
+    opened, found = [], []
+    for number, line in enumerate(lines):
+        opened += [number]*len(re.findall("<(?:li|ul)[ >]", line))
+        if f'href="{page}"' in line: found += opened
+        closed = len(re.findall("</(?:li|ul)>", line))
+        if closed: del opened[-closed:]
+    return set(found)
+
+
+def menu_of(page, menu):
+    "The menu of the first page as another page has it: the addresses from there, and what holds the page unfolded."
+    lines = menu.splitlines()
+    for number in lines_that_hold(lines, page):
+        own = f'href="{page}"' in lines[number]
+        line = re.sub(r'class="(toctree-l\d)', r'class="\1 current', lines[number])
+        line = re.sub(r'<input (aria-label="[^"]*")', r'<input \1 checked=""', line)
+        if own: line = re.sub(r'(<li class="[^"]*)', r"\1 current-page", line).replace('class="reference', 'class="current reference')
+        lines[number] = line if own else line.replace("<ul>", '<ul class="current">')
+    def address(match): return f'href="{"#" if match[1] == page else posixpath.relpath(match[1], posixpath.dirname(page))}"'
+    return re.sub(r'href="([^"#:]+)"', address, "\n".join(lines))
+
+
+def leave_out_menu(app, pagename, templatename, context, doctree):
+    "The menu holds all pages, on every page: the theme would make it anew for each, half of the time of a build."
+    context.pop("toctree", None)
+
+
+def write_menu(app, pagename, templatename, context, doctree):
+    context["furo_navigation_tree"] = menu_of(app.builder.get_target_uri(pagename), first_menu(app))
 
 
 def text_of(page):
@@ -80,7 +101,8 @@ def write_excerpts(app, exception):
 
 
 def setup(app):
-    app.connect("html-page-context", write_menu_from_titles, priority=400) # before the theme asks for the menu
+    app.connect("html-page-context", leave_out_menu, priority=400) # before the theme asks for it
+    app.connect("html-page-context", write_menu, priority=600)
     app.connect("html-page-context", add_excerpts)
     app.connect("build-finished", write_excerpts)
     app.add_html_math_renderer("mathml", mathml(block=False), mathml(block=True))

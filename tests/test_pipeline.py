@@ -293,6 +293,9 @@ def test_killed_and_run_again_gives_the_same_tables(report, tmp_path):
     profile = edited(tmp_path, "name: smoke", "name: smoke-again", "smoke-again")
     profile.write_text(profile.read_text().replace("root: data/smoke", "root: data/smoke-again"))
     again = ROOT/"reports"/"smoke-again"
+    for made in ("notebooks/p63_speed.ipynb", "tables/inference_time.csv"): # of no interest here, and measured alone, before the rest
+        (again/made).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(report/made, again/made)
     words = ["imaginet", "reproduce", "--profile", str(profile)]
     environment = {**server(), **ENVIRONMENT} # real programs; their kernels fork, and are killed with what started them
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

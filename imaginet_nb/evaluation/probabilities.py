@@ -239,7 +239,8 @@ def _heading(
     n: int, # detectors
 ) -> str:
     "Heading of a panel, broken so that it fits if there are several side by side."
-    return "\n".join(fill(line, 60 if n == 1 else 26) for line in lines)
+    width = {1: 60, 2: 38}.get(n, 26) # characters
+    return "\n".join(fill(line.replace(" %", "\u00a0%"), width).replace("\u00a0", " ") for line in lines) # no line begins with a unit
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
 @mpl.rc_context(STYLE)

@@ -142,7 +142,7 @@ def save_figure(
     metadata: dict[str, dict[str, None]] = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in metadata]
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None) # else each `savefig` would draw twice
     for path, (kind, fields) in zip(paths, metadata.items(), strict=True):
         with atomic_path(path) as temporary: figure.savefig(temporary, format=kind, dpi=150, metadata=fields)
     return [*paths, write_provenance(stem, paths, caption, provenance)]
