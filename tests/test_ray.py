@@ -3,9 +3,6 @@ import gc
 import itertools
 import os
 import re
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -94,56 +91,31 @@ def test_what_ray_does_not_do_is_said_before_it_starts(here):
     assert predict("set", "--engine", "spark").startswith("2 ")
 
 
-@pytest.fixture(scope="module")
-def tars(here) -> str:
-    "Ten WebDataset tars at an address."
+def test_a_driver_that_is_stopped_and_started_again_scores_only_what_has_no_part(here, local, monkeypatch):
+    "Ten WebDataset tars at an address; what the stopped run leaves: some parts, and perhaps a temporary file."
     (here/"tars").mkdir()
     for k in range(10):
         with tarfile.open(here/"tars"/f"{k}.tar", "w") as archive:
             for path in sorted((here/"set").iterdir())[3*k:3*k + 3]: archive.add(path, path.name)
-    return f"file://{here}/tars"
-
-
-def stopped(words: list[str], out: str, monkeypatch) -> None:
-    "The run as Ctrl-C leaves it after two units."
-    def cut(batches, *_, **__):
+    def stopped(batches, *_, **__):
         yield from itertools.islice(batches, 2)
         raise KeyboardInterrupt
+    words = (f"file://{here}/tars/*.tar", "--engine", "ray", "--out", "cut")
+    (here/"slow").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(ray_engine, "progress", cut)
-        assert predict(*words, "--out", out).startswith("130 ")
+        patch.setattr(ray_engine, "progress", stopped)
+        assert predict(*words).startswith("130 ")
+    (here/"slow").unlink()
     gc.collect() # the stopped run's executor, which keeps its actors and their cores until then
     time.sleep(1) # until Ray has ended the actors
-
-
-def killed(words: list[str], out: str, monkeypatch) -> None:
-    "The run as `kill -9` leaves it after two units: a process of its own on the same cluster."
-    program = [Path(sys.executable).with_name("imaginet"), "predict", *words, "--out", out, "--detector", "ray_meter:Meter", "--no-views",
-               "--device", "cpu", "--address", ray.get_runtime_context().gcs_address]
-    process, end = subprocess.Popen(program, stderr=subprocess.PIPE, text=True), time.monotonic() + 60
-    while len(parts_of(out)) < 2:
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
-        time.sleep(0.05)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    while ray.available_resources().get("CPU", 0) < 2: time.sleep(0.1) # until Ray has ended the actors
-
-
-@pytest.mark.parametrize("end", [stopped, killed])
-def test_a_driver_that_is_stopped_and_started_again_scores_only_what_has_no_part(here, local, tars, monkeypatch, end):
-    "What such a run leaves: some parts, and perhaps a temporary file."
-    out, words = end.__name__, [f"{tars}/*.tar", "--engine", "ray"]
-    (here/"slow").touch()
-    end(words, out, monkeypatch)
-    (here/"slow").unlink()
-    (here/out/".part-0.0a1b2c3d.parquet").write_bytes(b"PAR1")
-    kept = {part: os.stat(part).st_mtime_ns for part in parts_of(out)}
-    missing = PICTURES - len(rows(out))
+    (here/"cut"/".part-0.0a1b2c3d.parquet").write_bytes(b"PAR1")
+    kept = {part: os.stat(part).st_mtime_ns for part in parts_of("cut")}
+    missing = PICTURES - len(rows("cut"))
     assert 2 <= len(kept) < 10, "the run was over, or had not begun, when it was stopped"
-    output = predict(*words, "--out", out, "--resume")
+    output = predict(*words, "--resume")
     done = sum(map(int, re.search(r"(\d+) scored in this run.*; (\d+) with an error", output).groups()))
     assert output.startswith("0 ") and done == missing, output
     assert {part: os.stat(part).st_mtime_ns for part in kept} == kept
-    tar = re.compile(rf"{re.escape(tars)}/\d\.tar/")
+    tar = re.compile(rf"file://{re.escape(str(here))}/tars/\d\.tar/")
     def renamed(row): return {key: tar.sub("set/", value) if isinstance(value, str) else value for key, value in row.items()}
-    assert sorted(map(renamed, rows(out)), key=lambda row: row["path"]) == local
+    assert sorted(map(renamed, rows("cut")), key=lambda row: row["path"]) == local
