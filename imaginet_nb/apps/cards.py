@@ -328,6 +328,7 @@ def _means(tables: Path) -> str: # one or more sentences
     parts = [f"{name or 'undecided'}: {', '.join(means)}" for name, means in told.items() if means]
     return f"{lead} Means, {DETECTORS[0]} minus {DETECTORS[1]}, by the detector that they favour: {'; '.join(parts)}."
 
+# %% ../../nbs/08_apps/03_cards.ipynb #5b0c77d2
 def _single_rows(tables: Path) -> str: # a sentence with a space before it; "" if no interval excludes 0
     "Where single groups tell our two detectors apart."
     counted, told = 0, []
