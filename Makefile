@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce bench test test-files test-notebooks lab prepare docs release-check check-notebooks clean-reports
+.PHONY: help setup reproduce bench test test-files test-notebooks test-types lab prepare docs release-check check-notebooks clean-reports
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,8 @@ bench: setup ## times of every stage beside the plain way, to reports/benchmark/
 
 test: setup check-notebooks ## notebooks clean and exported, ruff, mypy, notebook tests, tests/
 	$(BIN)/ruff check .
-	# both at once, so that no core waits; ends when both have ended, with an error if one has failed
-	$(MAKE) --no-print-directory --jobs 2 test-files test-notebooks
+	# all at once, so that no core waits; ends when all have ended, with an error if one has failed
+	$(MAKE) --no-print-directory --jobs 3 test-files test-notebooks test-types
 
 # each file by name, since pytest would sort those of a folder: the longest first. Three workers on two cores, since many tests wait. A worker that crashes ends the run, since what it had left would wait for ever
 test-files:
@@ -49,8 +49,11 @@ test-files:
 # Notebooks that fork get a process of their own: others may have left one in which a fork cannot train
 test-notebooks:
 	@said=$$({ for name in $(FORKING); do $(LIMIT) $(NBDEV_TEST) --path nbs/03_training/$$name.ipynb || exit 1; done && \
-	nice -n 5 env $(NBDEV_TEST) --n_workers 2 --skip_file_re '^[_.]|01_processes|04_stages' && nice -n 5 $(BIN)/mypy; } 2>&1) || \
+	nice -n 3 env $(NBDEV_TEST) --n_workers 2 --skip_file_re '^[_.]|01_processes|04_stages'; } 2>&1) || \
 	{ printf '%s\n' "$$said"; exit 1; }
+
+test-types:
+	@said=$$(nice -n 3 $(BIN)/mypy 2>&1) || { printf '%s\n' "$$said"; exit 1; }
 
 # the same content before and after: what is committed is what the notebooks say
 check-notebooks: setup

@@ -125,9 +125,10 @@ def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
         assert window.ask("innerWidth") == width
         shown = window.ask("[...document.images].map(i => [i.src.split('/').pop(), i.naturalWidth > 0])")
         assert shown == [[f"{name}.png", True] for name in ("detection_by_generator", "roc", "scores")]
-        frames = window.ask("[...document.images].map(i => [i.clientWidth, i.parentElement.clientWidth, i.parentElement.scrollWidth])")
-        for picture, frame, inside in frames: # wide enough to be read: labels of 8 points are 11 pixels high; a narrow frame scrolls
-            assert picture >= 560 and frame < width and (inside > frame) == (width < 600), frames
+        frames = window.ask("[...document.images].map(i => [i.naturalWidth/i.getBoundingClientRect().width, "
+                            "i.parentElement.clientWidth, i.parentElement.scrollWidth])")
+        for smaller, frame, inside in frames: # labels of 8 points at 150 dpi remain 10 pixels high; a narrow frame scrolls
+            assert smaller < 1.6 and frame < width and (inside > frame) == (width < 600), frames
         heads = window.ask("[...document.querySelectorAll('.table')].map(t => [t.innerText.includes('Empirical FPR'), "
                            "t.scrollWidth - t.clientWidth])")
         assert [over for operating, over in heads if operating] == [0], heads

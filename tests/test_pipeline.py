@@ -140,7 +140,7 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
 
 
 def test_identification_has_both_settings(report):
-    assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean"}
+    assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean", "original"}
 
 
 def test_the_estimate_counts_the_images_that_were_predicted(report):

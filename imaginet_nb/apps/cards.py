@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from huggingface_hub.repocard import RepoCard
 from safetensors import safe_open
 
-from ..audit.shortcuts import separated_groups
+from ..audit.shortcuts import PROPERTY_NOTE, separated_groups
 from ..core import Profile, repo_root, repository_url, write_text
 from ..data.imaginet import HUB_DATASET
 from ..detectors.protocol import DETECTORS
@@ -85,8 +85,8 @@ def _shortcuts(
     "Results of the metadata-only baselines, in sentences."
     rows = _rows(table, track="detection", fit="in_sample")
     if rows.empty: return []
-    found = ["Metadata alone tell real from synthetic images, all families at once, with a balanced accuracy of "
-             f"{_told(_one_rule(table))}; chance is 0.5."]
+    found = ["Metadata alone (format of the file, type of content) tell real from synthetic images, all families at once, with a "
+             f"balanced accuracy of {_told(_one_rule(table))}; chance is 0.5."]
     groups = separated_groups(rows[rows["group"].ne("all")].astype({"balanced_accuracy": float}))
     return [*found, f"Groups that metadata separate completely, and by what: {', '.join(groups)}."] if groups else found
 
@@ -136,7 +136,7 @@ def data_card(
     pictures = {report/"figures"/f"{name}.png": text for name, text in captions.items()}
     card = DatasetCard(render(
         "data_card.md", front_matter=_data_front_matter(profile).to_yaml(), code=code_line(repository_url()), profile=profile,
-        scope=profile_scope(profile), tables=tables,
+        scope=profile_scope(profile), tables=tables, property_sets=PROPERTY_NOTE,
         sandbox=None if profile.data.source == "imaginet" else profile.sandbox, shortcuts=_shortcuts(folder/"metadata_baseline.csv"),
         figures=[(f"figures/{path.name}", text, _beside(path)) for path, text in pictures.items() if path.is_file()],
         audit=Path(os.path.relpath(audit, report)).as_posix(), audit_shortcuts=_shortcuts(audit/"metadata_baseline.csv")))
@@ -294,18 +294,46 @@ def model_card(
 # %% ../../nbs/08_apps/03_cards.ipynb #5f1d20c9
 Finding = tuple[str, str] # a question of the reader, and its answer
 
-def _differences(tables: Path, by: str) -> pd.DataFrame: # `by` family, content or generator; empty without the table
-    "The paired differences of our two detectors, without the mean over the families, which has its own sentence."
-    path = tables/f"detection_by_{by}"
-    if not path.with_suffix(".csv").is_file(): return pd.DataFrame()
-    table = read_table(path)
-    return table[table["detector"].eq(difference_name()) & ~(table["group"].eq(MEAN) & (by == "family"))]
+_COMPARED = {"detection_by_family": "by family", "detection_by_content": "by content", "detection_by_generator": "by generator",
+             "identification": "of identification"} # table -> which mean it has
 
+def _differences(tables: Path, stem: str, mean: bool) -> pd.DataFrame: # empty without the table
+    "The paired differences of our two detectors on perturbed images: the mean of a table, or its single groups."
+    if not (tables/f"{stem}.csv").is_file(): return pd.DataFrame()
+    table = read_table(tables/stem)
+    if "setting" in table: table = table[table["setting"].eq("perturbed")]
+    return table[table["detector"].eq(difference_name()) & table["group"].eq(MEAN).eq(mean)]
+
+def _winner(row: Mapping[Any, Any], metric: str) -> str: # a detector; "" if the interval does not exclude 0
+    "Which detector a difference favours."
+    if row[f"{metric}_low"] > 0: return DETECTORS[0]
+    return DETECTORS[1] if row[f"{metric}_high"] < 0 else ""
+
+def _means(tables: Path) -> str: # one or more sentences
+    "What the means of all tables say about our two detectors, in words."
+    told: dict[str, list[str]] = {DETECTORS[0]: [], DETECTORS[1]: [], "": []}
+    for stem, what in _COMPARED.items():
+        for row in _differences(tables, stem, mean=True).to_dict("records"):
+            for metric in ("acc", "auc"):
+                value, low, high = (float(row[f"{metric}{end}"]) for end in ("", "_low", "_high"))
+                if math.isnan(low): continue
+                told[_winner(row, metric)].append(f"{metric.upper()} {what} {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    (first, second), n = (told[name] for name in DETECTORS), sum(map(len, told.values()))
+    lead = f"None of {n} means decides."
+    if first or second:
+        better = DETECTORS[0] if first else DETECTORS[1]
+        lead = f"{better} is better in {len(first or second)} of {n} means, the other detector in none."
+    if first and second:
+        lead = f"Neither is better throughout: {DETECTORS[0]} in {len(first)} of {n} means, {DETECTORS[1]} in {len(second)}."
+    parts = [f"{name or 'undecided'}: {', '.join(means)}" for name, means in told.items() if means]
+    return f"{lead} Means, {DETECTORS[0]} minus {DETECTORS[1]}, by the detector that they favour: {'; '.join(parts)}."
+
+# %% ../../nbs/08_apps/03_cards.ipynb #5b0c77d2
 def _single_rows(tables: Path) -> str: # a sentence with a space before it; "" if no interval excludes 0
-    "Where single groups, or the means of other tables, tell our two detectors apart."
+    "Where single groups tell our two detectors apart."
     counted, told = 0, []
     for by in ("family", "content", "generator"):
-        rows, apart = _differences(tables, by), []
+        rows, apart = _differences(tables, f"detection_by_{by}", mean=False), []
         if rows.empty: continue
         for metric in ("acc", "auc"):
             low, high = (rows[f"{metric}{end}"].astype(float) for end in ("_low", "_high"))
@@ -315,8 +343,9 @@ def _single_rows(tables: Path) -> str: # a sentence with a space before it; "" i
         if apart: told.append((len(apart), f"by {by}: {', '.join(apart)}"))
     if not told: return ""
     apart_in = sum(number for number, _ in told)
-    return (f" Other rows tell them apart ({DETECTORS[0]} minus {DETECTORS[1]}; {apart_in} of {counted} intervals exclude 0, and those of "
-            f"equal detectors would about once in twenty): {'; '.join(text for _, text in told)}.")
+    return (f" Single groups tell them apart ({DETECTORS[0]} minus {DETECTORS[1]}; {apart_in} of {counted} intervals exclude 0, and those "
+            f"of equal detectors would about once in twenty): {'; '.join(text for _, text in told)}. "
+            "A generator has other real images in its group than its family has, so both can differ.")
 
 def _better(tables: Path) -> list[Finding]: # reports/<profile>/tables
     "Which of our two detectors is better."
@@ -324,7 +353,8 @@ def _better(tables: Path) -> list[Finding]: # reports/<profile>/tables
     rows = table[table["detector"].eq(difference_name()) & table["group"].eq(MEAN)]
     if rows.empty: return []
     return [("Which detector is better?",
-             f"Mean over the families, perturbed test images. {' '.join(difference_sentences(rows))}{_single_rows(tables)}")]
+             "ACC is the balanced accuracy at probability 0.5, AUC the area under the ROC curve; perturbed test images. "
+             f"{_means(tables)} Mean over the families in words: {' '.join(difference_sentences(rows))}{_single_rows(tables)}")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #5f1d20d7
 def _metadata_alone(tables: Path) -> list[Finding]: # reports/<profile>/tables
@@ -394,7 +424,8 @@ def findings(
     return [*found, *_flags(tables), ("What do the intervals contain?", _randomness(tables, profile)),
             ("Where does each picture come from?",
              f"{image_origin(profile)} The sheet under Table 1 shows examples. Test images are perturbed (cropped, resized, "
-             "compressed) unless a row says “unperturbed”.")]
+             "compressed) unless a row or a caption says otherwise: the examples, the maps of the features and the spectra show "
+             "unperturbed images, and the metadata-only baselines read the original files.")]
 
 # %% ../../nbs/08_apps/03_cards.ipynb #1e2c5b9d
 def write_cards(

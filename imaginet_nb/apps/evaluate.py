@@ -257,7 +257,7 @@ def _balance(
 ) -> str:
     "How many real images a generator is compared with, as counted in the table."
     rows = table[table["group"].ne(MEAN)]
-    if rows["n_real"].eq(rows["n_synthetic"]).all(): return "each against as many real images"
+    if rows["n_real"].eq(rows["n_synthetic"]).all(): return "each against as many real images, drawn from all of them"
     low, high = rows["n_real"].min(), rows["n_real"].max()
     return f"each against {low:,} real images" if low == high else f"each against {low:,} to {high:,} real images"
 
@@ -434,6 +434,29 @@ def _file_blocks(found: Findings) -> list[Block]:
     return [("heading", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
             ("text", "Made by `imaginet evaluate`; beside each table lies its provenance.")]
 
+# %% ../../nbs/08_apps/02_evaluate.ipynb #e7a00025
+def _without_agreement(
+    table: pd.DataFrame,
+) -> pd.DataFrame: # the same numbers
+    "A table without the intervals in which all resamples agree, which would look certain."
+    shown = table.copy()
+    for low in [str(name) for name in table if str(name).endswith("_low")]:
+        ends = [low, low.removesuffix("low") + "high"]
+        shown[ends] = table[ends].mask(table[ends[0]].eq(table[ends[1]]))
+    return shown
+
+_CORRUPTION_HEADINGS = {"track": "Track", "perturbation": "Corruption", "value": "Strength", "loss": "Loss of ACC",
+                        "bias": "by score shift", "robustness": "by loss of separability", "shift": "Shift of the log-odds"}
+
+def _robustness_blocks(found: Findings) -> list[Block]:
+    "The section on corruptions: the figure, and tables without what is equal in all rows."
+    blocks: list[Block] = [("heading", "Robustness"), ("figure", ("shifts", found.figures["shifts"][1]))]
+    for table, caption in (found.tables[stem] for stem in ("robustness_loss", "robustness_shift")):
+        same = [name for name in ("track", "detector", "note") if table[name].nunique() == 1]
+        reading = reading_frame(text_frame(_without_agreement(table.drop(columns=same)))).rename(columns=_CORRUPTION_HEADINGS)
+        blocks += [("text", f"{caption} A number without an interval is the same in all resamples."), ("table", reading)]
+    return blocks
+
 # %% ../../nbs/08_apps/02_evaluate.ipynb #0781f60e
 def evaluate(
     detector: Detector,
@@ -456,9 +479,7 @@ def evaluate(
     blocks.append(("heading", "Scores and operating points"))
     blocks += [("figure", (stem, found.figures[stem][1])) for stem in ("roc", "scores")]
     blocks += _operating_blocks(found.tables)
-    if "robustness_loss" in found.tables:
-        blocks += [("heading", "Robustness"), *table_blocks(found.tables, "robustness_loss", "robustness_shift")]
-    if "shifts" in found.figures: blocks.append(("figure", ("shifts", found.figures["shifts"][1])))
+    if "robustness_loss" in found.tables: blocks += _robustness_blocks(found)
     blocks += _file_blocks(found)
     write_text(render_page(f"{detector.name} on {dataset.name}", blocks), out/"index.html")
     return found.sentences
@@ -578,7 +599,7 @@ def _compared_tables(
             tables["leaderboard"] = _leaderboard(frames, table, baselines, options), caption
         pairs = [difference_rows(every, by, pair=(name, first), **options) for name in list(frames)[1:]]
         paired = pd.concat(pairs, ignore_index=True)
-        tables[f"detection_by_{kind}"] = table, f"Detection by {kind}. {about}"
+        tables[f"detection_by_{kind}"] = table, f"Detection by {kind}{', ' + _balance(table) if kind == 'generator' else ''}. {about}"
         tables[f"differences_by_{kind}"] = paired, f"Differences to {first} by {kind}, {intervals}"
     return tables, by_generator
 
@@ -655,10 +676,8 @@ def _compared_blocks(
     paired, caption = tables[f"differences_by_{kind}"]
     names = paired["detector"].str.removeprefix("difference: ").str.partition(" − ")[0]
     shown = paired.assign(detector=names).drop(columns=["n_real", "n_synthetic", "note"])
-    for low, high in (("acc_low", "acc_high"), ("auc_low", "auc_high")):
-        shown[[low, high]] = shown[[low, high]].mask(shown[low].eq(shown[high])) # all resamples agree
     return [("heading", f"By {kind}"), *table_blocks(tables, f"detection_by_{kind}", rows=60), ("text", caption),
-            ("table", reading_frame(text_frame(shown)))]
+            ("table", reading_frame(text_frame(_without_agreement(shown))))]
 
 def compare(
     contenders: Sequence[Contender], # two or more; others are compared with the first

@@ -28,7 +28,7 @@ from PIL import Image
 from ..evaluation.calibration import calibration_of
 from ..core import atomic_path, link_target, path_text, progress, text_path, versions
 from ..data.images import decode
-from ..data.parquet import picture_source
+from ..data.parquet import parquet_file, picture_source
 from ..data.provenance import VALID
 from ..models.selfcon import PixelDetector, evaluation_mode
 from .predict import (DEMO_ONLY, FAMILY_LIMIT, FLAT, FLAT_NOTE, NOT_CLEAR, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL,
@@ -183,7 +183,8 @@ def card(
 ) -> Markup:
     "One picture, or one file that could not be read."
     shown: dict[str, Any] = {k: v for k, v in row.items() if v is not None and k not in ("sha256", "settings")}
-    shown |= {"number": number, "name": path_text(text_path(row["path"]).name), "verdict": row["verdict"] or "error"}
+    parts = 1 if parquet_file("", row["path"]) is None else 3 # FILE/ROW GROUP/ROW
+    shown |= {"number": number, "name": path_text(Path(*text_path(row["path"]).parts[-parts:])), "verdict": row["verdict"] or "error"}
     if row["error"] is None:
         try: shown |= card_images(scorer, row) if images is None else images
         except (ValueError, OSError): shown["problem"] = "The file cannot be read any more."

@@ -32,7 +32,7 @@ from ..data.parquet import picture_source
 from ..data.splits import FAMILY_FOLDERS
 from .duplicates import duplicate_table, duplicates, overlap_table
 from .files import composition, container_format, property_table
-from .shortcuts import RULES, metadata_classifier
+from .shortcuts import PROPERTY_NOTE, RULES, metadata_classifier
 from .files import read_properties
 from .shortcuts import metadata_baseline, separated_groups
 from ..core import file_sha256, git_state, versions, write_csv, write_text
@@ -190,7 +190,7 @@ def image_tables(
               "duplicates_summary": (duplicate_table(found), "Groups of images with the same pixels (exact), or with nearly the same "
                                      "perceptual hash (near)."),
               "metadata_classifier": (metadata_classifier(tested, groups),
-                                      f"Gradient boosting on file properties, {main} split, cross-validated.")}
+                                      f"Gradient boosting on file properties, {main} split, cross-validated. Rows: {PROPERTY_NOTE}.")}
     broken = images.loc[images["error"].notna(), ["path", "origin", "generator", "error"]]
     if len(broken): tables["unreadable"] = broken, "Files that could not be decoded."
     return tables
@@ -261,11 +261,11 @@ def plot_properties(
         mine, line = images["origin"].eq(origin), "-" if origin == "real" else "--"
         for axes, values, bins in ((left, side, edges), (right, quality, np.arange(lowest - 0.5, 101.5, 2))):
             known = values[mine].dropna()
-            axes.hist(known, bins.tolist(), weights=np.full(len(known), 1/max(mine.sum(), 1)), color=colour, lw=1.6, ls=line,
+            axes.hist(known, bins.tolist(), weights=np.full(len(known), 1/max(len(known), 1)), color=colour, lw=1.6, ls=line,
                       histtype="step", label=f"{origin}, {len(known):,} files")
     left.set(xscale="log", title="size", xlabel="square root of width × height, pixels", ylabel="share of the class")
     left.xaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5)), major_formatter="{x:.0f}", minor_formatter="")
-    right.set(title="JPEG files only", xlabel="estimated JPEG quality")
+    right.set(title="JPEG files only", xlabel="estimated JPEG quality", ylabel="share of the JPEG files of the class")
     for axes in (left, right): axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=1.5)
     return figure
 

@@ -101,7 +101,7 @@ def plot_spectra(
     low, high = np.percentile(np.stack(list(maps.values())), (1, 99))
     for label, decibels in maps.items():
         shown = panels[label].imshow(decibels, vmin=low, vmax=high, cmap="viridis", extent=(-0.5, 0.5, -0.5, 0.5))
-        panels[label].set(title=f"{label} ({spectra[label].images})", xticks=[], yticks=[])
+        panels[label].set(title=f"{label}\n({spectra[label].images})", xticks=[], yticks=[])
         panels[label].grid(visible=False)
     figure.colorbar(shown, ax=[panels[label] for label in spectra], label="power (dB)", shrink=0.8)
     table, axes = spectra_table(spectra), panels["profiles"]

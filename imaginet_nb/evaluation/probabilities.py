@@ -239,7 +239,8 @@ def _heading(
     n: int, # detectors
 ) -> str:
     "Heading of a panel, broken so that it fits if there are several side by side."
-    return "\n".join(fill(line, 60 if n == 1 else 26) for line in lines)
+    width = {1: 60, 2: 38}.get(n, 26) # characters
+    return "\n".join(fill(line.replace(" %", "\u00a0%"), width).replace("\u00a0", " ") for line in lines) # no line begins with a unit
 
 # %% ../../nbs/07_evaluation/06_probabilities.ipynb #6d0c51a3
 @mpl.rc_context(STYLE)
@@ -266,7 +267,7 @@ def plot_roc(
             fpr, tpr = flagged[~synthetic].mean(), flagged[synthetic].mean()
             axes.plot(fpr, tpr, marker, color=DARK, ms=6, label=f"{label}:{gap}{fpr:.3f}, {tpr:.3f}")
         axes.set(xlabel="false-positive rate (FPR)", aspect="equal")
-        axes.set_title(_heading([f"{name}, AUC {roc_auc_score(synthetic, z):.3f}"], len(found)))
+        axes.set_title(_heading([f"{name}, pooled AUC {roc_auc_score(synthetic, z):.3f}"], len(found)))
         axes.legend(title="threshold: measured FPR, TPR", fontsize=7, title_fontsize=7, **legend)
     for axes in panels[::3]: axes.set_ylabel("true-positive rate (TPR)")
     return finish(figure, title)

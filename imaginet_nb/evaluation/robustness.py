@@ -287,10 +287,11 @@ def plot_shifts(
     detectors, groups = table["detector"].unique(), table["group"].unique()
     wide = _drawn_points(table)
     limit = limit or max(float(np.abs(wide.to_numpy()).max(initial=0)), 1e-6)
+    digits = 1 if limit >= 1 else 2
     figure, panels = new_figure(len(detectors), 1.8 + 0.23*len(wide), width=1.6 + 3.1*len(detectors))
     for axes, name in zip(panels, detectors, strict=True):
         values = wide[name][list(groups)]
-        texts = [[f"{round(value, 1) + 0.0:.1f}" for value in row] for row in values.to_numpy()] # no minus before zero
+        texts = [[f"{round(value, digits) + 0.0:.{digits}f}" for value in row] for row in values.to_numpy()] # no minus before zero
         heat_map(axes, values, texts, vmin=-limit, vmax=limit, cmap="RdBu_r")
         axes.set_title(name)
         axes.tick_params(axis="x", rotation=40)

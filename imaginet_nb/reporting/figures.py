@@ -319,7 +319,7 @@ def plot_robustness(
             axes.fill_between(rows[x], rows["acc"] - low, rows["acc"] + high, color=colour, alpha=0.18, lw=0)
             axes.plot(rows[x], rows["acc"], color=colour, marker=marker, ms=4, lw=1.6, label=label)
         axes.axhline(CHANCE.get(track, 0), color=GREY, ls="--", lw=1, label="chance")
-        axes.set_title(_counted(track, table[table["track"] == track], name), fontsize=8.5)
+        axes.set_title(_counted(track, table[table["track"] == track], name), fontsize=7)
         axes.set(xlabel=X_LABELS.get(kinds[0], str(kinds[0])), ylabel=ACCURACY.get(track, "accuracy"), ylim=(0, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     return finish(figure, title, panels[0])

@@ -68,7 +68,7 @@ HEADINGS = {
     "neighbor_recall": "recall by 15 nearest neighbours", "a": "first selection", "b": "second selection", "n_a": "images of the first",
     "n_b": "images of the second"}
 LABELS = { # column -> value in the CSV -> what a reader sees
-    "setting": {"clean": "unperturbed"},
+    "setting": {"clean": "unperturbed", "original": "original files"},
     "fit": {"in_sample": "in-sample", "cross_validated": "cross-validated"},
     "method": {"none": "uncalibrated", "temperature": "temperature scaling", "platt": "Platt scaling"},
     "label": {"generator_family": "generator family", "content_type": "content type"},
