@@ -260,6 +260,7 @@ def _files_of(
         inside = "parquet" in unit and path.startswith(f"{_name(unit['parquet'])}/") # a picture in the Parquet file itself
         if address in listed or "parquet" in unit and not inside: yield address
 
+# %% ../../nbs/08_apps/06_ray_engine.ipynb #5e77a1d8
 def missing_units(
     source: str,
     out: str,
