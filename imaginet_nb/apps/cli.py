@@ -568,7 +568,8 @@ def predict(
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
     Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. Probabilities
-    are empty where nothing follows from them (demo only, too small, flat). A corrupt file has an error. Exits with 1 if all have.
+    are empty where they would mean nothing (demo only, too small, flat). After a calibration on real pictures alone, what is
+    not synthetic is `not flagged`, not real. A corrupt file has an error. Exits with 1 if all have.
     Labels of a table are joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
