@@ -232,8 +232,9 @@ def _number_note(detector: Any) -> str:
 def _verdict_rule(scorer: Scorer, digits: int) -> str:
     "Thresholds of the verdict, and what else makes it unsure."
     low, high = scorer.limits
-    words = verdict_words(scorer.detector, scorer.settings)
-    between = f"synthetic above {high:.{digits}f}, else {words[-1] if words[-1] == NOT_FLAGGED else 'real'}"
+    words, calibration = verdict_words(scorer.detector, scorer.settings), calibration_of(scorer.detector)
+    below = NOT_FLAGGED if calibration and calibration.real_only else "real"
+    between = f"synthetic above {high:.{digits}f}, else {below}"
     if low < high: between = f"real up to {low:.{digits}f}, synthetic above {high:.{digits}f}, unsure between"
     others = ["the picture, re-saved or reduced, gets the opposite verdict"] if scorer.settings.views else []
     others.append(TOO_SMALL_NOTE.partition(": ")[2])
