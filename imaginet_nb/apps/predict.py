@@ -437,8 +437,7 @@ class Scorer:
 
     def reader(self, thumbnail: int | None = None) -> Reader:
         "What reads files for this detector, with thumbnails of this side in pixels."
-        stand_ins = trained_on_stand_ins(self.detector)
-        spec = default_spec(self.detector)
+        spec, stand_ins = default_spec(self.detector), trained_on_stand_ins(self.detector)
         return Reader(spec, self.settings, self.fingerprint, stand_ins, thumbnail, self.max_pixels)
 
 # %% ../../nbs/08_apps/00_predict.ipynb #62ef8f87
