@@ -16,7 +16,7 @@ import mlcroissant
 import pytest
 import release_check
 import yaml
-from addresses import badges, citation, github, launch_links, read_settings, with_launch_cells, write_addresses, zenodo
+from addresses import badges, citation, launch_links, read_settings, with_launch_cells, write_addresses, zenodo
 from huggingface_hub import DatasetCard, ModelCard
 from packaging.requirements import Requirement
 from render_documents import render_readme
@@ -26,7 +26,7 @@ from imaginet_nb.apps.info import EXTRAS
 from imaginet_nb.audit.croissant import IMAGINET, write_croissant
 from imaginet_nb.audit.files import container_format
 from imaginet_nb.audit.report import audit_source, list_findings, list_tables
-from imaginet_nb.core import repo_root
+from imaginet_nb.core import published_address, repo_root
 
 ROOT = repo_root()
 LISTS = Path(os.environ.get("IMAGINET_ANNOTATIONS") or ROOT.parent/"shared"/"annotations")
@@ -70,7 +70,7 @@ def published(tmp_path) -> Path:
 def test_with_placeholders_nothing_leads_anywhere():
     "As long as the committed address is a placeholder, it is in no file but settings.ini, and there is no badge and no launch link."
     settings = read_settings(ROOT)
-    if github(settings): pytest.skip("published: the address is real")
+    if published_address(settings["git_url"]): pytest.skip("published: the address is real")
     assert badges(settings) == launch_links(settings, "nbs/tutorials/score_my_pictures.ipynb") == ""
     for name in ("README.md", "CITATION.cff", ".zenodo.json", "reports/demo/data_card.md", "reports/demo/model_card.md",
                  *(p.relative_to(ROOT) for p in (ROOT/"nbs"/"tutorials").glob("*.ipynb"))):
@@ -107,7 +107,7 @@ def test_a_real_address_is_written_everywhere_and_a_placeholder_takes_it_away(pu
     write_addresses(published) # a second time changes nothing
     assert tutorial.read_bytes() == again != before[tutorial]
     (published/"settings.ini").write_bytes((ROOT/"settings.ini").read_bytes())
-    if github(read_settings(ROOT)): return
+    if published_address(read_settings(ROOT)["git_url"]): return
     write_addresses(published)
     assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -288,7 +288,7 @@ def test_each_check_finds_what_is_wrong(clone):
     assert "the first heading has to be `## 9." in first and "CITATION.cff: version" in second
     assert "is a placeholder" in release_check.check_address(clone)[0]
     (clone/"settings.ini").write_bytes((ROOT/"settings.ini").read_bytes())
-    if not github(read_settings(ROOT)): # also the site of the badge, which a reader would follow
+    if not published_address(read_settings(ROOT)["git_url"]): # also the site of the badge, which a reader would follow
         assert [problem.split()[1] for problem in release_check.check_address(clone)] == ["git_url", "doc_host", "author_email"]
 
 
@@ -298,6 +298,11 @@ def test_a_failed_check_is_counted_and_an_unknown_one_refused(clone, capsys):
     assert capsys.readouterr().out == "FAILED  tree\n        not committed: more\nok      address\n"
     with pytest.raises(ValueError, match="there are tree, address"): release_check.release_check(clone, ["trees"])
     assert release_check.passes("false")(clone) == ["`false` failed; see its output above"] and release_check.passes("true")(clone) == []
+
+
+def test_the_hooks_of_a_clone_leave_its_tree_clean():
+    "Catches a release check that fails on the file in which `nbdev_install_hooks` keeps the merge driver of the clone."
+    assert subprocess.run(["git", "check-ignore", "--quiet", ".gitconfig"], cwd=ROOT).returncode == 0
 
 
 def test_make_release_check_runs_the_named_checks():
