@@ -300,9 +300,10 @@ def test_a_failed_check_is_counted_and_an_unknown_one_refused(clone, capsys):
     assert release_check.passes("false")(clone) == ["`false` failed; see its output above"] and release_check.passes("true")(clone) == []
 
 
-def test_the_hooks_of_a_clone_leave_its_tree_clean():
-    "Catches a release check that fails on the file in which `nbdev_install_hooks` keeps the merge driver of the clone."
-    assert subprocess.run(["git", "check-ignore", "--quiet", ".gitconfig"], cwd=ROOT).returncode == 0
+@pytest.mark.parametrize("name", [".gitconfig", "nbs/.last_checked"])
+def test_the_hooks_of_a_clone_leave_its_tree_clean(name):
+    "Catches a release check that fails on what nbdev's hooks write: the merge driver of the clone, and the time of the last merge."
+    assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT).returncode == 0
 
 
 def test_make_release_check_runs_the_named_checks():
