@@ -128,8 +128,8 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     headers = {name: read_header(report/"checkpoints"/f"{name}.safetensors") for name in ("pretrain", "selfcon", "baseline")}
     trained_on = {name: header["data_hash"] for name, header in headers.items()}
     assert trained_on == {"pretrain": fingerprint(train), "selfcon": fingerprint(stage2), "baseline": fingerprint(train, stage2)}
-    settings = load_profile("smoke").model_dump()
-    present = training_hashes(report/"manifests", {"seed": settings["seed"], "settings": settings}) # what `imaginet trace` compares with
+    settings = load_profile("smoke").model_dump() # `imaginet trace` compares with the same hashes
+    present = training_hashes(report/"manifests", {"seed": settings["seed"], "settings": settings})
     assert present == {f"{name}.safetensors": digest for name, digest in trained_on.items()}
 
     fits = {"stage 1": train, "stage 2": stage2, "score calibration": predicted["calibration"], "open set": predicted["known"]}

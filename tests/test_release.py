@@ -302,7 +302,7 @@ def test_a_failed_check_is_counted_and_an_unknown_one_refused(clone, capsys):
 
 @pytest.mark.parametrize("name", [".gitconfig", "nbs/.last_checked"])
 def test_the_hooks_of_a_clone_leave_its_tree_clean(name):
-    "Catches a release check that fails on what nbdev's hooks write: the merge driver of the clone, and the time of the last merge."
+    "Catches a release check that fails on what nbdev's hooks write: the merge driver, and the time of the last merge."
     assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT).returncode == 0
 
 

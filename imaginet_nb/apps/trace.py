@@ -82,7 +82,7 @@ def made_by(
 ) -> dict[str, str]: # file -> pipeline notebook that makes it; empty for what is supplied
     "The given files and all that the notebooks behind them read. Raises `ValueError` if the Snakefile does not tell."
     root, files = repo_root(), sorted(files)
-    if not (root/"Snakefile").is_file(): raise ValueError(f"no Snakefile in {root}; run this inside a clone of the repository")
+    if not (root/"Snakefile").is_file(): raise ValueError(f"no Snakefile in {root}; run this inside a clone")
     words = ["--dry-run", "--forceall", "--nolock", "--cores", "1", "--config", f"profile={profile}", "--", *files]
     done = subprocess.run([sys.executable, "-m", "snakemake", *words], cwd=root, capture_output=True, text=True)
     plan = f"{done.stdout}\n{done.stderr}" # which of the two has the plan depends on the version of snakemake
@@ -92,13 +92,14 @@ def made_by(
         fields = {key: names.split(", ") for key, names in re.findall(r"^ {4}(input|output): (.+)$", body, re.M)}
         read |= set(fields.get("input", []))
         makers |= dict.fromkeys(fields["output"], rule)
-    if unknown := [name for name in files if name not in makers]: raise ValueError(f"snakemake: no rule for {', '.join(unknown)}")
+    unknown = [name for name in files if name not in makers]
+    if unknown: raise ValueError(f"snakemake: no rule for {', '.join(unknown)}")
     return {name: makers.get(name, "") for name in sorted(read)}
 
 # %% ../../nbs/08_apps/10_trace.ipynb #2f000010
 def recorded_inputs(
     report: Path, # folder of a report
-) -> dict[str, set[str]]: # `folder/name` -> SHA-256 in the records of tables and figures; one, unless results are of several runs
+) -> dict[str, set[str]]: # `folder/name` -> SHA-256 in the records; one, unless results are of several runs
     "Files that a report's results were made from."
     found: dict[str, set[str]] = {}
     for record in sorted(report.glob("*/*.provenance.json")):
@@ -145,7 +146,7 @@ def training_hashes(
     manifests: Path, # folder of manifests
     record: Mapping[str, Any], # with seed and settings
 ) -> dict[str, str]: # file name of a checkpoint -> `data_hash` that it would have if it were trained on these manifests
-    "Hashes of the present training data, as `training.stages` records them. Raises `AnnotationError` for unusable manifests."
+    "Hashes of the training data, as `training.stages` records them. Raises `AnnotationError` for unusable manifests."
     train, listed = (read_manifest_csv(manifests/f"{split}.csv") for split in ("train", "calibration"))
     heads, _ = set_aside(listed, record["settings"]["evaluation"]["calibration_images"], record["seed"])
     hashes = {"pretrain": fingerprint(train), "selfcon": fingerprint(heads), "baseline": fingerprint(train, heads)}
@@ -178,8 +179,11 @@ def input_origins(
     makers: Mapping[str, str] = MappingProxyType({}), # file -> notebook, where it is known
 ) -> list[Origin]:
     "The files that a result was made from, and the notebook that made each."
-    made = {name: f", made by {makers[name]}" if makers.get(name) else "" for name in inputs}
-    return [Origin("input", f"{name} {digest[:12]}{made[name]}", file_state(folder/name, digest)) for name, digest in inputs.items()]
+    rows = []
+    for name, digest in inputs.items():
+        maker = f", made by {makers[name]}" if name in makers else ""
+        rows.append(Origin("input", f"{name} {digest[:12]}{maker}", file_state(folder/name, digest)))
+    return rows
 
 def behind_inputs(
     record: Mapping[str, Any],
