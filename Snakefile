@@ -153,7 +153,7 @@ rule p45_baseline:
 
 rule p46_ablation:
     input: MANIFESTS + "/train.csv", MANIFESTS + "/perturbed.csv"
-    output: notebook("p46_ablation"), every(PREDICTIONS + "/{name}.csv", name=["ablation", "family_ablation"])
+    output: notebook("p46_ablation"), every(PREDICTIONS + "/{name}.csv", name=["ablation", "family_ablation", "ablation_trained_on"])
     priority: 1 # fourteen networks: begun late, it would end alone
     params: settings=settings("data", "model", "pretrain", "calibrate", "evaluation", "ablation", "generalisation"), code=code_of("p46_ablation")
     threads: training_threads

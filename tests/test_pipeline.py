@@ -21,6 +21,7 @@ from imaginet_nb.core import fingerprint, load_profile, repo_root
 from imaginet_nb.data.images import decode, save
 from imaginet_nb.data.manifest import read_manifest_csv
 from imaginet_nb.models.checkpoints import read_header
+from imaginet_nb.training.stages import hold_out
 
 ROOT = repo_root()
 TABLES = ["dataset_features", "dataset_structure", "detection_by_family", "detection_by_content", "detection_by_generator", "practical",
@@ -127,7 +128,8 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     for name in ("selfcon", "baseline"): assert set(predicted[f"probability_{name}"]["path"]) == scores
     headers = {name: read_header(report/"checkpoints"/f"{name}.safetensors") for name in ("pretrain", "selfcon", "baseline")}
     trained_on = {name: header["data_hash"] for name, header in headers.items()}
-    assert trained_on == {"pretrain": fingerprint(train), "selfcon": fingerprint(stage2), "baseline": fingerprint(train, stage2)}
+    stage1, _ = hold_out(train, load_profile("smoke").seed)
+    assert trained_on == {"pretrain": fingerprint(stage1), "selfcon": fingerprint(stage2), "baseline": fingerprint(stage1, stage2)}
     settings = load_profile("smoke").model_dump() # `imaginet trace` compares with the same hashes
     present = training_hashes(report/"manifests", {"seed": settings["seed"], "settings": settings})
     assert present == {f"{name}.safetensors": digest for name, digest in trained_on.items()}
@@ -136,6 +138,13 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     for name in evaluated:
         assert images(predicted[name]) <= images(test), name
         for fit, frame in fits.items(): assert not images(predicted[name]) & images(frame), (fit, name)
+    small = pd.read_csv(report/"predictions"/"ablation_trained_on.csv").merge(train, on="path", validate="many_to_one")
+    networks = {name: set(predicted[name]["detector"]) for name in ("ablation", "family_ablation")}
+    assert set(small["detector"]) == set.union(*networks.values()) and len(networks["ablation"]) == 4
+    for name, frame in small.groupby("detector"):
+        left_out = re.search("(?:^except|, without) (.+)", name)
+        labels = set(frame["content_type" if name.startswith("except") else "generator_family"])
+        assert not images(frame) & images(test) and (left_out is None or left_out[1] not in labels), name
     assert not images(stage2) & images(predicted["calibration"])
     assert images(predicted["known"]) <= images(stage2) # thresholds come from the images set aside, which are therefore new
     overlap = pd.read_csv(report/"tables"/"calibration_overlap.csv")

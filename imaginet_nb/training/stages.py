@@ -415,7 +415,7 @@ def _pretrain_stage(run: Run, device: torch.device) -> None:
     trained, held_out = hold_out(manifest, run.profile.seed)
     resume = run.checkpoints/"pretrain.resume.pt"
     history = pretrain(model, trained, run.data, run.profile, device, resume, held_out)
-    _write(run, model, "pretrain", fingerprint(manifest), [resume], [not_learned("stage 1", history)], history=history)
+    _write(run, model, "pretrain", fingerprint(trained), [resume], [not_learned("stage 1", history)], history=history)
 
 def _calibrate_stage(run: Run, device: torch.device) -> None:
     "manifests/calibration.csv and checkpoints/pretrain.safetensors to checkpoints/selfcon.safetensors."
@@ -438,7 +438,7 @@ def _baseline_stage(run: Run, device: torch.device) -> None:
     model = ImagiNetClassifier(backbone, name="Cross-entropy (baseline)", input_size=run.profile.data.image_size)
     second = calibrate(model, balanced, run.data, run.profile, device, resume[1])
     reasons = [not_learned("stage 1", first), not_learned("stage 2", second)]
-    _write(run, model, "baseline", fingerprint(train, balanced), resume, reasons, pretrain_history=first, history=second)
+    _write(run, model, "baseline", fingerprint(trained, balanced), resume, reasons, pretrain_history=first, history=second)
 
 # %% ../../nbs/03_training/04_stages.ipynb #937ecfd1
 Stage = Callable[[Run, torch.device], None]
