@@ -147,9 +147,11 @@ def training_hashes(
     record: Mapping[str, Any], # with seed and settings
 ) -> dict[str, str]: # file name of a checkpoint -> `data_hash` that it would have if it were trained on these manifests
     "Hashes of the training data, as `training.stages` records them. Raises `AnnotationError` for unusable manifests."
+    from imaginet_nb.training.stages import hold_out # takes seconds to import
     train, listed = (read_manifest_csv(manifests/f"{split}.csv") for split in ("train", "calibration"))
+    trained, _ = hold_out(train, record["seed"])
     heads, _ = set_aside(listed, record["settings"]["evaluation"]["calibration_images"], record["seed"])
-    hashes = {"pretrain": fingerprint(train), "selfcon": fingerprint(heads), "baseline": fingerprint(train, heads)}
+    hashes = {"pretrain": fingerprint(trained), "selfcon": fingerprint(heads), "baseline": fingerprint(trained, heads)}
     return {f"{name}.safetensors": digest for name, digest in hashes.items()}
 
 # %% ../../nbs/08_apps/10_trace.ipynb #2f000017
