@@ -87,7 +87,8 @@ def made_by(
     done = subprocess.run([sys.executable, "-m", "snakemake", *words], cwd=root, capture_output=True, text=True)
     plan = f"{done.stdout}\n{done.stderr}" # which of the two has the plan depends on the version of snakemake
     if done.returncode != 0: raise ValueError(f"snakemake: {plan.strip().splitlines()[-1]}")
-    read, makers = set(files), {}
+    read: set[str] = set(files)
+    makers: dict[str, str] = {}
     for rule, body in re.findall(r"^rule (\w+):\n((?: {4}.+\n)+)", plan, re.M):
         fields = {key: names.split(", ") for key, names in re.findall(r"^ {4}(input|output): (.+)$", body, re.M)}
         read |= set(fields.get("input", []))
