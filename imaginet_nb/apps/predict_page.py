@@ -216,19 +216,6 @@ def page_promises(
             f"A verdict is not proof. {words[-1].capitalize()} means that no traces of a generator were found: "
             "the picture may be edited, or come from a generator that was not in the training data."]
 
-def _number_note(detector: Any) -> str:
-    "What the number on a card is."
-    calibration = calibration_of(detector)
-    score = ("The score is the output of the detector, brought into the range from 0 to 1 (the sigmoid of the logit). "
-             "It is not a probability, ")
-    if calibration is None: return f"{score}since this detector has no calibration."
-    if calibration.real_only:
-        return f"{score}since the calibration held {calibration.n:,} real images and no synthetic one."
-    synthetic = calibration.n - calibration.n_real
-    part = "half" if 2*synthetic == calibration.n else f"{synthetic/calibration.n:.0%}"
-    return ("P(synthetic) is the probability that a picture is synthetic. "
-            f"It was calibrated on {calibration.n:,} images, {part} of them synthetic.")
-
 def _verdict_rule(scorer: Scorer, digits: int) -> str:
     "Thresholds of the verdict, and what else makes it unsure."
     low, high = scorer.limits
@@ -244,6 +231,19 @@ def _verdict_rule(scorer: Scorer, digits: int) -> str:
     return f"The verdict {would} {between}. It {also} unsure if {', or if '.join(others)}."
 
 # %% ../../nbs/08_apps/02_predict_page.ipynb #b0d30009
+def _number_note(detector: Any) -> str:
+    "What the number on a card is."
+    calibration = calibration_of(detector)
+    score = ("The score is the output of the detector, brought into the range from 0 to 1 (the sigmoid of the logit). "
+             "It is not a probability, ")
+    if calibration is None: return f"{score}since this detector has no calibration."
+    if calibration.real_only:
+        return f"{score}since the calibration held {calibration.n:,} real images and no synthetic one."
+    synthetic = calibration.n - calibration.n_real
+    part = "half" if 2*synthetic == calibration.n else f"{synthetic/calibration.n:.0%}"
+    return ("P(synthetic) is the probability that a picture is synthetic. "
+            f"It was calibrated on {calibration.n:,} images, {part} of them synthetic.")
+
 def family_note(
     scorer: Scorer,
 ) -> str: # sentences
