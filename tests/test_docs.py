@@ -77,6 +77,7 @@ PARSED_ONLY = {
     "imaginet predict my_pictures/ --detector hf:": "the hub; tests/test_hub.py loads classifiers from folders and the cache",
     "imaginet predict --detector hf:": "see above",
     "imaginet calibrate --detector model.onnx": "as its notebook; the command of the README is executed",
+    "imaginet evaluate --root labelled_pictures": "as its notebook; tests/test_evaluate.py measures calibrations",
     "imaginet predict new_pictures": "see above; its notebook scores with a calibration",
     "imaginet evaluate --root my_data/ --out measured/ --detector A": "A and B stand for two; tests/test_evaluate.py compares detectors",
     "imaginet evaluate --root genimage/": "as its notebook; tests/test_evaluate.py runs the command",
