@@ -15,6 +15,7 @@ import pytest
 from forks import imaginet, server
 
 from imaginet_nb.apps.plan import estimate
+from imaginet_nb.apps.trace import training_hashes
 from imaginet_nb.audit.files import read_properties
 from imaginet_nb.core import fingerprint, load_profile, repo_root
 from imaginet_nb.data.images import decode, save
@@ -129,6 +130,9 @@ def test_no_fit_shares_an_image_with_its_evaluation(report):
     trained_on = {name: header["data_hash"] for name, header in headers.items()}
     stage1, _ = hold_out(train, load_profile("smoke").seed)
     assert trained_on == {"pretrain": fingerprint(stage1), "selfcon": fingerprint(stage2), "baseline": fingerprint(stage1, stage2)}
+    settings = load_profile("smoke").model_dump() # `imaginet trace` compares with the same hashes
+    present = training_hashes(report/"manifests", {"seed": settings["seed"], "settings": settings})
+    assert present == {f"{name}.safetensors": digest for name, digest in trained_on.items()}
 
     fits = {"stage 1": train, "stage 2": stage2, "score calibration": predicted["calibration"], "open set": predicted["known"]}
     for name in evaluated:

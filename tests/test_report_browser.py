@@ -175,9 +175,11 @@ def test_a_card_says_what_its_number_is_and_what_it_is_worth(page, report):
     "A card is passed on alone, so the name of the number and the warning are on it; promises and thresholds are above all cards."
     pictures, errors = (page.ask(f"{VISIBLE}.filter(c => c.classList.contains('error') === {is_error}).map(c => c.innerText)")
                         for is_error in ("false", "true"))
-    for text in pictures: assert text.count("demo only: trained on stand-ins") == 1
+    for text in pictures: assert text.count("demo only") == 1 and "stand-ins" not in text
     assert len(errors) == 2 and any("empty file" in text for text in errors) and any("not an image" in text for text in errors)
     assert not any("stand-ins" in text for text in errors)
+    assert sum("padded to 32 pixels" in text for text in pictures) == 4
+    assert "its verdict in the table is empty" in page.ask("document.getElementById('filter').innerText")
     table, meaning = report[1], page.ask("document.getElementById('meaning').innerText")
     assert page.ask(f"{VISIBLE}[0].innerText").count("P(synthetic)") == 1
     assert "calibrated on 80 images, half of them synthetic" in meaning and "about 5 % of the real ones are called synthetic" in meaning
@@ -208,6 +210,7 @@ def test_without_demo_there_is_no_verdict(report):
     assert "1 scored (1 demo only); 0 with an error; demo only: the detector was trained on stand-ins" in result.output
     assert pd.read_csv(folder/"none.csv")["verdict"].tolist() == ["demo only"]
     page = (folder/"none.html").read_text()
+    assert "P(synthetic) is the probability" not in page # no card shows it
     assert "so no verdict is given" in page and "<b>demo only</b>" in page and 'value="synthetic"' not in page
     for part in ('class="p"', 'id="prior"', 'name="sort"'): assert part not in page, part # no number, no prior, no order by a number
 

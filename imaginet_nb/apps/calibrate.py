@@ -96,7 +96,9 @@ def rate_text(
     threshold = calibration.thresholds[f"{rate:g}"]
     if threshold is None or interval is None:
         return f"{called}: no threshold from {n} real pictures; it takes {images_needed(rate)}."
-    text = f"{called}: flagged above {threshold:.4g}. Sets of {n} such pictures give a rate of {interval[0]:.2%} to {interval[1]:.2%}."
+    number = "a score" if calibration.real_only else "a P(synthetic)"
+    text = (f"{called}: flagged above {number} of {threshold:.4g}. "
+            f"Sets of {n} such pictures give a rate of {interval[0]:.2%} to {interval[1]:.2%}.")
     if synthetic.empty: return text
     return f"{text} Flagged synthetic pictures: {_share(calibration.probability(synthetic['logit']) > threshold)}."
 
@@ -104,13 +106,15 @@ def calibration_text(
     calibration: Calibration,
     scores: pd.DataFrame, # that it was fitted on
     before: pd.Series, # booleans: flagged without this calibration
+    limit: float, # the threshold of `before`, 0 to 1
 ) -> list[str]: # sentences
-    "What a calibration promises, and what it changes. Intervals are exact, of 95 %."
+    "What a calibration promises for pictures like these, and what it changes. Intervals are exact, of 95 %."
     used, failed = counted(scores), scores["error"].notna().sum()
     real, synthetic = used[~used["synthetic"]], used[used["synthetic"]]
     return [f"{len(real)} real and {len(synthetic)} synthetic pictures. Left out: {len(scores) - failed - len(used)} copies, "
             f"{failed} files without a score.",
-            f"Real pictures flagged without this calibration: {_share(before[real.index])}.",
+            f"Real pictures flagged without this calibration: {_share(before[real.index])}, "
+            f"at the threshold {limit:.4g}.",
             *(rate_text(rate, calibration, synthetic) for rate in FALSE_POSITIVE_RATES)]
 
 # %% ../../nbs/08_apps/01_calibrate.ipynb #ca1b0010
@@ -206,4 +210,4 @@ def calibrate(
                                identity=identity, fingerprint=scorer.made_with["detector"], crops=crops,
                                probability=ProbabilityHeader(**fitted.header()))
     write_text(stored.model_dump_json(indent=1) + "\n", out)
-    return calibration_text(fitted, scores, before)
+    return calibration_text(fitted, scores, before, scorer.limits[1])

@@ -567,9 +567,9 @@ def predict(
 ) -> None:
     """Classify each image as real, synthetic or unsure, and name the family of a synthetic image.
 
-    Writes a row for every file: path, logit, probability, verdict, family, error, and what is behind them. Probabilities
-    are empty where nothing follows from them (demo only, too small, flat). A corrupt file has an error. Exits with 1 if all have.
-    Labels of a table are joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
+    Writes a row per file; probabilities are empty where they would mean nothing (demo only, too small, flat). Calibrated on real
+    pictures alone, it says `not flagged` for real. A corrupt file has an error; exits with 1 if all have. Labels of a table are
+    joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
     """
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
     from imaginet_nb.apps.predict import LISTS, Settings

@@ -31,9 +31,9 @@ from ..data.images import decode
 from ..data.parquet import parquet_file, picture_source
 from ..data.provenance import VALID
 from ..models.selfcon import PixelDetector, evaluation_mode
-from .predict import (DEMO_ONLY, FAMILY_LIMIT, FLAT, FLAT_NOTE, NOT_CLEAR, SMALL_SHARE, STAND_IN_NOTE, TOO_SMALL,
-                                      TOO_SMALL_NOTE, VIEWS, Prepared, Scorer, decimals, error_promise, flat_share, looked_at,
-                                      looked_text, prepare, trained_on_imaginet, trained_on_stand_ins, verdict_words)
+from .predict import (DEMO_ONLY, FAMILY_LIMIT, FLAT, FLAT_NOTE, NOT_CLEAR, NOT_FLAGGED, SMALL_SHARE, STAND_IN_NOTE,
+                                      TOO_SMALL_NOTE, VIEWS, Prepared, Scorer, decimals, error_promise, flat_share,
+                                      looked_at, looked_text, prepare, trained_on_imaginet, trained_on_stand_ins, verdict_words)
 from ..detectors.protocol import default_spec, spec_words
 from ..reporting.pages import templates
 
@@ -129,12 +129,12 @@ def card_images(
     return found | {"map": _data_url(_coloured(heat)), "limit": colour_limit(heat), "mean": f"{mean:.4f}"}
 
 # %% ../../nbs/08_apps/02_predict_page.ipynb #a6d4e708
-STAND_IN_TAG, FLAT_TAG, TOO_SMALL_TAG = "demo only: trained on stand-ins", "screenshot, diagram or text?", "too small to judge"
+STAND_IN_TAG, FLAT_TAG, TOO_SMALL_TAG = "demo only", "large flat areas", "too small to judge"
 
 def probability_name(
     detector: Any, # `Detector`
 ) -> str:
-    "What the number on a card is called: without a calibration on both classes it is no probability."
+    "What the number on a card is called: without a calibration on both classes it is not a probability."
     calibration = calibration_of(detector)
     return "P(synthetic)" if calibration and not calibration.real_only else "score"
 
@@ -163,13 +163,14 @@ def card_tags(
 ) -> list[str]:
     "What limits a verdict, and what the file says, as short as a card needs it; of a file that cannot be read its error alone."
     if row["error"] is not None: return [row["error"].removeprefix(f"{row['path']}: ")]
-    small = row.get("reason") == TOO_SMALL_NOTE
-    found = [("trained on stand-ins" if row["verdict"] == DEMO_ONLY else STAND_IN_TAG, stand_ins), (TOO_SMALL_TAG, small),
-             (FLAT_TAG, "flat" in images and not small)]
+    small, not_judged = (row.get("reason") == note for note in (TOO_SMALL_NOTE, FLAT_NOTE))
+    found = [(STAND_IN_TAG, stand_ins and row["verdict"] != DEMO_ONLY), (TOO_SMALL_TAG, small),
+             (f"{FLAT_TAG}: not judged", not_judged), (FLAT_TAG, "flat" in images and not small and not not_judged)]
     tags = [tag for tag, holds in found if holds]
+    tags += [note for note in (row.get("note") or "").split("; ") if note.startswith("padded to ")]
     if images.get("share", 1) < SMALL_SHARE and not small: tags.append(looked_text(images["share"]))
     if says := row.get("provenance"):
-        checked = "signature verified" if f"C2PA {VALID}" in says else "not verified"
+        checked = "signature verified" if f"C2PA {VALID}" in says else "not verified, can be forged"
         tags.append(f"the file says ({checked}): {says}")
     return tags
 
@@ -204,40 +205,45 @@ def page_promises(
     digits: int = 3, # decimals of the thresholds
 ) -> list[str]: # sentences
     "What a number and a verdict on the page mean, and what they do not."
-    calibration, found = calibration_of(scorer.detector), list[str]()
+    words, found = verdict_words(scorer.detector, scorer.settings), list[str]()
     if trained_on_stand_ins(scorer.detector):
-        shown = "its verdicts are shown on request, and mean nothing on real pictures" if scorer.settings.demo else "no verdict is given"
+        shown = "its verdicts are shown on request, and mean nothing on pictures from outside the sandbox"
+        if words == (DEMO_ONLY,): shown = "no verdict is given"
         found.append(f"Trained on generated stand-ins, not on pictures by real generators: demo only, so {shown}.")
-    if calibration is None:
-        found.append("The score is the sigmoid of the logit. This detector has no calibration, so the score is no probability, "
-                     "and no error rate is promised.")
-    found.append(_verdict_rule(scorer, digits))
-    if calibration and calibration.real_only:
-        found += [error_promise(scorer.detector, scorer.settings.error_rate),
-                  "The score is the sigmoid of the logit. It is no probability, since the calibration held "
-                  f"{calibration.n:,} real images and no synthetic one."]
-    elif calibration:
-        synthetic = calibration.n - calibration.n_real
-        part = "half" if 2*synthetic == calibration.n else f"{synthetic/calibration.n:.0%}"
-        found += [error_promise(scorer.detector, scorer.settings.error_rate),
-                  "P(synthetic) is the probability that a picture is synthetic. "
-                  f"It was calibrated on {calibration.n:,} images, {part} of them synthetic."]
-    return [*found, "A verdict is no proof. Real means that no traces of a generator were found: the picture may be edited, "
-            "or come from a generator that was not in the training data."]
+    found += [_verdict_rule(scorer, digits), error_promise(scorer.detector, scorer.settings.error_rate)]
+    if words == (DEMO_ONLY,): return found # no card has a number
+    return [*found, _number_note(scorer.detector),
+            f"A verdict is not proof. {words[-1].capitalize()} means that no traces of a generator were found: "
+            "the picture may be edited, or come from a generator that was not in the training data."]
 
 def _verdict_rule(scorer: Scorer, digits: int) -> str:
     "Thresholds of the verdict, and what else makes it unsure."
     low, high = scorer.limits
-    between = f"synthetic above {high:.{digits}f}, else real"
+    words, calibration = verdict_words(scorer.detector, scorer.settings), calibration_of(scorer.detector)
+    below = NOT_FLAGGED if calibration and calibration.real_only else "real"
+    between = f"synthetic above {high:.{digits}f}, else {below}"
     if low < high: between = f"real up to {low:.{digits}f}, synthetic above {high:.{digits}f}, unsure between"
     others = ["the picture, re-saved or reduced, gets the opposite verdict"] if scorer.settings.views else []
-    others.append(f"a side has fewer than {TOO_SMALL} pixels")
-    if trained_on_imaginet(scorer.detector): others.append(f"it is {FLAT_NOTE.partition(':')[0]}")
-    refused = verdict_words(scorer.detector, scorer.settings) == (DEMO_ONLY,)
-    would, also = ("would be", "would also be") if refused else ("is", "is also")
+    others.append(TOO_SMALL_NOTE.partition(": ")[2])
+    if trained_on_imaginet(scorer.detector):
+        others.append("the picture has large flat areas (screenshots, diagrams and text are examples)")
+    would, also = ("would be", "would also be") if words == (DEMO_ONLY,) else ("is", "is also")
     return f"The verdict {would} {between}. It {also} unsure if {', or if '.join(others)}."
 
 # %% ../../nbs/08_apps/02_predict_page.ipynb #b0d30009
+def _number_note(detector: Any) -> str:
+    "What the number on a card is."
+    calibration = calibration_of(detector)
+    score = ("The score is the output of the detector, brought into the range from 0 to 1 (the sigmoid of the logit). "
+             "It is not a probability, ")
+    if calibration is None: return f"{score}since this detector has no calibration."
+    if calibration.real_only:
+        return f"{score}since the calibration held {calibration.n:,} real images and no synthetic one."
+    synthetic = calibration.n - calibration.n_real
+    part = "half" if 2*synthetic == calibration.n else f"{synthetic/calibration.n:.0%}"
+    return ("P(synthetic) is the probability that a picture is synthetic. "
+            f"It was calibrated on {calibration.n:,} images, {part} of them synthetic.")
+
 def family_note(
     scorer: Scorer,
 ) -> str: # sentences
@@ -245,8 +251,9 @@ def family_note(
     text = (f"A guess: the most similar of the families that the detector knows, if it has at least {FAMILY_LIMIT:g} of the "
             f"score, else “{NOT_CLEAR}”. How often it is right was not measured on pictures like yours.")
     if not scorer.nearest: return f"{text} A generator of another family gets one of these names, too."
-    return (f"{text} “unknown” is said of {scorer.settings.false_alarms:.0%} of the pictures by known generators. Pictures by other "
-            "generators may get a known name all the same.")
+    rate = f"{scorer.settings.false_alarms:.0%}"
+    return (f"{text} About {rate} of the pictures by known generators are called “unknown”, too. "
+            "Pictures by other generators may get a known name all the same.")
 
 # %% ../../nbs/08_apps/02_predict_page.ipynb #54859312
 def page_facts(
@@ -256,11 +263,12 @@ def page_facts(
     header, settings, calibration = getattr(scorer.detector, "header", {}), scorer.settings, calibration_of(scorer.detector)
     facts = {"Detector": scorer.detector.name, "Identified by": scorer.identity or "its name",
              "Is shown": spec_words(default_spec(scorer.detector))}
-    method = {"platt": "Platt scaling", "temperature": "temperature scaling", "none": "sigmoid of the logit"}
+    method = {"platt": "a curve with two parameters (Platt scaling)",
+              "temperature": "a curve with one parameter (temperature scaling)", "none": "the sigmoid of the logit"}
     facts |= {name: str(header[key]) for name, key in (("Trained with profile", "profile"), ("Training data", "data_hash"),
                                                       ("Commit of the training", "git_commit")) if header.get(key)}
     if calibration and calibration.real_only:
-        facts["Probability"] = (f"sigmoid of the logit, no probability; threshold from {calibration.n_real} real pictures, "
+        facts["Probability"] = (f"sigmoid of the logit, not a probability; threshold from {calibration.n_real} real pictures, "
                                 f"data {calibration.data[:12]}")
     elif calibration:
         facts["Probability"] = (f"{method[calibration.method]}, fitted on {calibration.n} images ({calibration.n_real} real), "
@@ -270,7 +278,9 @@ def page_facts(
     facts["Views"] = ", ".join(names)
     if default_spec(scorer.detector).fit == "crops": # any other detector is shown one part, or the whole picture
         facts["Views"] += f"; up to {settings.crops} crops of a large picture" if settings.crops > 1 else "; one crop"
-    if scorer.nearest: facts["Unknown families"] = f"said of about {100*settings.false_alarms:g} % of the pictures by known generators"
+    if scorer.nearest:
+        rate = f"{100*settings.false_alarms:g} %"
+        facts["Unknown families"] = f"about {rate} of the pictures by known generators are called unknown, too"
     rate = f"error rate {100*settings.error_rate:g} %; " if calibration else "" # without a calibration, none is promised
     facts["Settings"] = f"{rate}hashes of what a row depends on: {scorer.fingerprint}"
     return facts | {"Versions": ", ".join(f"{name} {version}" for name, version in versions().items())}

@@ -69,12 +69,15 @@ GENERATOR_WORDS = re.compile(
 _PROGRAM_WORDS = re.compile(r"\bflux\b|\bimagen\b|\bgemini\b|\bfirefly\b", re.IGNORECASE)
 _PROGRAM_PLACES = re.compile(r"(PNG text|EXIF) (software|source|generator|make|model)", re.IGNORECASE)
 _WORKFLOW = re.compile(r"(workflow|prompt)\s*:\s*\{", re.IGNORECASE)
+_MODEL = re.compile(r"\bModel: *([^,\n]{1,60})") # among settings that begin with Steps
 _SEARCHED = 100_000 # characters of a text
 
 def _named(place: str, text: str) -> str:
-    "The name of a generator in a text, or the beginning of its settings; empty if there is neither."
+    "The name of a generator in a text, or the model and the beginning of its settings; empty if there is neither."
     match = GENERATOR_WORDS.search(text, 0, _SEARCHED) or _WORKFLOW.match(text)
     if not match and _PROGRAM_PLACES.fullmatch(place): match = _PROGRAM_WORDS.search(text, 0, _SEARCHED)
+    if match and match[0].lower().startswith("steps:") and (model := _MODEL.search(text, match.end(), _SEARCHED)):
+        return f"Model: {model[1].strip()}; {match[0]}"
     if match: return match[0]
     return text[:40] if place.removeprefix("PNG text ").lower() in PROMPT_KEYS and place.startswith("PNG text ") else ""
 

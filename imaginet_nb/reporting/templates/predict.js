@@ -37,7 +37,7 @@ function expect() {
     cards[i].querySelector(".p").textContent = probabilityText(posterior(rows[i].probability));
     cards[i].querySelector(".at").textContent = given;
   }
-  status.textContent = shift ? `${data.measure} is now for ${field.value} %. Verdicts do not change: they promise error rates within each class.` : "";
+  status.textContent = shift ? `${data.measure} is now for ${field.value} %. Verdicts do not change: their error rates hold within each class.` : "";
   if (!detail.hidden) show(last);
 }
 function route() {
@@ -73,8 +73,8 @@ function scores(row) {
 function facts(row) {
   const values = {"error": row.error, "why": row.reason, "the file itself says": row.says, "note": row.notes.join("; "),
     "size": row.width && `${row.width} x ${row.height} pixels`, "format": row.format, "file": row.path};
-  if (row.flat && hasNumber(row)) values["kind"] = "Perhaps a screenshot, a diagram or text: " +
-    `${Math.round(100 * row.flat)} % of what was looked at is flat. Without such pictures in the training data the score means nothing.`;
+  if (row.flat && hasNumber(row)) values["flat areas"] = `${Math.round(100 * row.flat)} % of what was looked at, as in a screenshot, a diagram or text. ` +
+    "If the training data held no such pictures, the score means nothing.";
   return table(Object.entries(values).filter(([, value]) => value));
 }
 function folded(title, ...content) {
@@ -89,7 +89,7 @@ function onRequest(row) {
   if ("logit" in row) {
     const numbers = [["logit", row.logit.toFixed(3)], ["squares", row.crops]];
     if ("crop_spread" in row) numbers.push(["spread of their logits", row.crop_spread.toFixed(3)]);
-    boxes.push(folded(`Numbers behind it${whose && ","}${whose}`, table(numbers)));
+    boxes.push(folded(`More numbers${whose}`, table(numbers)));
   }
   return boxes;
 }
@@ -113,18 +113,18 @@ function figure(row, image) {
     const share = row.share > 0.995 ? "all" : `${Math.max(1, Math.round(100 * row.share))} %`, n = row.squares.length;
     frame.append(outlines(row));
     caption.append(make("p", `The detector looked at ${n === 1 ? "one part" : `${n} squares`}, outlined: ${share} of the picture. ` +
-      (share === "all" ? "" : "It knows nothing of the rest.")));
+      (share === "all" ? "" : "The rest was not scored.")));
   }
   if (row.problem) caption.append(make("p", row.problem));
   if (!row.map) return figure;
   const over = make("img", undefined, {class: "over", src: row.map, alt: "class-activation map"});
-  const label = make("label", `Class-activation map${data.demo ? " of the demo detector" : ""}: which places raised or lowered the score`);
+  const label = make("label", `Which places raised or lowered the score${data.demo ? " of the demo detector" : ""} (class-activation map)`);
   const box = make("input", undefined, {type: "checkbox", id: "map", checked: ""}), scale = make("div", undefined, {class: "scale"});
   box.addEventListener("change", () => over.hidden = scale.hidden = !box.checked);
   label.prepend(box);
   frame.append(over);
   scale.append(make("span", `real \u2212${row.limit.toFixed(1)}`), make("span", undefined, {class: "bar"}),
-    make("span", `+${row.limit.toFixed(1)} synthetic`), make("span", "contribution to the logit; without colour: none", {class: "unit"}));
+    make("span", `+${row.limit.toFixed(1)} synthetic`), make("span", "contribution to the logit, from which the score is computed; without colour: none", {class: "unit"}));
   caption.append(label, scale);
   return figure;
 }
