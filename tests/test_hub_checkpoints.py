@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_hub import vit
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
@@ -76,10 +77,14 @@ class Models(BaseHTTPRequestHandler):
         name = re.match(r"/(?:api/models/)?([^/]+/[^/]+)", path)[1]
         model, allowed = state.models.get(name), self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if model is None or model.private and not allowed: return self.answer(401, X_Error_Code="RepoNotFound")
-        if path.startswith("/api/models/"): return self.answer(200, {"id": name, "private": model.private, "siblings": []})
-        revision, _, file = path.partition("/resolve/")[2].partition("/")
-        commit = list(model.commits)[-1] if revision == "main" else revision
+        about = path.startswith("/api/models/")
+        revision, _, file = path.partition("/revision/" if about else "/resolve/")[2].partition("/")
+        commit = list(model.commits or [None])[-1] if revision in ("", "main") else revision
+        if about and not revision: return self.answer(200, {"id": name, "private": model.private, "siblings": []})
         if commit not in model.commits: return self.answer(404, X_Error_Code="RevisionNotFound")
+        if about:
+            siblings = [{"rfilename": name} for name in model.commits[commit]]
+            return self.answer(200, {"id": name, "private": model.private, "sha": commit, "siblings": siblings})
         if file not in model.commits[commit]: return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = model.commits[commit][file]
         self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=commit)
@@ -140,6 +145,23 @@ def test_a_checkpoint_is_sent_once_agreed_and_is_the_same_when_it_comes_back(hub
     found, expected = next(read_scores(tmp_path/"a.csv")), next(score_files([tmp_path/"a.png"], local))
     assert found["settings"] == local.fingerprint
     assert found["logit"] == pytest.approx(expected["logit"], abs=1e-5)
+
+
+def test_a_classifier_comes_from_the_hub_without_its_code(hub, tmp_path, monkeypatch):
+    "Of a branch: its commit is in every row. Files that could run anything are not even fetched."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    vit(tmp_path/"vit")
+    files = {path.name: path.read_bytes() for path in (tmp_path/"vit").iterdir()}
+    files |= {"modeling_vit.py": b"raise SystemExit('run')", "pytorch_model.bin": b"pickle"}
+    hub.models["someone/classifier"] = SimpleNamespace(private=False, commits={"a"*40: {"config.json": b"{}"}, "b"*40: files})
+    save(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), tmp_path/"a.png")
+    for source, table in (("hf:someone/classifier", "hub.csv"), (f"hf:{tmp_path/'vit'}", "folder.csv")):
+        scored = run("predict", tmp_path/"a.png", "--out", tmp_path/table, "--detector", source, "--device", "cpu", "--no-views")
+        assert scored.exit_code == 0, scored.output
+    found, expected = (next(read_scores(tmp_path/table)) for table in ("hub.csv", "folder.csv"))
+    assert found["logit"] == expected["logit"] and "b"*40 in found["settings"]
+    fetched = {path.name for path in (tmp_path/"cache").rglob("snapshots/*/*")}
+    assert "model.safetensors" in fetched and not fetched & {"modeling_vit.py", "pytorch_model.bin"}
 
 
 @pytest.mark.parametrize("repository", ["someone/detector@v2", "hf:someone/detector"])
