@@ -126,7 +126,7 @@ def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
         shown = window.ask("[...document.images].map(i => [i.src.split('/').pop(), i.naturalWidth > 0])")
         assert shown == [[f"{name}.png", True] for name in ("detection_by_generator", "roc", "scores")]
         frames = window.ask("[...document.images].map(i => [i.naturalWidth/i.getBoundingClientRect().width, "
-                            "i.parentElement.clientWidth, i.parentElement.scrollWidth])")
+                            "i.closest('figure').clientWidth, i.closest('figure').scrollWidth])")
         for smaller, frame, inside in frames: # labels of 8 points at 150 dpi remain 10 pixels high; a narrow frame scrolls
             assert smaller < 1.6 and frame < width and (inside > frame) == (width < 600), frames
         heads = window.ask("[...document.querySelectorAll('.table')].map(t => [t.innerText.includes('Empirical FPR'), "
