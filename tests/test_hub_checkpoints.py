@@ -77,13 +77,15 @@ class Models(BaseHTTPRequestHandler):
         name = re.match(r"/(?:api/models/)?([^/]+/[^/]+)", path)[1]
         model, allowed = state.models.get(name), self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if model is None or model.private and not allowed: return self.answer(401, X_Error_Code="RepoNotFound")
-        about = path.startswith("/api/models/")
-        revision, _, file = path.partition("/revision/" if about else "/resolve/")[2].partition("/")
-        commit = list(model.commits or [None])[-1] if revision in ("", "main") else revision
-        if about and not revision: return self.answer(200, {"id": name, "private": model.private, "siblings": []})
+        kind = next((kind for kind in ("resolve", "revision", "tree") if f"/{kind}/" in path), None)
+        if kind is None: return self.answer(200, {"id": name, "private": model.private, "siblings": []})
+        revision, _, file = path.partition(f"/{kind}/")[2].partition("/")
+        commit = list(model.commits)[-1] if revision == "main" else revision
         if commit not in model.commits: return self.answer(404, X_Error_Code="RevisionNotFound")
-        if about:
-            siblings = [{"rfilename": name} for name in model.commits[commit]]
+        files = model.commits[commit]
+        if kind == "tree": return self.answer(200, [dict(type="file", path=one, size=len(files[one]), oid=one) for one in files])
+        if kind == "revision":
+            siblings = [{"rfilename": one} for one in files]
             return self.answer(200, {"id": name, "private": model.private, "sha": commit, "siblings": siblings})
         if file not in model.commits[commit]: return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = model.commits[commit][file]
