@@ -277,7 +277,8 @@ def missing_units(
         for settings in set(table["settings"].to_pylist()): refuse_other({"settings": settings}, scorer, part)
         _refuse_other_limit(table, most, part)
         name, paths = part.rpartition("/")[2], table["path"].to_pylist()
-        if any(_changed(file) > _changed(part) for file in _files_of(paths, of_part.get(name, {}), listed)):
+        made = _changed(part) # if that is unknown, nothing tells that a file is younger
+        if made and any(_changed(file) > made for file in _files_of(paths, of_part.get(name, {}), listed)):
             files, place = url_to_fs(part)
             files.rm_file(place)
             continue
