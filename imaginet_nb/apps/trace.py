@@ -119,6 +119,7 @@ def recorded_states(
         states = {digest: file_state(path, digest) for digest in sorted(recorded.get(name, ()))}
         for digest, state in (states or {"": NOT_RECORDED if path.is_file() else ABSENT}).items(): yield path, digest, state
 
+# %% ../../nbs/08_apps/10_trace.ipynb #2f00001b
 def manifest_origins(
     report: Path, # folder of a report
     names: Iterable[str], # of files in its folder `manifests`
