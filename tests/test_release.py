@@ -56,6 +56,9 @@ def published(tmp_path) -> Path:
     for name in ("settings.ini", "CITATION.cff", "CHANGELOG.md", "nbs/index.ipynb", "nbs/tutorials/score_my_pictures.ipynb"):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).write_bytes((ROOT/name).read_bytes())
+    tutorial = tmp_path/"nbs"/"tutorials"/"score_my_pictures.ipynb" # a published copy may already have the address below
+    bare = with_launch_cells(json.loads(tutorial.read_text(encoding="utf-8")), {}, "")
+    tutorial.write_text(json.dumps(bare, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     settings = (ROOT/"settings.ini").read_text(encoding="utf-8")
     settings = re.sub(r"^git_url = .*$", f"git_url = {ADDRESS}/", settings, flags=re.M) # a slash at the end does no harm
     settings = re.sub(r"^author_email = .*$", "author_email = someone@there.org", settings, flags=re.M)
