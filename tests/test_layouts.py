@@ -208,6 +208,15 @@ def test_a_picture_inside_that_is_none_and_a_file_that_is_none(tmp_path):
     with pytest.raises(AnnotationError, match="d.parquet, row 2: unknown label 'perhaps'"): read_custom_dataset(tmp_path/"d.parquet")
 
 
+def test_a_parquet_file_of_paths_alone_is_refused(tmp_path):
+    "Every row was an `empty file`, and the evaluation ended without a reason."
+    frame = pd.DataFrame({"image": [dict(bytes=None, path="1.png")]*2, "label": ["real", "fake"]})
+    pq.write_table(pa.Table.from_pandas(frame, pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+                                                          "label": pa.string()})), tmp_path/"a.parquet")
+    with pytest.raises(AnnotationError, match="a.parquet: the column image holds paths alone, no pictures"):
+        read_custom_dataset(tmp_path/"a.parquet")
+
+
 def test_the_column_of_the_pictures_is_not_another_one(tmp_path):
     "A mask or a hash before the image was scored in its place, and the sentence named the wrong columns."
     rows = [dict(mask=dict(bytes=content(255), path="m.png"), md5=b"\1\2", image=dict(bytes=content(10*k), path=f"{k}.png"),
