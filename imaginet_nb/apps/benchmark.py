@@ -454,14 +454,14 @@ def plot_ratios(
     figure, (axes,) = new_figure(height=1 + 0.26*len(ratios))
     names = [_in_words(*key) for key in zip(ratios["group"], ratios["case"], strict=True)]
     axes.barh(names, ratios["ratio"] - 1, left=1, color=BLUE, height=0.7)
-    axes.axvline(1, color=DARK, lw=1, label="as fast as the baseline")
+    axes.axvline(1, color=DARK, lw=1, label="as fast as the plain implementation")
     aims = ratios.reset_index(drop=True).merge(targets[["group", "case", "target"]], how="left")["target"]
     axes.plot(aims, names, "|", color=RED, ms=13, mew=2.5, label="target")
     for name, ratio, aim in zip(names, ratios["ratio"], aims, strict=True):
         axes.annotate(f"{ratio:.2f}", (max(ratio, 1, aim if aim == aim else 0), name), va="center", fontsize=7.5, xytext=(7, 0),
                       textcoords="offset points")
     ends = pd.concat([ratios["ratio"], aims]).agg(["min", "max"])
-    axes.set(xscale="log", xlabel="times as fast as the plain way", xlim=(min(0.4, 0.9*ends["min"]), 2*ends["max"]))
+    axes.set(xscale="log", xlabel="speed relative to the plain implementation", xlim=(min(0.4, 0.9*ends["min"]), 2*ends["max"]))
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
