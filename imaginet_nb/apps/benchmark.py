@@ -43,7 +43,7 @@ from ..models.resnet import to_device
 from ..models.selfcon import ImagiNetClassifier, PixelDetector, SelfConNet
 from ..data.sandbox import brush, city, dead_leaves, photograph
 from ..data.packed import Store
-from ..reporting.figures import BLUE, DARK, GREY, RED, STYLE, finish, label_styles, new_figure
+from ..reporting.figures import DARK, SPARE, STYLE, finish, label_styles, new_figure
 from ..training.loop import Batch, make_optimizer
 from ..training.stages import heads_step, selfcon_step
 
@@ -437,6 +437,7 @@ def decoding_cases(
             "ours": lambda: list(score_files(paths, scorer, readers))}
 
 # %% ../../nbs/08_apps/07_benchmark.ipynb #b249efe5
+(SPEED, _), (TARGET, _) = SPARE[:2] # colours of measured values, and of targets
 WORDS = {"loader": "loading,", "stage1": "stage 1", "stage2": "stage 2", "testset": "test set", "training": "training step,", "cpu": "CPU",
          "gpu": "GPU", "predict": "predict,", "decoding": "beside decoding alone", "grad": "gradient",
          "cache": "caching", "inference": "inference,"}
@@ -453,10 +454,10 @@ def plot_ratios(
     "Speed of each case relative to its baseline, with the targets."
     figure, (axes,) = new_figure(height=1 + 0.26*len(ratios))
     names = [_in_words(*key) for key in zip(ratios["group"], ratios["case"], strict=True)]
-    axes.barh(names, ratios["ratio"] - 1, left=1, color=BLUE, height=0.7)
+    axes.barh(names, ratios["ratio"] - 1, left=1, color=SPEED, height=0.7)
     axes.axvline(1, color=DARK, lw=1, label="as fast as the plain implementation")
     aims = ratios.reset_index(drop=True).merge(targets[["group", "case", "target"]], how="left")["target"]
-    axes.plot(aims, names, "|", color=RED, ms=13, mew=2.5, label="target")
+    axes.plot(aims, names, "|", color=TARGET, ms=13, mew=2.5, label="target")
     for name, ratio, aim in zip(names, ratios["ratio"], aims, strict=True):
         axes.annotate(f"{ratio:.2f}", (max(ratio, 1, aim if aim == aim else 0), name), va="center", fontsize=7.5, xytext=(7, 0),
                       textcoords="offset points")
@@ -477,7 +478,7 @@ def plot_memory(
     chunk, batch = memory["chunk"].min(), memory["batch"].mode().iloc[0]
     for axes, what, fixed, value in zip(panels, ("batch", "chunk"), ("chunk", "batch"), (chunk, batch), strict=True):
         rows = memory[memory[fixed].eq(value)].sort_values(what)
-        axes.plot(rows[what], rows["network_mb"], "o-", color=BLUE)
+        axes.plot(rows[what], rows["network_mb"], "o-", color=SPEED)
         axes.set(title=f"{fixed} of {value} images", xlabel=f"{what} (images)")
     panels[0].set(ylabel="kept for backward (MB)", ylim=(0, 1.08*memory["network_mb"].max()))
     return finish(figure)
@@ -490,7 +491,7 @@ def plot_inference(
     groups = [group for group in ("inference_cpu", "inference_gpu") if rows["group"].eq(group).any()]
     figure, panels = new_figure(len(groups), height=3.2, sharey=False)
     rows = rows[rows["case"].ne("ours")] # is one of the others
-    looks = label_styles([case for case in rows.loc[rows["group"].isin(groups), "case"] if case != "plain"]) | {"plain": (GREY, "P")}
+    looks = label_styles([case for case in rows.loc[rows["group"].isin(groups), "case"] if case != "plain"]) | {"plain": (DARK, "P")}
     for axes, group in zip(panels, groups, strict=True):
         shown = rows[rows["group"].eq(group)]
         for case, some in shown.groupby("case", sort=False):
