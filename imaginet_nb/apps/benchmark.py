@@ -6,7 +6,7 @@
 __all__ = ['CPU', 'RATIO_COLUMNS', 'KINDS', 'WORDS', 'interleaved', 'device_name', 'compare', 'summary', 'matmul_peak',
            'copy_peak', 'operations', 'traffic', 'kept_bytes', 'allocated_bytes', 'predict_cost', 'mixed_files',
            'PillowImages', 'loader_cases', 'container_cases', 'training_case', 'settled', 'logit_difference', 'feeding',
-           'large_jpegs', 'decoding_cases', 'plot_ratios', 'plot_memory', 'plot_inference']
+           'large_jpegs', 'decoding_cases', 'in_words', 'plot_ratios', 'plot_memory', 'plot_inference']
 
 # %% ../../nbs/08_apps/07_benchmark.ipynb #39d84af6
 import copy
@@ -442,8 +442,11 @@ WORDS = {"loader": "loading,", "stage1": "stage 1", "stage2": "stage 2", "testse
          "gpu": "GPU", "predict": "predict,", "decoding": "beside decoding alone", "grad": "gradient",
          "cache": "caching", "inference": "inference,"}
 
-def _in_words(group: str, case: str) -> str:
-    "A row of the ratios for a reader."
+def in_words(
+    group: str, # of a row of `summary`
+    case: str,
+) -> str: # such as "loading, stage 1 (packed)"
+    "Name of a ratio for a reader."
     return f"{' '.join(WORDS.get(part, part) for part in group.split('_'))} ({case})".replace(", (", " (")
 
 @mpl.rc_context(STYLE)
@@ -453,7 +456,7 @@ def plot_ratios(
 ) -> Figure:
     "Speed of each case relative to its baseline, with the targets."
     figure, (axes,) = new_figure(height=1 + 0.26*len(ratios))
-    names = [_in_words(*key) for key in zip(ratios["group"], ratios["case"], strict=True)]
+    names = [in_words(*key) for key in zip(ratios["group"], ratios["case"], strict=True)]
     axes.barh(names, ratios["ratio"] - 1, left=1, color=SPEED, height=0.7)
     axes.axvline(1, color=DARK, lw=1, label="as fast as the plain implementation")
     aims = ratios.reset_index(drop=True).merge(targets[["group", "case", "target"]], how="left")["target"]
