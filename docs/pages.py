@@ -246,7 +246,7 @@ def api_index() -> str:
 
 def benchmark_page() -> str:
     "Times compared with a plain baseline: first the ratios, then the details."
-    from imaginet_nb.apps.benchmark import in_words # with torch: not for the other pages
+    from imaginet_nb.apps.benchmark import in_words  # with torch: not for the other pages
     tables = ROOT/"reports"/"benchmark"/"tables"
     def rows_of(name: str) -> list[dict[str, str]]: return list(csv.DictReader((tables/f"{name}.csv").open(encoding="utf-8")))
     def time(text: str) -> str: return f"{float(text):,.3g}" if float(text) < 1000 else f"{float(text):,.0f}"
