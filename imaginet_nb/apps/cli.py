@@ -556,8 +556,8 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows; pictures that changed, or that another "
-                     "--max-megapixels concerns, are scored again; other detectors, options, libraries are refused.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep earlier rows; score again what has another SHA-256 "
+                     "(ray: file time) or another pixel limit; refuse other detectors, options, libraries.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
                                                    "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,
