@@ -21,6 +21,7 @@ from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import FAMILIES
 from imaginet_nb.detectors.custom import DetectorError, FileDetector, load_custom_detector, read_settings, weights_sha256
 from imaginet_nb.detectors.predictions import predict
+from imaginet_nb.evaluation.bootstrap import unscored_note
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 KEYS = dict(name="Somebody", input_size=16, range=[0, 1], mean=list(MEAN), std=list(STD), output="logit")
@@ -92,16 +93,17 @@ def write_script(path: Path, net: nn.Module, how: str) -> Path:
 
 # the same numbers as the network itself
 
-@pytest.mark.parametrize("file, how", [("net.pt", "script"), ("net.ts", "trace"), ("net.pt2", "export")])
+@pytest.mark.parametrize("file, how", [("net.pt", "script"), ("NET.PT", "script"), ("net.ts", "trace"), ("net.pt2", "export")])
 def test_programs_score_as_the_network_does(net, images, tmp_path, file, how):
     detector = load_custom_detector(str(write_yaml(write_script(tmp_path/file, net, how))), trust=True)
     with torch.no_grad(): torch.testing.assert_close(detector.score(images), net(feed(images))[:, 0], atol=1e-5, rtol=0)
     assert (detector.name, detector.input_size, detector.tracks) == ("Somebody", 16, ("detection",))
 
 
-@pytest.mark.parametrize("shape", [("B", 3, "H", "W"), ("B", 3, 16, 16), (1, 3, 16, 16), (None, None, None, None)])
-def test_graphs_score_as_the_network_does(net, images, tmp_path, shape):
-    detector = load_custom_detector(str(write_yaml(write_onnx(tmp_path/"net.onnx", net, shape))))
+@pytest.mark.parametrize("file, shape", [("net.onnx", ("B", 3, "H", "W")), ("net.onnx", ("B", 3, 16, 16)), ("net.onnx", (1, 3, 16, 16)),
+                                         ("NET.ONNX", (None, None, None, None))])
+def test_graphs_score_as_the_network_does(net, images, tmp_path, file, shape):
+    detector = load_custom_detector(str(write_yaml(write_onnx(tmp_path/file, net, shape))))
     with torch.no_grad(): torch.testing.assert_close(detector.score(images), net(feed(images))[:, 0], atol=1e-5, rtol=0)
 
 
@@ -418,6 +420,19 @@ def test_the_grid_corrupts_whole_pictures_for_a_detector_that_is_shown_them(tmp_
     real = table[table["group"].eq("real")].set_index(["perturbation", "value"])["shift"]
     assert len(real) == 17 and real["crop", 50] == pytest.approx(8*(0.36 - 0.84), abs=0.05)
     assert real["resize", 4] == pytest.approx(0, abs=0.05) and "Whole pictures were corrupted; of each the detector was shown" in caption
+
+
+def test_pictures_that_a_codec_cannot_hold_are_missing_at_its_points_alone(tmp_path, monkeypatch):
+    "An evaluation that ended, after all its work, at one picture of 20,000 pixels; or a table that does not say that it is missing."
+    detector, _ = squares(tmp_path, input_size=20, fit="squash")
+    for side, name in ((20_000, "real/long.png"), (70_000, "synthetic/gan/longer.png")):
+        save(np.full((2, side, 3), 255, np.uint8), tmp_path/"pictures"/name)
+    scored = {("jpeg", 80): 3, ("webp", 40): 2, ("avif", 40): 3, ("resize", 2): 4, ("screenshot", 125): 3}
+    monkeypatch.setattr("imaginet_nb.apps.evaluate.grid_points", lambda: list(scored))
+    found = judge(detector, read_custom_dataset(tmp_path/"pictures"), robustness=8, resamples=10, num_workers=0)
+    table = found.tables["robustness_loss"][0].set_index(["perturbation", "value"])
+    assert found.predictions["error"].isna().all() and table["n"].to_dict() == scored
+    assert table["note"].tolist() == [unscored_note(4 - n) for n in scored.values()]
 
 
 def test_what_is_shown_belongs_to_the_fingerprint(net, tmp_path):

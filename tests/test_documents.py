@@ -104,3 +104,13 @@ def test_the_picture_of_the_readme_has_as_many_images_as_its_text_says():
     record = json.loads((repo_root()/"reports"/"demo"/"figures"/"umap_family.provenance.json").read_text(encoding="utf-8"))
     n = re.search(r"of ([\d,]+) test images", record["caption"])[1]
     assert f"![Features of the detector for {n} test images" in (repo_root()/"README.md").read_text(encoding="utf-8")
+
+
+def test_the_results_of_the_readme_are_those_of_the_committed_table():
+    "The stored output of the index is as old as its last run."
+    table = (repo_root()/"reports"/"demo"/"tables"/"detection_by_family.md").read_text(encoding="utf-8")
+    means = [line for line in table.splitlines() if "| Mean " in line]
+    shown = (repo_root()/"README.md").read_text(encoding="utf-8").splitlines()
+    assert means and [line for line in shown if "| Mean " in line] == means
+    told = [line for line in table.splitlines() if line.startswith(("ACC: ", "AUC: "))]
+    assert told and [line for line in shown if line.startswith(("ACC: ", "AUC: "))] == told

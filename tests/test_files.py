@@ -214,7 +214,7 @@ OTHERS = {"web_page.jpg": (b"<!DOCTYPE html><html>403 Forbidden</html>", "a web 
           "denied.png": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML document"),
           "video.mp4": (b"\0\0\0\x18ftypmp42" + bytes(200), "a video: .*ffmpeg"), "video.webm": (b"\x1aE\xdf\xa3" + bytes(20), "a video"),
           "paper.pdf": (b"%PDF-1.7\n", "a PDF"), "layers.psd": (b"8BPS\0\1", "Photoshop"),
-          "many.zip": (b"PK\3\4" + bytes(20), "an archive"),
+          "many.zip": (b"PK\3\4" + bytes(20), "an archive"), "MANY.TAR": (bytes(257) + b"ustar\0" + bytes(249), "an archive: unpack it"),
           "many.parquet": (b"PAR1" + bytes(20) + b"PAR1", "a Parquet file in which no pictures are found: .*end in .parquet"),
           "._cat.jpg": (b"\0\5\x16\7" + bytes(80), "a macOS metadata file"), "table.csv": (b"path,origin\n", "or damaged at its beginning")}
 UNREAD = {"raw.cr2": (b"II*\0\x10\0\0\0CR\2\0" + bytes(200), "a camera raw file: develop it"),

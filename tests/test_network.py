@@ -1,13 +1,11 @@
 """Nothing is sent: every connection and every look-up of a name that a command or its children try is caught and noted.
 
-The guard is a small library that the system loads before all others. It stands between each program, native code included,
-and the system's functions, notes what would leave this machine, and refuses it.
+The guard is tests/network_guard.py. tests/test_ray.py uses it for `predict --engine ray`.
 """
 import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from network_guard import build_guard, noted
 from onnx import helper
 
 from imaginet_nb.core import repo_root, seed_everything
@@ -24,63 +23,6 @@ from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 ROOT, IMAGINET = repo_root(), (sys.executable, "-m", "imaginet_nb.apps.cli")
-GUARD = r"""
-#define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <netdb.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static void note(const char *what, const char *where) {
-    char line[600];
-    int n = snprintf(line, sizeof line, "%s %s\n", what, where), file = open(getenv("NETWORK_LOG"), O_WRONLY | O_APPEND | O_CREAT, 0600);
-    if (file >= 0) { if (write(file, line, n) < 0) {} close(file); }
-}
-static int leaves(const char *what, const struct sockaddr *to) {
-    char text[INET6_ADDRSTRLEN] = "";
-    if (!to) return 0;
-    if (to->sa_family == AF_INET) {
-        const struct in_addr *a = &((const struct sockaddr_in *)to)->sin_addr;
-        if (ntohl(a->s_addr) >> 24 == 127 || a->s_addr == 0) return 0;
-        inet_ntop(AF_INET, a, text, sizeof text);
-    } else if (to->sa_family == AF_INET6) {
-        const struct in6_addr *a = &((const struct sockaddr_in6 *)to)->sin6_addr;
-        if (IN6_IS_ADDR_LOOPBACK(a) || IN6_IS_ADDR_UNSPECIFIED(a)) return 0;
-        if (IN6_IS_ADDR_V4MAPPED(a) && a->s6_addr[12] == 127) return 0;
-        inet_ntop(AF_INET6, a, text, sizeof text);
-    } else return 0;
-    note(what, text);
-    errno = ENETUNREACH;
-    return 1;
-}
-int connect(int s, const struct sockaddr *to, socklen_t n) {
-    int (*real)(int, const struct sockaddr *, socklen_t) = dlsym(RTLD_NEXT, "connect");
-    return leaves("connect", to) ? -1 : real(s, to, n);
-}
-ssize_t sendto(int s, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t n) {
-    ssize_t (*real)(int, const void *, size_t, int, const struct sockaddr *, socklen_t) = dlsym(RTLD_NEXT, "sendto");
-    return leaves("sendto", to) ? -1 : real(s, data, size, flags, to, n);
-}
-int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
-    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
-    unsigned char address[16];
-    int numeric = !name || inet_pton(AF_INET, name, address) || inet_pton(AF_INET6, name, address);
-    if (numeric || !strcmp(name, "localhost")) return real(name, service, hints, found);
-    note("getaddrinfo", name);
-    return EAI_FAIL;
-}
-struct hostent *gethostbyname(const char *name) {
-    struct hostent *(*real)(const char *) = dlsym(RTLD_NEXT, "gethostbyname");
-    if (!strcmp(name, "localhost")) return real(name);
-    note("gethostbyname", name);
-    return NULL;
-}
-"""
 # of continuous integration and of test runs: with one of them set, a library keeps quiet that would speak to a user's network
 QUIET_ELSEWHERE = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "JENKINS_URL", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "HF_HUB_OFFLINE",
                    "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
@@ -101,7 +43,7 @@ class Watched:
         return done
 
     def tried(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
+        return noted(self.log)
 
     def traces(self) -> list[str]:
         "What a library that reports would leave below ~/.cache: an identifier of the device, a data base of what waits to be sent."
@@ -111,12 +53,8 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if sys.platform != "linux" or compiler is None: pytest.skip("the guard needs Linux and a C compiler")
-    folder = tmp_path_factory.mktemp("guard")
-    (folder/"guard.c").write_text(GUARD)
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder/"guard.so", folder/"guard.c", "-ldl"], check=True)
-    return folder/"guard.so"
+    built = build_guard(tmp_path_factory.mktemp("guard"))
+    return built or pytest.skip("the guard needs Linux and a C compiler")
 
 
 @pytest.fixture

@@ -156,6 +156,13 @@ def test_identification_has_both_settings(report):
     assert set(pd.read_csv(report/"tables"/"identification.csv")["setting"]) == {"perturbed", "clean", "original"}
 
 
+def test_records_name_the_files_that_results_were_made_from(report):
+    "Catches a notebook that forgets them, of which `imaginet trace` can then say nothing. Table 6 is measured: it reads no file."
+    records = {path.relative_to(report).as_posix(): json.loads(path.read_text()) for path in report.glob("*/*.provenance.json")}
+    without = {name for name, record in records.items() if not record["inputs"]}
+    assert len(records) > 50 and without == {"tables/inference_time.provenance.json"}
+
+
 def test_the_estimate_counts_the_images_that_were_predicted(report):
     "Catches a part of p47 that the hours of `DRYRUN=1` leave out. The score calibration is predicted in p40 and p45."
     table = estimate(load_profile("smoke"), dict.fromkeys(("pretrain", "infer", "ablation"), 1.0)).set_index("notebook")

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from network_guard import build_guard, noted
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
@@ -18,6 +20,7 @@ from imaginet_nb.apps.predict import read_scores
 from imaginet_nb.apps.ray_engine import parts_of
 from imaginet_nb.data.images import save
 
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" # read at import: a cluster of one machine, on the loopback
 ray = pytest.importorskip("ray")
 
 DETECTOR = """
@@ -32,6 +35,8 @@ class Meter:
         return images.float().mean((1, 2, 3)) - 128
 """
 PICTURES = 30
+# what Ray's server asks for when it starts, usage statistics or not: is this machine in a cloud?
+OF_A_CLOUD = {"connect 169.254.169.254", "getaddrinfo metadata.google.internal"}
 
 
 def predict(*words) -> str:
@@ -45,7 +50,18 @@ def rows(out: str | Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def guarded(tmp_path_factory) -> Iterator[Path | None]:
+    "What all processes that Ray starts try to reach is refused and noted in this file; None where there is no guard."
+    folder = tmp_path_factory.mktemp("guard")
+    guard, log = build_guard(folder), folder/"network.log"
+    with pytest.MonkeyPatch.context() as environment:
+        if guard: environment.setenv("LD_PRELOAD", str(guard))
+        environment.setenv("NETWORK_LOG", str(log))
+        yield log if guard else None
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, guarded):
     "Pictures, one of them corrupt, in ten row groups of a list; a cluster of two cores."
     folder, before = tmp_path_factory.mktemp("ray"), Path.cwd()
     os.chdir(folder)
@@ -53,7 +69,6 @@ def here(tmp_path_factory):
     for k in range(PICTURES): save(np.full((20, 20, 3), 70 + k, np.uint8), folder/"set"/f"{k:02d}.png")
     (folder/"set"/"03.png").write_bytes(b"no picture")
     pd.DataFrame({"path": [f"set/{k:02d}.png" for k in range(PICTURES)]}).to_parquet("list.parquet", row_group_size=3)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_worker_niceness"] = "0" # otherwise the other tests leave Ray's processes no core
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=80_000_000)
     yield folder
@@ -131,3 +146,12 @@ def test_a_driver_that_is_killed_and_started_again_scores_only_what_has_no_part(
     tar = re.compile(rf"{re.escape(tars)}/\d\.tar/")
     def renamed(row): return {key: tar.sub("set/", value) if isinstance(value, str) else value for key, value in row.items()}
     assert sorted(map(renamed, rows(out)), key=lambda row: row["path"]) == local
+
+
+def test_neither_ray_nor_its_actors_send_anything(here, guarded, whole):
+    "The last of these tests, so that what a library sends after a while is noted, too."
+    if guarded is None: pytest.skip("the guard needs Linux and a C compiler")
+    probe = ray.remote(lambda: subprocess.run([sys.executable, "-c", "import socket; socket.create_connection(('192.0.2.1', 9))"],
+                                              stderr=subprocess.DEVNULL).returncode)
+    assert ray.get(probe.remote()) == 1
+    assert set(noted(guarded)) <= {"connect 192.0.2.1"} | OF_A_CLOUD and "connect 192.0.2.1" in noted(guarded)

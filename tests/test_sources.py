@@ -21,6 +21,7 @@ from forks import imaginet
 from hub import COMMIT, TOKEN, serve
 from multivolumefile import MultiVolume
 
+from imaginet_nb.core import repo_root
 from imaginet_nb.data import imaginet as S
 from imaginet_nb.data.images import decode, save
 from imaginet_nb.data.labels import AnnotationError
@@ -368,7 +369,7 @@ def test_build_links_by_path_then_by_name(original, tmp_path):
 
 
 def test_every_folder_of_the_authors_lists_is_known():
-    folder = Path(os.environ.get("IMAGINET_ANNOTATIONS", Path(__file__).resolve().parents[2]/"shared"/"annotations"))
+    folder = Path(os.environ.get("IMAGINET_ANNOTATIONS") or repo_root().parent/"shared"/"annotations")
     if not (folder/"test_annotations.txt").is_file(): pytest.skip("the authors' annotation lists are not there; set IMAGINET_ANNOTATIONS")
     test = read_annotations(folder/"test_annotations.txt", "test")
     assert not any(S._label_fault(row) for row in test.itertuples())

@@ -261,11 +261,21 @@ def build(
     typer.echo(report[["folder", "holds", "listed", "there", "missing"]].to_string(index=False))
     for row in report[report["missing"] > 0].itertuples(): typer.echo(f"{row.folder}: {row.missing:,} missing; {row.get}")
 
+# %% ../../nbs/08_apps/11_cli.ipynb #f3f5b4df
+def _listed(path: Path, split: str) -> pd.DataFrame: # manifest
+    "A manifest (CSV, TSV), or a list of the authors, whose images are of the given split."
+    from imaginet_nb.data.manifest import AnnotationError, read_manifest_csv
+    from imaginet_nb.data.splits import read_annotations
+    kind = path.suffix.lower()
+    if kind == ".parquet": raise AnnotationError(f"{path}: needed is a CSV or TSV file, or a list of the authors; save it as CSV")
+    return read_manifest_csv(path) if kind in (".csv", ".tsv") else read_annotations(path, split)
+
+
 # %% ../../nbs/08_apps/11_cli.ipynb #f3f5b4e0
 @command(data_app, "perturb", "root")
 def perturb(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images; the set goes to FOLDER/testset.")],
-    manifest: Annotated[Path | None, typer.Option("--list", help="Manifest (CSV) or list of the authors; if not given, "
+    manifest: Annotated[Path | None, typer.Option("--list", help="Manifest (CSV, TSV) or list of the authors; if not given, "
                                                                  "FOLDER/annotations/test_annotations.txt.")] = None,
     authors_lists: Annotated[Path | None, typer.Option(help="Folder of the authors' group lists, followed line by line.")] = None,
     size: Annotated[int, typer.Option(help="Side of the results, in pixels.")] = 256,
@@ -277,13 +287,10 @@ def perturb(
 
     Layout, numbering and lists are those of the authors. A set made with other settings or images is replaced.
     """
-    from imaginet_nb.data.manifest import read_manifest_csv
-    from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.perturbed import make_testset
     from imaginet_nb.data.corruptions import Perturb
     manifest = manifest or root/"annotations"/"test_annotations.txt"
-    images = read_manifest_csv(manifest) if manifest.suffix == ".csv" else read_annotations(manifest, "test")
-    made = make_testset(images, root, Perturb(size=size, crop_cap=crop_cap or None), seed, jobs, authors_lists)
+    made = make_testset(_listed(manifest, "test"), root, Perturb(size=size, crop_cap=crop_cap or None), seed, jobs, authors_lists)
     typer.echo(f"{root/'testset'}: {len(made)} images of {made['source'].nunique()} files; lists beside them")
 
 # %% ../../nbs/08_apps/11_cli.ipynb #7d5adba1
@@ -291,24 +298,22 @@ def perturb(
 def pack(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images.")],
     out: Annotated[Path, typer.Option(help="Folder of the store.")],
-    manifest: Annotated[list[Path] | None, typer.Option("--list", help="Manifest (CSV) or list of the authors; repeat it. If not given, "
-                                                                       "FOLDER/annotations/{train_annotations,calibration}.txt.")] = None,
+    manifest: Annotated[list[Path] | None, typer.Option(
+        "--list", help="Manifest (CSV, TSV) or list of the authors; repeat it. If not given, "
+                       "FOLDER/annotations/{train_annotations,calibration}.txt.")] = None,
     check: Annotated[bool, typer.Option("--verify", help="Only compare a store that is there with its check sums.")] = False,
 ) -> None:
     """Pack the images of lists into a few large files, from which a training crop is read some twenty times faster.
 
     Goes on where a stopped run ended. Set data.store in a profile to the folder to train from it.
     """
-    from imaginet_nb.data.manifest import read_manifest_csv
-    from imaginet_nb.data.splits import read_annotations
     from imaginet_nb.data.packed import StoreError, pack, verify_store
     if check:
         damaged = verify_store(out)
         if damaged: raise StoreError(f"{out}: missing or damaged: {', '.join(damaged)}; delete them and pack again")
         return typer.echo(f"{out}: whole")
     lists = manifest or [root/"annotations"/name for name in ("train_annotations.txt", "calibration.txt")]
-    rows = pd.concat([read_manifest_csv(p) if p.suffix == ".csv" else read_annotations(p, "train") for p in lists], ignore_index=True)
-    store = pack(rows, root, out)
+    store = pack(pd.concat([_listed(path, "train") for path in lists], ignore_index=True), root, out)
     size = sum(p.stat().st_size for p in out.iterdir())
     typer.echo(f"{out}: {len(store)} images, {size/1e6:,.0f} MB")
 
@@ -520,7 +525,7 @@ def _custom_detector(
         return found, found.identity, []
     if labels: raise ValueError("--synthetic-label goes with --detector hf:... only")
     from imaginet_nb.detectors.custom import detector_files, load_custom_detector, weights_sha256
-    if spec.endswith(".safetensors"):
+    if spec.lower().endswith(".safetensors"):
         from imaginet_nb.detectors.linear_probe import load_linear_probe
         loaded: Any = load_linear_probe(spec, device)
     else: loaded = load_custom_detector(spec, device, trust)
@@ -551,8 +556,8 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[str, typer.Option(help="Table to write: .csv, .parquet or .jsonl; with ray, a folder or address.")] = "preds.csv",
     html: Annotated[Path | None, typer.Option(help="Report to write: one HTML file with images and class-activation maps.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep an earlier run's rows; pictures that changed, or that another "
-                     "--max-megapixels concerns, are scored again; other detectors, options, libraries are refused.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep earlier rows; score again what has another SHA-256 "
+                     "(ray: file time) or another pixel limit; refuse other detectors, options, libraries.")] = False,
     error_rate: Annotated[float, typer.Option(help="Share of real, and of synthetic images misclassified on average, 0.05, 0.01 or 0.001; "
                                                    "0.05 is 2.2 to 8.8 % after calibration on 160 of each. Between is unsure.")] = 0.05,
     crops: Annotated[int, typer.Option(help="Crops of a large picture, 1 to 5, for a detector that is shown crops.")] = 5,

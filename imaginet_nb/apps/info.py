@@ -76,7 +76,8 @@ def checkpoints(
 def info() -> str: # Markdown, to paste
     "What a bug report needs: code, versions, devices, extras, data, checkpoints. No path of this machine."
     root, state = repo_root(), git_state()
-    place = f"clone, commit {state['git_commit']}" + (", changed" if state["git_dirty"] else "") if state["git_commit"] else "no clone"
+    place = f"clone, last change of the code: commit {state['git_commit']}" if state["git_commit"] else "no clone"
+    if state["git_dirty"]: place += ", and changes that are not committed"
     code = [place, f"repository: {repository_url() or 'no published address'}", f"system: {platform.system()} {platform.release()}",
             "packages: " + ", ".join(f"{name} {number}" for name, number in versions().items())]
     parts = {"Code": code, "Devices": devices(), "Extras": extras(), "Data": data_sets(root),

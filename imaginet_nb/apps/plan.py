@@ -35,14 +35,19 @@ def image_counts(
     return counts
 
 # %% ../../nbs/08_apps/06_plan.ipynb #4b6255fc
+def _clock(device: torch.device) -> float:
+    "Seconds of the present program alone where it computes on one thread, else of the wall clock."
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
     "Shortest time of a step; the first is not counted. Two are timed, more until a second is full, one if all take a second."
     times: list[float] = []
     while sum(times[1:]) < 1 or (len(times) < 3 and min(times) < 1):
-        start = time.perf_counter()
+        start = _clock(device)
         step()
         if device.type == "cuda": torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(_clock(device) - start)
     return min(times[1:])
 
 def _images(batch_size: int, size: int, device: torch.device) -> int:
@@ -58,7 +63,7 @@ def seconds_per_image(
     profile: Profile,
     batch_size: int | None = None, # images in a timed step; None = see above
 ) -> dict[str, float]: # pretrain (a crop forward and back), infer (an image forward), ablation (an image forward and back)
-    "Time each kind of work on the profile's device."
+    "Time each kind of work on the profile's device; on a CPU, with the threads that a notebook of the profile has."
     device, data, model = pick_device(profile.device), profile.data, profile.model
     sizes = dict(pretrain=(profile.pretrain.batch_size, data.crop_size),
                  infer=(profile.evaluation.batch_size, data.image_size),
@@ -77,7 +82,12 @@ def seconds_per_image(
         with autocast(device, profile.pretrain.precision): value = small.detection(small.features(classified)).sum()
         value.backward()
     work = dict(pretrain=lambda: (step(crops), optimizer.step()), infer=lambda: large.score(scored), ablation=ablation)
-    return {name: _seconds(once, device)/counts[name]*(sizes[name][1]/sides[name])**2 for name, once in work.items()}
+    larger = {name: (size/sides[name])**2 for name, (_, size) in sizes.items()} # area, of the true size
+    threads = torch.get_num_threads()
+    if not profile.exclusive:
+        torch.set_num_threads(1)
+    try: return {name: _seconds(once, device)/counts[name]*larger[name] for name, once in work.items()}
+    finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/08_apps/06_plan.ipynb #18dbb7f5
 def estimate(
@@ -149,7 +159,8 @@ def plan_text(
     seconds = seconds_per_image(profile)
     table = estimate(profile, seconds)
     device = pick_device(profile.device)
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    cores = f"{torch.get_num_threads()} CPU cores" if profile.exclusive else "one CPU core; notebooks run side by side"
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     lines = table.to_string(index=False, formatters=dict(images="{:,}".format, seconds_per_image="{:.5f}".format, hours="{:,.2f}".format))
     return (f"Estimate for profile {profile.name} on {what}, from steps timed just now:\n\n{lines}\n\n"
             f"total {table['hours'].sum():,.1f} hours of computing\n{_on_gpu(profile, seconds, device)}{_disk(profile)}")

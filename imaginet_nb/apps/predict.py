@@ -126,7 +126,8 @@ def find_files(
 # %% ../../nbs/08_apps/00_predict.ipynb #ac10a055
 def _resaved(picture: np.ndarray, box: Box, size: int | None) -> np.ndarray:
     "The crop, saved as JPEG and read again."
-    return compress(_as_it_is(picture, box, size), "jpeg", 80)
+    try: return compress(_as_it_is(picture, box, size), "jpeg", 80)
+    except ImageError as error: raise ImageError(f"the view re-saved as JPEG: {error}; --no-views leaves it out") from None
 
 def _as_it_is(picture: np.ndarray, box: Box, size: int | None) -> np.ndarray:
     top, bottom, left, right = box

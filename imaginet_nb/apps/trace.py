@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME', 'CHANGED', 'ABSENT', 'NOT_RECORDED', 'Origin', 'read_record', 'file_state', 'flat', 'profile_origins',
-           'made_by', 'recorded_inputs', 'checkpoint_origins', 'manifest_origins', 'training_hashes',
+           'made_by', 'recorded_inputs', 'recorded_states', 'manifest_origins', 'checkpoint_origins', 'training_hashes',
            'training_origins', 'input_origins', 'behind_inputs', 'trace', 'trace_text']
 
 # %% ../../nbs/08_apps/10_trace.ipynb #2f000003
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..core import ProfileError, file_sha256, fingerprint, load_profile, repo_root
+from ..core import ProfileError, file_sha256, fingerprint, load_profile, repo_root, shipped
 from ..data.labels import AnnotationError
 from ..data.manifest import read_manifest_csv
 from ..data.splits import set_aside
@@ -67,8 +67,8 @@ def profile_origins(record: Mapping[str, Any]) -> Iterator[Origin]:
     "The profile, and each key that has changed since."
     name = record["profile"]
     try: now = flat(json.loads(load_profile(name).model_dump_json()))
-    except ProfileError:
-        yield Origin("profile", name, ABSENT)
+    except ProfileError as error:
+        yield Origin("profile", name, str(error) if shipped(f"profiles/{name}.yaml").is_file() else ABSENT)
         return
     then = flat(record.get("settings", {}))
     changed = [key for key in sorted((then.keys() | now.keys()) - {"about"}) if then.get(key) != now.get(key)]
@@ -108,41 +108,45 @@ def recorded_inputs(
             found.setdefault("/".join(Path(name).parts[-2:]), set()).add(digest)
     return found
 
+def recorded_states(
+    report: Path, # folder of a report
+    files: Iterable[str], # in it, such as `manifests/test.csv`
+) -> Iterator[tuple[Path, str, str]]: # path, recorded SHA-256 (empty if there is none), state; a row for each SHA-256
+    "Whether files of a report are those of its records."
+    recorded = recorded_inputs(report)
+    for name in files:
+        path = report/name
+        states = {digest: file_state(path, digest) for digest in sorted(recorded.get(name, ()))}
+        for digest, state in (states or {"": NOT_RECORDED if path.is_file() else ABSENT}).items(): yield path, digest, state
+
+# %% ../../nbs/08_apps/10_trace.ipynb #2f00001b
+def manifest_origins(
+    report: Path, # folder of a report
+    names: Iterable[str], # of files in its folder `manifests`
+) -> Iterator[Origin]:
+    "Manifests of a report: whether they are those of the records."
+    for path, digest, state in recorded_states(report, (f"manifests/{name}" for name in names)):
+        yield Origin("manifest", f"{path.name} {digest[:12]}".strip(), state)
+
 def checkpoint_origins(
     report: Path, # folder of a report
     names: Iterable[str], # of files in its folder `checkpoints`
 ) -> Iterator[Origin]:
     "Checkpoints of a report: whether they are those of the records, or at least undamaged."
     from imaginet_nb.models.checkpoints import CheckpointError, read_header, verified_tensors
-    recorded = recorded_inputs(report)
-    for name in names:
-        path, facts, known = report/"checkpoints"/name, "", recorded.get(f"checkpoints/{name}", set())
-        if not known and not path.is_file():
-            yield Origin("checkpoint", name, ABSENT)
-            continue
+    for path, digest, state in recorded_states(report, (f"checkpoints/{name}" for name in names)):
+        facts = ""
         try:
             if path.is_file():
                 header = read_header(path)
                 facts = ", commit {}, data {}".format(*(f"{header.get(key)}"[:12] for key in ("git_commit", "data_hash")))
-                if not known: verified_tensors(path, header)
-            states = {digest: file_state(path, digest) for digest in sorted(known)}
-            for digest, state in (states or {file_sha256(path): "in no record, undamaged"}).items():
-                yield Origin("checkpoint", f"{name} {digest[:12]}{facts}", state)
-        except CheckpointError as error: yield Origin("checkpoint", name, str(error))
+                if not digest:
+                    verified_tensors(path, header)
+                    digest, state = file_sha256(path), "in no record, undamaged"
+        except CheckpointError as error: state = str(error)
+        yield Origin("checkpoint", f"{path.name} {digest[:12]}{facts}".strip(), state)
 
 # %% ../../nbs/08_apps/10_trace.ipynb #2f000016
-def manifest_origins(
-    report: Path, # folder of a report
-    names: Iterable[str], # of files in its folder `manifests`
-) -> Iterator[Origin]:
-    "Manifests of a report: whether they are those of the records."
-    recorded = recorded_inputs(report)
-    for name in names:
-        path = report/"manifests"/name
-        states = {digest: file_state(path, digest) for digest in sorted(recorded.get(f"manifests/{name}", ()))}
-        for digest, state in (states or {"": NOT_RECORDED if path.is_file() else ABSENT}).items():
-            yield Origin("manifest", f"{name} {digest[:12]}".strip(), state)
-
 def training_hashes(
     manifests: Path, # folder of manifests
     record: Mapping[str, Any], # with seed and settings
@@ -202,8 +206,9 @@ def behind_inputs(
     def behind(kind: str) -> list[str]:
         return [name.removeprefix(f"{below}{kind}/") for name in makers if name.startswith(f"{below}{kind}/")]
     checkpoints = behind("checkpoints")
+    manifests = [name for name in behind("manifests") if f"{below}manifests/{name}" not in inputs] # those have a row already
     return [*input_origins(inputs, root, makers), *checkpoint_origins(report, checkpoints),
-            *training_origins(report, checkpoints, record), *manifest_origins(report, behind("manifests"))]
+            *training_origins(report, checkpoints, record), *manifest_origins(report, manifests)]
 
 # %% ../../nbs/08_apps/10_trace.ipynb #2f00000c
 def trace(
@@ -225,7 +230,8 @@ def trace(
     if not profile: return [*rows, *input_origins(inputs, folder)]
     rows += behind_inputs(record, root/"reports"/profile)
     data = record.get("settings", {}).get("data", {})
-    if not data: return rows
+    published = bool(inputs) and not any(name.startswith(f"reports/{profile}/") for name in inputs) # made from no data of this profile
+    if not data or published: return rows
     there = "here; no hash of the images is recorded" if (root/data.get("root", "")).is_dir() else ABSENT
     return [*rows, Origin("data", f"{data.get('root')} ({data.get('source')})", there)]
 

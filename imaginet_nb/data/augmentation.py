@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .images import Picture, check_image
+from .images import ImageError, Picture, check_image
 
 cv2.setNumThreads(0) # images are small: OpenCV's own threads would only compete with torch's
 
@@ -115,6 +115,7 @@ def random_resized_crop(
 
 # %% ../../nbs/01_data/06_augmentation.ipynb #df2a89ba
 _CODERS = {"jpeg": (".jpg", cv2.IMWRITE_JPEG_QUALITY), "webp": (".webp", cv2.IMWRITE_WEBP_QUALITY)}
+_LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383, "avif": 32_768} # pixels that encoder and decoder accept
 
 def _avif(image: np.ndarray, quality: int) -> np.ndarray:
     "AVIF with Pillow, in one thread, so that the bytes do not depend on the number of cores."
@@ -129,12 +130,15 @@ def compress(
     kind: str, # jpeg, webp or avif
     quality: int, # 1 (worst) to 100; WebP stays lossy at 100
 ) -> np.ndarray: # same shape
-    "Compress the image lossily and decode it again. Raises `ValueError` for another codec or quality."
-    if kind not in (*_CODERS, "avif"): raise ValueError(f"kind must be jpeg, webp or avif, got {kind!r}")
+    "Compress the image lossily and decode it again. Raises `ValueError` for another codec or quality, `ImageError` for a longer side."
+    if kind not in _LONGEST_SIDE: raise ValueError(f"kind must be jpeg, webp or avif, got {kind!r}")
     if not 1 <= quality <= 100: raise ValueError(f"quality must lie in 1..100, got {quality}")
-    if kind == "avif": return _avif(check_image(image), quality)
+    height, width = check_image(image).shape[:2]
+    if max(height, width) > _LONGEST_SIDE[kind]:
+        raise ImageError(f"{kind} holds at most {_LONGEST_SIDE[kind]:,} pixels a side, not {width:,} x {height:,}")
+    if kind == "avif": return _avif(image, quality)
     suffix, option = _CODERS[kind]
-    written, content = cv2.imencode(suffix, cv2.cvtColor(check_image(image), cv2.COLOR_RGB2BGR), [option, int(quality)])
+    written, content = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [option, int(quality)])
     if not written: raise ValueError(f"{kind} cannot hold an image of shape {image.shape}")
     decoded = cv2.imdecode(content, cv2.IMREAD_COLOR)
     assert decoded is not None, "OpenCV cannot read what it has just written"

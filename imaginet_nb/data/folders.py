@@ -241,7 +241,8 @@ def read_authors_list(
     "Read a list in one of the authors' formats, recognised by its name. Raises `AnnotationError` for another suffix."
     path = Path(path)
     if path.suffix.lower() not in ("", ".txt"):
-        raise AnnotationError(f"{path}: a list ends in .csv, .tsv or .parquet, or is one of the authors' in .txt; save it as CSV")
+        raise AnnotationError(f"{path}: a list ends in .csv, .tsv or .parquet, or is one of the authors' in .txt; save it as CSV, "
+                              "or unpack it if it is an archive")
     if path.name.startswith(("annotations_corvi", "annotations_calib_corvi", "anchor_lasted_corvi")): return read_corvi(path)
     if path.name.startswith(("Test_", "annotations_calib_practical", "anchor_lasted_practical")): return read_practical(path)
     split = next((s for s in ("train", "calibration") if path.name.startswith(s)), "test")

@@ -156,7 +156,7 @@ _OTHERS = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), remedy) for pat
     (rb"8BPS", "a Photoshop file: save a copy as PNG"),
     (rb"PAR1", "a Parquet file in which no pictures are found: it must be whole, end in .parquet, and have a column of pictures "
                "such as image"),
-    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf\x27\x1c|Rar!", "an archive: unpack it"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf\x27\x1c|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar", "an archive: unpack it"),
     (rb"\x1aE\xdf\xa3|RIFF.{4}AVI |.{4}ftyp(?!avi[fs]|he[iv]|m[is]f1)|FLV\x01|\0\0\x01[\xb3\xba]",
      "a video: save frames of it as PNG (`ffmpeg -i FILE frame%05d.png`)"),
     (rb"\0\x05\x16\x07", "a macOS metadata file without a picture: leave it out")))

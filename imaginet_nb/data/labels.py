@@ -29,15 +29,6 @@ class Label(Enum):
         self.code, self.label = code, label
 
     @classmethod
-    def from_code(cls: type[_L],
-        code: int, # integer in an annotation list
-    ) -> _L:
-        "The member with that code."
-        for member in cls:
-            if member.code == code: return member
-        raise AnnotationError(f"unknown {cls.__name__} code {code!r}; use one of {', '.join(f'{m.code} ({m.label})' for m in cls)}")
-
-    @classmethod
     def from_label(cls: type[_L],
         label: str, # word in a manifest
     ) -> _L:

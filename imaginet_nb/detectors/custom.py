@@ -185,7 +185,7 @@ def _torch_program(path: Path, device: torch.device, trust: bool) -> Network:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # PyTorch prefers torch.export; but TorchScript files are still in use
-            if path.suffix == ".pt2": model = torch.export.load(path).module().to(device)
+            if path.suffix.lower() == ".pt2": model = torch.export.load(path).module().to(device)
             else: model = torch.jit.load(path, map_location=device).eval()
     except Exception as error: # a file that is something else makes torch raise almost anything
         raise DetectorError(f"{path}: not a TorchScript or exported program ({type(error).__name__}); a file of weights alone needs its "
@@ -220,7 +220,7 @@ def _from_file(path: Path, device: torch.device, trust: bool) -> FileDetector:
     if not path.is_file(): raise DetectorError(f"{path}: no such file")
     beside = path.with_suffix(".yaml")
     settings = read_settings(beside)
-    network = _onnx_graph(path, device, settings.input_size) if path.suffix == ".onnx" else _torch_program(path, device, trust)
+    network = _onnx_graph(path, device, settings.input_size) if path.suffix.lower() == ".onnx" else _torch_program(path, device, trust)
     own = settings.input_size, settings.width or settings.input_size
     wrong = [side for side, wanted in zip(network.sides, own) if side not in (None, wanted)]
     if wrong:
@@ -292,7 +292,7 @@ def load_custom_detector(
     trust: bool = False, # allow TorchScript and exported programs, which can run code of their own
 ) -> Detector:
     "Load a custom detector and try it on two random images. Raises `DetectorError` for one that cannot be used."
-    if Path(spec).suffix in _SUFFIXES: return check_detector(_from_file(Path(spec), pick_device(device), trust), spec)
+    if Path(spec).suffix.lower() in _SUFFIXES: return check_detector(_from_file(Path(spec), pick_device(device), trust), spec)
     if spec.rpartition(":")[0]: return check_detector(_from_module(spec, pick_device(device)), spec)
     if os.path.isdir(spec): raise DetectorError(f"{spec}: a folder; for a classifier of transformers, write hf:{spec}")
     raise DetectorError(f"{spec}: not module:Class, and not a file that ends in {', '.join(_SUFFIXES)}")
@@ -339,8 +339,8 @@ def detector_files(
 ) -> list[Path]: # the one that is named first, then the YAML, external data, sources of other modules
     "Every file that a detector named on the command line depends on."
     path = Path(spec)
-    if path.suffix not in _SUFFIXES: return [path] if path.is_file() else _sources(spec)
-    return [path, path.with_suffix(".yaml"), *(_external_files(path) if path.suffix == ".onnx" else [])]
+    if path.suffix.lower() not in _SUFFIXES: return [path] if path.is_file() else _sources(spec)
+    return [path, path.with_suffix(".yaml"), *(_external_files(path) if path.suffix.lower() == ".onnx" else [])]
 
 def _parts(value: Any) -> Iterable[Any]:
     "The parts of an object: the tensors, submodules and attributes of a network, or the items of a container."

@@ -44,7 +44,8 @@ class _Files(Dataset):
         try: image = decode(source := picture_source(self.root, self.paths[row]))
         except ValueError as error:
             return row, str(error).replace(f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source), self.paths[row])
-        if self.transform is not None: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row))
+        try: image = self.transform(image, rng(self.seed, self.stage, 0, self.first_row + row)) if self.transform else image
+        except ImageError as error: return row, f"{self.paths[row]}: {error}" # such as longer than a codec can hold
         try: shown = shown_images(self.spec, image) if self.spec else [image]
         except Exception as error: return row, f"preprocessing failed: {error_text(error)}" # its own code can raise anything
         return row, [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in shown]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_ITEMS', 'METRICS', 'METHODS', 'LEDGER_COLUMNS', 'RANDOM_WEIGHTS', 'PUBLISHED_KEY', 'PaperItem', 'published',
-           'published_table', 'Measured', 'ledger']
+           'published_table', 'Measured', 'ledger', 'ledger_files']
 
 # %% ../../nbs/05_reporting/02_published.ipynb #5e1ab014
 from collections.abc import Mapping
@@ -200,3 +200,14 @@ def ledger(
             lines.append(dict(paper_item=paper.item + source, test_set=row["test_set"], group=group,
                               detector=METHODS.get(row["method"], row["method"]), metric=metric, **_compare(row, ours, reason)))
     return pd.DataFrame(lines, columns=LEDGER_COLUMNS, dtype=object) # counts stay whole numbers
+
+def ledger_files(
+    tables_dir: str | Path, # `reports/<profile>/tables`
+    profile_name: str, # ours are read only under `paper`
+    folder: str | Path | None = None, # another folder of published numbers
+) -> list[Path]:
+    "Files that `ledger` reads: the published numbers, and under `paper` our tables that are there."
+    folder = Path(folder) if folder is not None else shipped("reports/published")
+    compared = [paper for paper in PAPER_ITEMS if paper.published]
+    ours = [Path(tables_dir)/f"{paper.tables[0]}.csv" for paper in compared if profile_name == "paper"]
+    return [*(folder/f"{stem}.csv" for paper in compared for stem in paper.published), *(path for path in ours if path.is_file())]
