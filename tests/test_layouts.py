@@ -145,8 +145,8 @@ def test_what_is_judged_is_what_the_audit_opens(write, judged, tmp_path):
     rows = found.predictions
     assert len(rows) == judged and rows["error"].isna().all()
     assert rows["logit"].gt(0).eq(rows["origin"].eq("synthetic")).all()
-    left = [sentence for sentence in found.sentences if sentence.startswith("Not judged")]
-    assert left == (["Not judged, because they are of the split train: 16 pictures; --split chooses another."] if write is genimage else [])
+    left = [sentence for sentence in found.sentences if sentence.startswith("Not evaluated")]
+    assert left == (["Not evaluated: 16 pictures of the split train; --split chooses another split."] if write is genimage else [])
     source = audit_source(tmp_path/"set")
     seen = read_properties(source.manifest, source.root, jobs=1).set_index("path").loc[rows["path"]]
     assert seen["error"].isna().all() and seen["origin"].tolist() == rows["origin"].tolist() and set(seen["width"]) == {16}
