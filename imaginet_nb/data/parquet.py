@@ -147,6 +147,17 @@ def _texts(cells: Sequence[Any], names: Sequence[str]) -> list[str]:
         return "" if cell is None else str(cell)
     return [text(cell) for cell in cells]
 
+# %% ../../nbs/01_data/04_parquet.ipynb #9a700014
+def _only_paths(table: Any, picture: str) -> bool:
+    "Whether every record of a column of pictures lacks the bytes, as `datasets` writes it for pictures that are files."
+    import pyarrow as pa
+    field = table.schema_arrow.field(picture).type
+    if pa.types.is_struct(field) and pa.types.is_null(field.field("bytes").type): return True
+    groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    held = [column.statistics for column in columns if column.path_in_schema == f"{picture}.bytes"]
+    return bool(held) and all(found is not None and found.has_null_count and not found.num_values for found in held)
+
 # %% ../../nbs/01_data/04_parquet.ipynb #9a70000d
 def read_parquet(
     file: str | Path,
@@ -161,16 +172,6 @@ def read_parquet(
             return _frame(table, file, wanted, name or path_text(Path(file).name)), RowSource(str(file)), table.schema_arrow.names
     except (OSError, pa.ArrowException) as error:
         raise AnnotationError(f"{file}: not a readable Parquet file ({str(error).partition('.')[0]}); fetch or write it again") from None
-
-def _only_paths(table: Any, picture: str) -> bool:
-    "Whether every record of a column of pictures lacks the bytes, as `datasets` writes it for pictures that are files."
-    import pyarrow as pa
-    field = table.schema_arrow.field(picture).type
-    if pa.types.is_struct(field) and pa.types.is_null(field.field("bytes").type): return True
-    groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    held = [column.statistics for column in columns if column.path_in_schema == f"{picture}.bytes"]
-    return bool(held) and all(found is not None and found.has_null_count and not found.num_values for found in held)
 
 def _frame(table: Any, file: str | Path, wanted: Sequence[str] | None, name: str) -> pd.DataFrame:
     "The columns of `read_parquet`."
