@@ -246,10 +246,11 @@ def api_index() -> str:
 
 def benchmark_page() -> str:
     "Times compared with a plain baseline: first the ratios, then the details."
+    from imaginet_nb.apps.benchmark import in_words  # with torch: not for the other pages
     tables = ROOT/"reports"/"benchmark"/"tables"
     def rows_of(name: str) -> list[dict[str, str]]: return list(csv.DictReader((tables/f"{name}.csv").open(encoding="utf-8")))
     def time(text: str) -> str: return f"{float(text):,.3g}" if float(text) < 1000 else f"{float(text):,.0f}"
-    ratios = [f"| {row['group'].replace('_', ' ')}, {row['case']} | {time(row['median'])} | {time(row['baseline_median'])} | {row['unit']} "
+    ratios = [f"| {in_words(row['group'], row['case'])} | {time(row['median'])} | {time(row['baseline_median'])} | {row['unit']} "
               f"| **{float(row['ratio']):.1f}** |" for row in rows_of("ratios")]
     machine = [f"| {row['fact']} | {row['value']} |" for row in rows_of("machine")]
     files = " · ".join(f"[{path.stem}](<path:tables/{path.name}>)" for path in sorted(tables.glob("*.csv")))

@@ -12,7 +12,10 @@ import torch
 import yaml
 from forks import python
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
+from PIL import Image
 from torch import nn
+from torchvision.transforms import InterpolationMode, v2
 
 from imaginet_nb.apps.evaluate import judge
 from imaginet_nb.apps.predict import Scorer, Settings, score_files
@@ -409,6 +412,33 @@ def square_score(tmp_path: Path, **keys) -> tuple[float, float]:
     (dict(input_size=None, fit="own"), 0.84)], ids=lambda value: value.get("fit", "crop") if isinstance(value, dict) else "")
 def test_predict_and_evaluate_show_what_the_yaml_says(tmp_path, keys, mean):
     assert square_score(tmp_path, **keys) == pytest.approx([8*mean - 4]*2, abs=0.05)
+
+
+@pytest.mark.parametrize("file, keys, theirs", [
+    ("net.onnx", dict(fit="resize", short_side=40, input_size=32), [v2.Resize(40), v2.CenterCrop(32)]),
+    ("net.pt", dict(fit="squash", input_size=32, width=48, interpolation="bicubic"), [v2.Resize((32, 48), InterpolationMode.BICUBIC)])],
+    ids=["ONNX", "TorchScript"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.load")
+def test_probabilities_are_those_of_the_author_s_own_pipeline(tmp_path, file, keys, theirs):
+    "Five shapes, through `predict` and as `evaluate` scores: torchvision prepares, and the runtime runs the file without this package."
+    torch.manual_seed(0)
+    net, draw = Net().eval(), np.random.default_rng(0)
+    with torch.no_grad(): net.head.weight *= 20
+    path = write_onnx(tmp_path/file, net) if file == "net.onnx" else write_script(tmp_path/file, net, "script")
+    detector, expected, files = load_custom_detector(str(write_yaml(path, **keys)), trust=True), [], []
+    run = torch.jit.load(path) if file == "net.pt" else lambda x: torch.from_numpy(InferenceSession(path).run(None, {"x": x.numpy()})[0])
+    prepare = v2.Compose([v2.ToImage(), *theirs, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    for number, (height, width) in enumerate([(32, 32), (50, 70), (300, 90), (41, 200), (640, 481)]):
+        ramp = np.linspace(0, 200, width)[None, :, None]*np.linspace(0.2, 1, height)[:, None, None]*draw.uniform(0.2, 1, 3)
+        files.append(tmp_path/"pictures"/("real", "synthetic/gan")[number % 2]/f"{number}.png")
+        save(np.clip(ramp + draw.normal(0, 30, (height, width, 3)), 0, 255).astype(np.uint8), files[-1])
+        with Image.open(files[-1]) as picture, torch.no_grad(): expected.append(float(run(prepare(picture)[None]).sigmoid()))
+    assert np.ptp(expected) > 0.05 # the pictures are told apart, so equal numbers mean something
+    rows = score_files(files, Scorer(detector, Settings(views=False)), readers=0)
+    assert [row["probability"] for row in rows] == pytest.approx(expected, abs=1e-3)
+    manifest = read_custom_dataset(tmp_path/"pictures").manifest
+    found = predict(detector, manifest, tmp_path/"pictures", num_workers=0).set_index("path")["probability"]
+    assert [found[path.relative_to(tmp_path/"pictures").as_posix()] for path in files] == pytest.approx(expected, abs=1e-3)
 
 
 # of the middle 500 x 500 pixels 64 % are black; a grid of central squares would have shown black alone, or a shift of nothing at all

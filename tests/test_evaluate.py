@@ -198,7 +198,7 @@ def test_a_rule_at_chance_tells_nothing_apart(pictures, monkeypatch):
     sentences = judge(blind(), read_custom_dataset(pictures/"set"), resamples=50, num_workers=0).sentences
     sentence, = (text for text in sentences if "metadata-only baseline" in text)
     assert "no better than chance, so nothing follows from it" in sentence
-    assert not any(word in sentence for word in ("separate", "worse", "better than that", "cannot be told"))
+    assert not any(word in sentence for word in ("separate", "worse", "better than that", "not distinguishable"))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def sizes(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("right, words", [(1.0, "is better than that"), (0.5, "is worse than that"),
-                                          (0.9, "cannot be told at this sample size")])
+                                          (0.9, "is not distinguishable from it at this sample size")])
 def test_the_detector_is_compared_with_the_classifier_of_the_audit(sizes, right, words):
     "By the paired interval; catches a baseline without sizes, and one with other numbers than the audit's."
     from imaginet_nb.audit.files import read_properties

@@ -212,6 +212,7 @@ OTHERS = {"web_page.jpg": (b"<!DOCTYPE html><html>403 Forbidden</html>", "a web 
           "lfs_pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1\n", "git lfs pull"),
           "drawing.svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
           "denied.png": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML document"),
+          "refused.jpg": (b'{"error": "Access to this dataset is restricted"}', "a text in JSON, perhaps the error message"),
           "video.mp4": (b"\0\0\0\x18ftypmp42" + bytes(200), "a video: .*ffmpeg"), "video.webm": (b"\x1aE\xdf\xa3" + bytes(20), "a video"),
           "paper.pdf": (b"%PDF-1.7\n", "a PDF"), "layers.psd": (b"8BPS\0\1", "Photoshop"),
           "many.zip": (b"PK\3\4" + bytes(20), "an archive"), "MANY.TAR": (bytes(257) + b"ustar\0" + bytes(249), "an archive: unpack it"),
@@ -234,7 +235,7 @@ def test_what_is_no_picture_is_named_with_a_remedy(name, tmp_path):
         with pytest.raises(ImageError) as kind: open_image(stream)
         assert isinstance(kind.value, NotAnImage) == (name in OTHERS)
         raise kind.value
-    pictures = ("web_page.jpg", "lfs_pointer.jpg", "denied.png", *UNREAD) # by name or content: they have a row with the error
+    pictures = ("web_page.jpg", "lfs_pointer.jpg", "denied.png", "refused.jpg", *UNREAD) # by name or content: they have a row
     assert {found.path.name: why_no_image(found.path) is None for found in walk(tmp_path)} == {name: name in pictures}
 
 

@@ -145,8 +145,8 @@ def test_what_is_judged_is_what_the_audit_opens(write, judged, tmp_path):
     rows = found.predictions
     assert len(rows) == judged and rows["error"].isna().all()
     assert rows["logit"].gt(0).eq(rows["origin"].eq("synthetic")).all()
-    left = [sentence for sentence in found.sentences if sentence.startswith("Not judged")]
-    assert left == (["Not judged, because they are of the split train: 16 pictures; --split chooses another."] if write is genimage else [])
+    left = [sentence for sentence in found.sentences if sentence.startswith("Not evaluated")]
+    assert left == (["Not evaluated: 16 pictures of the split train; --split chooses another split."] if write is genimage else [])
     source = audit_source(tmp_path/"set")
     seen = read_properties(source.manifest, source.root, jobs=1).set_index("path").loc[rows["path"]]
     assert seen["error"].isna().all() and seen["origin"].tolist() == rows["origin"].tolist() and set(seen["width"]) == {16}
@@ -206,6 +206,16 @@ def test_a_picture_inside_that_is_none_and_a_file_that_is_none(tmp_path):
         read_custom_dataset(tmp_path/"c.parquet")
     frame.assign(label=["real", "fake", "perhaps"]).to_parquet(tmp_path/"d.parquet")
     with pytest.raises(AnnotationError, match="d.parquet, row 2: unknown label 'perhaps'"): read_custom_dataset(tmp_path/"d.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.null()])
+def test_a_parquet_file_of_paths_alone_is_refused(kind, tmp_path):
+    "Every row was an `empty file`, with no word about the pictures."
+    stored = pa.struct({"bytes": kind, "path": pa.string()})
+    records = pa.array([dict(bytes=None, path="1.png")]*2, stored)
+    pq.write_table(pa.table({"image": records, "label": ["real", "fake"]}), tmp_path/"a.parquet")
+    with pytest.raises(AnnotationError, match="a.parquet: the column image holds paths alone, no pictures"):
+        read_custom_dataset(tmp_path/"a.parquet")
 
 
 def test_the_column_of_the_pictures_is_not_another_one(tmp_path):

@@ -85,7 +85,7 @@ def report(tmp_path_factory) -> Path:
     for name in ("grag2021", "corvi2022_imaginet"):
         torch.save({"model": resnet50(num_classes=1).state_dict()}, folder/f"{name}.pth")
         imaginet("weights", "import", name, folder/f"{name}.pth", "--accept-licence", "--out", ROOT/PROFILE.data.weights)
-    options = ("--lists", DATA/"annotations", "--size", 48, "--out", ROOT/PROFILE.data.external)
+    options = ("--lists", DATA/"annotations", "--size", 32, "--out", ROOT/PROFILE.data.external)
     imaginet("data", "external", "corvi", "--images", corvi, "--crops", crops, *options)
     imaginet("data", "external", "practical", "--images", practical, *options)
 

@@ -3,15 +3,18 @@ import json
 import re
 import subprocess
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 from imaginet_nb.core import file_sha256, git_state, load_profile, repo_root
 from imaginet_nb.data.labels import CONTENT_TYPES, FAMILIES
-from imaginet_nb.reporting.figures import STYLES, plot_detection, save_figure
+from imaginet_nb.reporting.figures import SAME_IMAGES, SPARE, STYLES, plot_detection, save_figure
 from imaginet_nb.reporting.pages import report_index
 from imaginet_nb.reporting.published import PAPER_ITEMS, ledger, published
 from imaginet_nb.reporting.tables import read_table, save_table
@@ -184,6 +187,32 @@ def test_every_label_of_the_annotations_has_a_fixed_look():
     assert list(STYLES["content_type"]) == list(CONTENT_TYPES)
     for looks in STYLES.values():
         assert len({c for c, _ in looks.values()}) == len({m for _, m in looks.values()}) == len(looks), "two labels look alike"
+
+
+# appearance to readers without red or green cones: Machado, Oliveira and Fernandes (2009), Table 1; on linear RGB
+DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
+PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
+
+
+def lab(colours, seen=np.eye(3)):
+    linear = np.where((rgb := np.array([to_rgb(colour) for colour in colours])) <= 0.04045, rgb/12.92, ((rgb + 0.055)/1.055)**2.4)
+    linear = (linear @ np.transpose(seen)).clip(0, 1)
+    return rgb2lab(np.where(linear <= 0.0031308, 12.92*linear, 1.055*linear**(1/2.4) - 0.055))
+
+
+def nearest(points):
+    "Smallest CIEDE2000 difference; about 2 is just noticeable."
+    return min(deltaE_ciede2000(a, b) for a, b in combinations(points, 2))
+
+
+def test_colours_are_told_apart_within_a_legend_and_between_legends():
+    "Catches a colour that stands for two things, such as a file format and a detector, and a legend that colour-blind readers cannot read."
+    pairs = {label: colour for looks in STYLES.values() for label, (colour, _) in looks.items() if not label.startswith("except ")}
+    assert nearest(lab([*pairs.values(), *(colour for colour, _ in SPARE)])) > 8
+    for column, looks in (STYLES | {"other": dict(enumerate(SPARE))}).items():
+        colours = [colour for label, (colour, _) in looks.items() if label != SAME_IMAGES] # a lighter shade of its detector's
+        for seen, least in ((np.eye(3), 20), (DEUTERANOPIA, 8), (PROTANOPIA, 8)):
+            assert nearest(lab(colours, seen)) > least, (column, least)
 
 
 # ledger

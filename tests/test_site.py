@@ -109,6 +109,7 @@ def test_the_first_page_of_the_benchmark_leads_with_the_ratios(site):
     page = (site/"reports"/"benchmark"/"README.html").read_text(encoding="utf-8").partition("<article")[2]
     assert page.index("ratios.png") < page.index("<table") < page.index("inference.png")
     assert not re.search(r"\d\.\d{4}", page.partition("</table>")[0]), "three digits say enough of a time"
+    assert "loading, stage 1 (packed)" in page and "loader_stage1" not in page and "loader stage1" not in page
 
 
 @needs_browser

@@ -6,7 +6,7 @@
 __all__ = ['CPU', 'RATIO_COLUMNS', 'KINDS', 'WORDS', 'interleaved', 'device_name', 'compare', 'summary', 'matmul_peak',
            'copy_peak', 'operations', 'traffic', 'kept_bytes', 'allocated_bytes', 'predict_cost', 'mixed_files',
            'PillowImages', 'loader_cases', 'container_cases', 'training_case', 'settled', 'logit_difference', 'feeding',
-           'large_jpegs', 'decoding_cases', 'plot_ratios', 'plot_memory', 'plot_inference']
+           'large_jpegs', 'decoding_cases', 'in_words', 'plot_ratios', 'plot_memory', 'plot_inference']
 
 # %% ../../nbs/08_apps/07_benchmark.ipynb #39d84af6
 import copy
@@ -43,7 +43,7 @@ from ..models.resnet import to_device
 from ..models.selfcon import ImagiNetClassifier, PixelDetector, SelfConNet
 from ..data.sandbox import brush, city, dead_leaves, photograph
 from ..data.packed import Store
-from ..reporting.figures import BLUE, DARK, GREY, RED, STYLE, finish, label_styles, new_figure
+from ..reporting.figures import DARK, SPARE, STYLE, finish, label_styles, new_figure
 from ..training.loop import Batch, make_optimizer
 from ..training.stages import heads_step, selfcon_step
 
@@ -437,12 +437,16 @@ def decoding_cases(
             "ours": lambda: list(score_files(paths, scorer, readers))}
 
 # %% ../../nbs/08_apps/07_benchmark.ipynb #b249efe5
+(SPEED, _), (TARGET, _) = SPARE[:2] # colours of measured values, and of targets
 WORDS = {"loader": "loading,", "stage1": "stage 1", "stage2": "stage 2", "testset": "test set", "training": "training step,", "cpu": "CPU",
          "gpu": "GPU", "predict": "predict,", "decoding": "beside decoding alone", "grad": "gradient",
          "cache": "caching", "inference": "inference,"}
 
-def _in_words(group: str, case: str) -> str:
-    "A row of the ratios for a reader."
+def in_words(
+    group: str, # of a row of `summary`
+    case: str,
+) -> str: # such as "loading, stage 1 (packed)"
+    "Name of a ratio for a reader."
     return f"{' '.join(WORDS.get(part, part) for part in group.split('_'))} ({case})".replace(", (", " (")
 
 @mpl.rc_context(STYLE)
@@ -452,16 +456,16 @@ def plot_ratios(
 ) -> Figure:
     "Speed of each case relative to its baseline, with the targets."
     figure, (axes,) = new_figure(height=1 + 0.26*len(ratios))
-    names = [_in_words(*key) for key in zip(ratios["group"], ratios["case"], strict=True)]
-    axes.barh(names, ratios["ratio"] - 1, left=1, color=BLUE, height=0.7)
-    axes.axvline(1, color=DARK, lw=1, label="as fast as the baseline")
+    names = [in_words(*key) for key in zip(ratios["group"], ratios["case"], strict=True)]
+    axes.barh(names, ratios["ratio"] - 1, left=1, color=SPEED, height=0.7)
+    axes.axvline(1, color=DARK, lw=1, label="as fast as the plain implementation")
     aims = ratios.reset_index(drop=True).merge(targets[["group", "case", "target"]], how="left")["target"]
-    axes.plot(aims, names, "|", color=RED, ms=13, mew=2.5, label="target")
+    axes.plot(aims, names, "|", color=TARGET, ms=13, mew=2.5, label="target")
     for name, ratio, aim in zip(names, ratios["ratio"], aims, strict=True):
         axes.annotate(f"{ratio:.2f}", (max(ratio, 1, aim if aim == aim else 0), name), va="center", fontsize=7.5, xytext=(7, 0),
                       textcoords="offset points")
     ends = pd.concat([ratios["ratio"], aims]).agg(["min", "max"])
-    axes.set(xscale="log", xlabel="times as fast as the plain way", xlim=(min(0.4, 0.9*ends["min"]), 2*ends["max"]))
+    axes.set(xscale="log", xlabel="speed relative to the plain implementation", xlim=(min(0.4, 0.9*ends["min"]), 2*ends["max"]))
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -477,7 +481,7 @@ def plot_memory(
     chunk, batch = memory["chunk"].min(), memory["batch"].mode().iloc[0]
     for axes, what, fixed, value in zip(panels, ("batch", "chunk"), ("chunk", "batch"), (chunk, batch), strict=True):
         rows = memory[memory[fixed].eq(value)].sort_values(what)
-        axes.plot(rows[what], rows["network_mb"], "o-", color=BLUE)
+        axes.plot(rows[what], rows["network_mb"], "o-", color=SPEED)
         axes.set(title=f"{fixed} of {value} images", xlabel=f"{what} (images)")
     panels[0].set(ylabel="kept for backward (MB)", ylim=(0, 1.08*memory["network_mb"].max()))
     return finish(figure)
@@ -490,7 +494,7 @@ def plot_inference(
     groups = [group for group in ("inference_cpu", "inference_gpu") if rows["group"].eq(group).any()]
     figure, panels = new_figure(len(groups), height=3.2, sharey=False)
     rows = rows[rows["case"].ne("ours")] # is one of the others
-    looks = label_styles([case for case in rows.loc[rows["group"].isin(groups), "case"] if case != "plain"]) | {"plain": (GREY, "P")}
+    looks = label_styles([case for case in rows.loc[rows["group"].isin(groups), "case"] if case != "plain"]) | {"plain": (DARK, "P")}
     for axes, group in zip(panels, groups, strict=True):
         shown = rows[rows["group"].eq(group)]
         for case, some in shown.groupby("case", sort=False):

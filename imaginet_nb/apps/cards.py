@@ -368,7 +368,7 @@ def _metadata_alone(tables: Path) -> list[Finding]: # reports/<profile>/tables
     at_once = _one_rule(tables/"metadata_baseline.csv")
     one = f" One rule for all families at once, as in the data card, has {_told(at_once)}." if at_once else ""
     rule, best = (max(rows, key=lambda row: row["acc"]) for rows in (rules.values(), ours))
-    verdict = "The best of them and the best detector cannot be told apart"
+    verdict = "The best of them and the best detector are not distinguishable at this sample size"
     if rule["acc_low"] > best["acc_high"]:
         verdict = ("The best of them is more accurate than any of our detectors, so on such files a high accuracy does not show that "
                    "pixels were used")

@@ -101,7 +101,7 @@ def _thresholds(
 def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     "Sentences on the splits that were left out."
     others = manifest.loc[~manifest["split"].isin(set(predictions["split"])), "split"].value_counts(sort=False)
-    return [f"Not judged, because they are of the split {split}: {n:,} pictures; --split chooses another." for split, n in others.items()]
+    return [f"Not evaluated: {n:,} pictures of the split {split}; --split chooses another split." for split, n in others.items()]
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #e7a00002
 def _complete(
@@ -345,15 +345,15 @@ def _sentences(
 def _flagged(
     operating: pd.DataFrame, # of `operating_table`
 ) -> list[str]: # a sentence, or none without a threshold
-    "How often real images were flagged at the calibrated threshold, and whether this keeps its promise."
+    "How often real images were flagged at the calibrated threshold, and whether this agrees with the rate that it was chosen for."
     rows = operating[operating["threshold"].notna()].to_dict("records")
     if not rows: return []
     row, rate = rows[0], float(rows[0]["rate"].rstrip("%"))/100
     fpr, tpr = ("{:.1f} % [{:.1f}, {:.1f}]".format(*(100*row[f"{name}{end}"] for end in ("", "_low", "_high")))
                 for name in ("empirical_fpr", "empirical_tpr"))
-    kept = "which is compatible with this promise"
-    if row["empirical_fpr_low"] > rate: kept = "which is more than promised"
-    return [f"At the threshold that promises at most {100*rate:g} % false positives, {fpr} of the {row['n_real']:,} real images "
+    kept = "which agrees with that rate"
+    if row["empirical_fpr_low"] > rate: kept = "which is more than that"
+    return [f"At the threshold for a false-positive rate of at most {100*rate:g} %, {fpr} of the {row['n_real']:,} real images "
             f"were flagged, {kept}, and {tpr} of the {row['n_synthetic']:,} synthetic images."]
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #b0d30024
@@ -375,7 +375,7 @@ def _against_metadata(
     if cells["difference_low"] > 0: return f"{text}: {name} is better than that ({told})."
     if cells["difference_high"] < 0:
         return f"{text}: {name} is worse than that ({told}). File metadata alone separate these images better than the detector."
-    return (f"{text}: whether {name} is better or worse cannot be told at this sample size ({told}). "
+    return (f"{text}: {name} is not distinguishable from it at this sample size ({told}). "
             "Its accuracy may be due to file metadata.")
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #7c2f90e2

@@ -54,6 +54,10 @@ def _images(batch_size: int, size: int, device: torch.device) -> int:
     "Images of a batch that a timed step has."
     return max(2 if device.type == "cpu" else 8, min(batch_size, 2**14//size**2))
 
+def _side(size: int, device: torch.device) -> int:
+    "Side in pixels of the images of a timed step."
+    return min(size, 128) if device.type == "cpu" else size
+
 # %% ../../nbs/08_apps/06_plan.ipynb #7cec5e21
 def seconds_per_image(
     profile: Profile,
@@ -65,7 +69,8 @@ def seconds_per_image(
                  infer=(profile.evaluation.batch_size, data.image_size),
                  ablation=(profile.ablation.batch_size, data.image_size))
     counts = {name: batch_size or _images(*size, device) for name, size in sizes.items()}
-    crops, *images = (random_batch(counts[name], size) for name, (_, size) in sizes.items())
+    sides = {name: _side(size, device) for name, (_, size) in sizes.items()}
+    crops, *images = (random_batch(counts[name], sides[name]) for name in sizes)
     scored, classified = (batch[0].to(device) for batch in images)
     net = to_device(SelfConNet(create_backbone(model.name, model.width), model.exit_stage, model.projection_size), device)
     optimizer = make_optimizer(net.parameters(), profile.pretrain.optimizer, 1e-6, 0)
@@ -77,10 +82,11 @@ def seconds_per_image(
         with autocast(device, profile.pretrain.precision): value = small.detection(small.features(classified)).sum()
         value.backward()
     work = dict(pretrain=lambda: (step(crops), optimizer.step()), infer=lambda: large.score(scored), ablation=ablation)
+    larger = {name: (size/sides[name])**2 for name, (_, size) in sizes.items()} # area, of the true size
     threads = torch.get_num_threads()
     if not profile.exclusive:
         torch.set_num_threads(1)
-    try: return {name: _seconds(once, device)/counts[name] for name, once in work.items()}
+    try: return {name: _seconds(once, device)/counts[name]*larger[name] for name, once in work.items()}
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/08_apps/06_plan.ipynb #18dbb7f5

@@ -22,7 +22,7 @@ from ..data.augmentation import center_crop
 from ..data.corruptions import grid_points, grid_transform, point_name
 from ..data.images import decode
 from ..data.labels import FAMILIES
-from ..reporting.figures import BLUE, DARK, RED, STYLE, finish, label_styles, new_figure
+from ..reporting.figures import DARK, SPARE, STYLE, finish, label_styles, new_figure
 
 # %% ../../nbs/06_audit/05_spectra.ipynb #b2a64449
 def residual(
@@ -141,7 +141,7 @@ def plot_corruption_spectra(
     for axes, kind in zip(panels, kinds, strict=False):
         axes.axhline(0, color=DARK, lw=0.8)
         rows = table[table["perturbation"].eq(kind)]
-        for value, colour in zip(rows["value"].unique().tolist(), (BLUE, RED), strict=False):
+        for value, (colour, _) in zip(rows["value"].unique().tolist(), SPARE, strict=False):
             line = rows[rows["value"].eq(value)]
             axes.plot(line["frequency"], line["change_db"], color=colour, lw=1.4, label=point_name(kind, value))
         axes.set(ylim=(-30, 20), xlim=(0, 0.5))

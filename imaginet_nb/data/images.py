@@ -152,6 +152,7 @@ _OTHERS = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), remedy) for pat
     (rb"version https://git-lfs", "a Git LFS pointer in place of the picture: run `git lfs pull`"),
     (rb"\s*(<\?xml.*)?(<!doctype svg.*)?<svg", "an SVG drawing, which has no pixels: export it as PNG"),
     (rb"\s*<\?xml", "an XML document, perhaps the error message of a failed download: fetch the file again"),
+    (rb"\s*[\[{]\s*[\"{\[]", "a text in JSON, perhaps the error message of a failed download: fetch the file again"),
     (rb"%PDF-|%!PS", "a PDF or PostScript document: export its pictures as PNG"),
     (rb"8BPS", "a Photoshop file: save a copy as PNG"),
     (rb"PAR1", "a Parquet file in which no pictures are found: it must be whole, end in .parquet, and have a column of pictures "

@@ -147,6 +147,17 @@ def _texts(cells: Sequence[Any], names: Sequence[str]) -> list[str]:
         return "" if cell is None else str(cell)
     return [text(cell) for cell in cells]
 
+# %% ../../nbs/01_data/04_parquet.ipynb #9a700014
+def _only_paths(table: Any, picture: str) -> bool:
+    "Whether every record of a column of pictures lacks the bytes, as `datasets` writes it for pictures that are files."
+    import pyarrow as pa
+    field = table.schema_arrow.field(picture).type
+    if pa.types.is_struct(field) and pa.types.is_null(field.field("bytes").type): return True
+    groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    held = [column.statistics for column in columns if column.path_in_schema == f"{picture}.bytes"]
+    return bool(held) and all(found is not None and found.has_null_count and not found.num_values for found in held)
+
 # %% ../../nbs/01_data/04_parquet.ipynb #9a70000d
 def read_parquet(
     file: str | Path,
@@ -167,6 +178,9 @@ def _frame(table: Any, file: str | Path, wanted: Sequence[str] | None, name: str
     import pyarrow as pa
     schema, parts = table.schema_arrow, []
     picture = picture_column(schema, file)
+    if picture is not None and _only_paths(table, picture):
+        raise AnnotationError(f"{file}: the column {picture} holds paths alone, no pictures; put these into the file, or write a text "
+                              "column path")
     plain = [f.name for f in schema if f.name != picture and not pa.types.is_nested(f.type) and (wanted is None or f.name in wanted)]
     twice = [column for column in plain if plain.count(column) > 1]
     if twice: raise AnnotationError(f"{file}: two columns are called {twice[0]}; rename or delete one")

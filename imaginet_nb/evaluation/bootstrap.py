@@ -9,6 +9,7 @@ __all__ = ['BLOCK', 'resample_counts', 'bootstrap', 'interval', 'exact_interval'
 
 # %% ../../nbs/07_evaluation/01_bootstrap.ipynb #dc50c689
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,6 +61,7 @@ def interval(
     return float(low), float(high)
 
 # %% ../../nbs/07_evaluation/01_bootstrap.ipynb #bc778748
+@cache # tables of few images have the same counts again and again
 def exact_interval(
     hits: int, # 0 to n
     n: int, # trials

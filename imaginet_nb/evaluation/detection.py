@@ -271,7 +271,7 @@ def difference_sentences(
     for metric in ("acc", "auc"):
         value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) # as in the CSV file
         told = f"the difference is {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-        compared = f"which of {pair[0]} and {pair[1]} is better cannot be told"
+        compared = f"{pair[0]} and {pair[1]} are not distinguishable at this sample size"
         if low > 0:
             compared = f"{pair[0]} is better than {pair[1]}"
         if high < 0:
@@ -390,7 +390,7 @@ def difference_words(
     if low == high: numbers = f"{value:+.3f}, all resamples agree" # an interval without width would look certain
     if high < 0: return f"{lower} ({numbers})"
     if low > 0: return f"{higher} ({numbers})"
-    return f"cannot be told from these images ({numbers})"
+    return f"not distinguishable at this sample size ({numbers})"
 
 def content_ablation_sentences(
     predictions: pd.DataFrame, # as for `content_ablation_table`

@@ -95,7 +95,7 @@ def _reservation(
     "Caveat for the comparison of the methods if one of them does not detect what it was trained with."
     weak = table.loc[table["training"].eq(WITH) & ~(table["auc_low"] > 0.5), "detector"].unique()
     if not len(weak): return ""
-    return (f"; but even with the families in training, detection fails or cannot be told from chance for some of them "
+    return (f"; but even with the families in training, detection fails or is not distinguishable from chance for some of them "
             f"({', '.join(weak)}; see the warnings), so this is no comparison of generalisation")
 
 def generalisation_text(

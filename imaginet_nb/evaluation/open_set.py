@@ -222,7 +222,7 @@ def plot_open_set(
     title: str = "",
 ) -> Figure:
     "AUROC, and shares of unknown and known images that are called unknown, for every generator that is left out."
-    groups, looks = list(dict.fromkeys(table["group"])), label_styles(table["score"])
+    groups, looks = list(dict.fromkeys(table["group"])), label_styles(table["score"], "score")
     counts = table.dropna(subset=["n_unknown"]).drop_duplicates("group").set_index("group")["n_unknown"]
     labels = {g: f"{g}\nn = {counts[g]}" if g in counts else g for g in groups}
     figure, (left, right) = new_figure(2, height=1.6 + 0.36*len(groups))

@@ -256,7 +256,7 @@ def plot_roc(
     legend, gap, height = dict[str, Any](loc="lower right"), " ", 4.6
     if len(found) > 1: # panels are too narrow for a legend inside
         most = max(len(decision_thresholds(fit)) for *_, fit in found)
-        legend, gap, height = dict(loc="upper center", bbox_to_anchor=(0.5, -0.22)), "\n", 5.4/min(len(found), 3) + 1.2 + 0.27*most
+        legend, gap, height = dict(loc="upper center", bbox_to_anchor=(0.5, -0.22)), "\n", 5.4/min(len(found), 3) + 1.55 + 0.27*most
     figure, panels = _panels(len(found), height)
     for axes, (name, z, synthetic, fit) in zip(panels, found, strict=True):
         axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="chance")
@@ -266,7 +266,7 @@ def plot_roc(
             flagged = expit(z) > thresholds[label]
             fpr, tpr = flagged[~synthetic].mean(), flagged[synthetic].mean()
             axes.plot(fpr, tpr, marker, color=DARK, ms=6, label=f"{label}:{gap}{fpr:.3f}, {tpr:.3f}")
-        axes.set(xlabel="false-positive rate (FPR)", aspect="equal")
+        axes.set(xlabel="false-positive rate (FPR)", aspect="equal", anchor="N")
         axes.set_title(_heading([f"{name}, pooled AUC {roc_auc_score(synthetic, z):.3f}"], len(found)))
         axes.legend(title="threshold: measured FPR, TPR", fontsize=7, title_fontsize=7, **legend)
     for axes in panels[::3]: axes.set_ylabel("true-positive rate (TPR)")

@@ -72,6 +72,6 @@ def seed_text(
     if np.ptp(values) > 0:
         low, high = ttest_1samp(values, 0).confidence_interval(0.95)
     better = first if low > 0 else second
-    verdict = "which of them is better cannot be told" if low <= 0 <= high else f"{better} is better"
+    verdict = "they are not distinguishable with these seeds" if low <= 0 <= high else f"{better} is better"
     return (f"AUC of {first} minus that of {second}, over {len(values)} seeds: {values.mean():+.3f} "
             f"[{low:+.3f}, {high:+.3f}] (paired t interval); {verdict}.")
