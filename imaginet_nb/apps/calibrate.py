@@ -136,7 +136,7 @@ class StoredCalibration(Section):
     @property
     def note(self) -> str: # a sentence
         kinds = f"{self.calibration.n_real} real and {self.calibration.n - self.calibration.n_real} synthetic pictures"
-        return f"Calibrated on {kinds} by `imaginet calibrate` on {self.made}."
+        return f"Calibrated on {kinds} with imaginet calibrate on {self.made}."
 
 class _WithHeader:
     "A detector that takes no attributes, such as a frozen dataclass or one with `__slots__`, with a header beside it."
