@@ -128,6 +128,14 @@ def units_of(
 # %% ../../nbs/08_apps/08_ray_engine.ipynb #d0e10008
 Source = Path | str | tuple[str, int, int] | bytes | Exception # file, address, tar with offset and size, content, why there is none
 
+def _ended(archive: tarfile.TarFile) -> bool:
+    "Whether zeros alone follow the last member: `tarfile` takes a damaged header for the end."
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    begin = chunk = file.read(1 << 20)
+    while chunk and not chunk.strip(b"\0"): chunk = file.read(1 << 20)
+    return len(begin) > 0 and not chunk
+
 def _tar_items(address: str, folder: str) -> Iterator[tuple[str, Source]]:
     "Members of a tar that may be pictures; a remote tar is copied into the folder first."
     local = _local_copy(address, folder)
@@ -136,6 +144,7 @@ def _tar_items(address: str, folder: str) -> Iterator[tuple[str, Source]]:
             for member in archive:
                 if member.isfile() and not member.name.endswith((".json", ".txt", ".cls")):
                     yield path_text(f"{address}/{member.name}"), (local, member.offset_data, member.size)
+            if not _ended(archive): yield _name(address), tarfile.ReadError("damaged or cut off behind these members; fetch it again")
     except tarfile.TarError as error: yield _name(address), error
 
 def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
