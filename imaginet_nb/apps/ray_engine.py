@@ -125,9 +125,7 @@ def units_of(
         elif _name(address) not in done: left.append(address)
     for start in range(0, len(left), ROWS): yield {"paths": left[start:start + ROWS]}
 
-# %% ../../nbs/08_apps/08_ray_engine.ipynb #d0e10008
-Source = Path | str | tuple[str, int, int] | bytes | Exception # file, address, tar with offset and size, content, why there is none
-
+# %% ../../nbs/08_apps/08_ray_engine.ipynb #5e77b1d9
 def _ended(archive: tarfile.TarFile) -> bool:
     "Whether zeros alone follow the last member: `tarfile` takes a damaged header for the end."
     file: Any = archive.fileobj
@@ -135,6 +133,9 @@ def _ended(archive: tarfile.TarFile) -> bool:
     begin = chunk = file.read(1 << 20)
     while chunk and not chunk.strip(b"\0"): chunk = file.read(1 << 20)
     return len(begin) > 0 and not chunk
+
+# %% ../../nbs/08_apps/08_ray_engine.ipynb #d0e10008
+Source = Path | str | tuple[str, int, int] | bytes | Exception # file, address, tar with offset and size, content, why there is none
 
 def _tar_items(address: str, folder: str) -> Iterator[tuple[str, Source]]:
     "Members of a tar that may be pictures; a remote tar is copied into the folder first."
