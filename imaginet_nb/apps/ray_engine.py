@@ -125,6 +125,15 @@ def units_of(
         elif _name(address) not in done: left.append(address)
     for start in range(0, len(left), ROWS): yield {"paths": left[start:start + ROWS]}
 
+# %% ../../nbs/08_apps/08_ray_engine.ipynb #5e77b1d9
+def _ended(archive: tarfile.TarFile) -> bool:
+    "Whether zeros alone follow the last member: `tarfile` takes a damaged header for the end."
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    begin = chunk = file.read(1 << 20)
+    while chunk and not chunk.strip(b"\0"): chunk = file.read(1 << 20)
+    return len(begin) > 0 and not chunk
+
 # %% ../../nbs/08_apps/08_ray_engine.ipynb #d0e10008
 Source = Path | str | tuple[str, int, int] | bytes | Exception # file, address, tar with offset and size, content, why there is none
 
@@ -136,6 +145,7 @@ def _tar_items(address: str, folder: str) -> Iterator[tuple[str, Source]]:
             for member in archive:
                 if member.isfile() and not member.name.endswith((".json", ".txt", ".cls")):
                     yield path_text(f"{address}/{member.name}"), (local, member.offset_data, member.size)
+            if not _ended(archive): yield _name(address), tarfile.ReadError("damaged or cut off behind these members; fetch it again")
     except tarfile.TarError as error: yield _name(address), error
 
 def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
