@@ -334,7 +334,7 @@ def test_a_picture_too_small_to_judge_is_counted_and_not_scored(tmp_path, side):
     small = set(sides) if side == 64 else {"dot", "line", "strip"} # 16 pixels are enough for a crop of 32
     shapes = sides | {str(k): (64, 64) for k in range(12)}
     for k, (name, shape) in enumerate(shapes.items()):
-        save(np.full((*shape, 3), 60 + 20*k, np.uint8), tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{name}.png")
+        save(np.full((*shape, 3), 60 + 10*k, np.uint8), tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{name}.png")
     dataset, detector = read_custom_dataset(tmp_path/"set"), Bright("A", 0)
     detector.input_size = side
     sentences = measure(detector, dataset, tmp_path/"out", resamples=10, num_workers=0)
