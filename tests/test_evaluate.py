@@ -23,7 +23,7 @@ from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import AnnotationError
 from imaginet_nb.detectors.predictions import load_predictions, predict
-from imaginet_nb.models.checkpoints import save_checkpoint
+from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
 
@@ -436,6 +436,25 @@ def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
     assert result.exit_code == 0, result.output
     theirs = pd.read_csv(calibrated/"p.csv").assign(path=lambda frame: frame["path"].str.removeprefix("set/")).set_index("path")
     assert np.allclose(theirs["probability"][rows.index], rows["probability"], atol=1e-5)
+
+
+def test_a_checkpoint_and_a_custom_detector_share_one_leaderboard(pictures, tmp_path):
+    "Catches an option that replaces the other one, and a reference that depends on the order of the options."
+    seed_everything(0)
+    save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"net.safetensors")
+    result = evaluate(pictures, "--root", "set", "--detector", "meter:Meter", "--checkpoint", tmp_path/"net.safetensors",
+                      "--out", tmp_path/"out", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    name = load_detector(tmp_path/"net.safetensors").name
+    board = pd.read_csv(tmp_path/"out"/"tables"/"leaderboard.csv").set_index("detector")
+    assert sorted(board.index[~board.index.str.startswith("Metadata")]) == sorted([name, "Brightness meter"])
+    rows, auc = pd.read_csv(tmp_path/"out"/"predictions.csv").dropna(subset="logit"), {}
+    for detector, mine in rows.groupby("detector"):
+        parts = [mine[mine["generator"].isin([maker, "real"])] for maker in ("Flux", "SDXL v1.0")]
+        auc[detector] = np.mean([roc_auc_score(part["origin"].eq("synthetic"), part["logit"]) for part in parts])
+    assert board["auc"][[name, "Brightness meter"]].tolist() == pytest.approx([auc[name], auc["Brightness meter"]], abs=6e-5)
+    assert np.isnan(board["difference_auc"][name]) # others are compared with the checkpoint
+    assert board["difference_auc"]["Brightness meter"] == pytest.approx(auc["Brightness meter"] - auc[name], abs=6e-5)
 
 
 def test_of_several_detectors_each_has_its_own_calibration(calibrated):

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from imaginet_nb.apps.calibrate import read_calibration
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import Scorer, Settings, read_scores, score_files
 from imaginet_nb.data.folders import read_labelled_folder
@@ -144,6 +145,31 @@ def test_a_hub_that_does_not_answer_costs_seconds_and_the_cache_serves(tmp_path,
         with pytest.raises(DetectorError, match="no download .the hub cannot be reached.*name the folder"): hub_folder("owner/other")
         with pytest.raises(CheckpointError, match="the hub cannot be reached"): fetch_checkpoint("hf:owner/other")
     assert time.monotonic() - start < 5
+
+
+def test_a_classifier_is_calibrated_on_real_pictures(tiny, tmp_path):
+    "The threshold is the highest probability that its own library gives 19 pictures, and is refused with another classifier."
+    theirs, draw = hf.pipeline("image-classification", model=str(tiny)), np.random.default_rng(0)
+    pictures = [draw.integers(0, draw.integers(30, 256, 3), (40, 50, 3), dtype=np.uint8) for _ in range(24)]
+    score = [{row["label"]: row["score"] for row in theirs(Image.fromarray(one))}["artificial"] for one in pictures]
+    order = np.argsort(score)
+    for place, number in enumerate(order): # the 19 lowest are the real ones
+        save(pictures[number], tmp_path/("real" if place < 19 else "new")/f"{place}.png")
+
+    def run(*words): return CliRunner().invoke(app, [str(word) for word in (*words, "--device", "cpu")])
+    file, table = tmp_path/"calibration.json", tmp_path/"a.csv"
+    made = run("calibrate", "--detector", f"hf:{tiny}", "--real", tmp_path/"real", "--out", file)
+    assert made.exit_code == 0, made.output
+    assert "19 real and 0 synthetic pictures" in made.output and "1 % false positives: no threshold from 19" in made.output
+    assert read_calibration(file).calibration.thresholds["0.05"] == pytest.approx(score[order[18]], abs=1e-3)
+    words = ("predict", tmp_path/"real", tmp_path/"new", "--no-views", "--calibration", file, "--out", table)
+    scored = run(*words, "--detector", f"hf:{tiny}")
+    assert scored.exit_code == 0, scored.output
+    found = {row["path"]: row["verdict"] for row in read_scores(table)}
+    expected = {"real": "not flagged", "new": "synthetic"}
+    assert len(found) == 24 and found == {path: expected[Path(path).parent.name] for path in found}
+    refused = run(*words, "--detector", changed(tiny, tmp_path/"other", "preprocessor_config.json", resample=0))
+    assert refused.exit_code == 1 and "made for another detector" in refused.output, refused.output
 
 
 def save_bytes(path: Path, content: bytes) -> None:

@@ -171,6 +171,23 @@ def test_tables_name_the_generator_in_any_of_three_columns(suffix, column, tmp_p
     assert audit_source(tmp_path/f"mine{suffix}").manifest.equals(found.manifest)
 
 
+@pytest.mark.parametrize("columns, told", [
+    ("generator model", ["The column generator names the generator.", "Columns that were not used: model."]),
+    ("model source prompt", ["The column model names the generator.", "The column source says where an image is from.",
+                             "Columns that were not used: prompt."]),
+    ("generator source", ["The column generator names the generator.",
+                          "The column source says where an image is from."]),
+    ("generator image_source", ["The column image_source says where an image is from."])])
+def test_which_of_several_columns_were_used_is_said(columns, told, tmp_path):
+    "A column `model` beside `generator` was ignored without a word."
+    frame = pd.DataFrame({"path": ["a.png", "b.png"], "label": [0, 1]})
+    frame = frame.assign(**{column: ["", f"the {column}"] for column in columns.split()})
+    found = read_custom_dataset(table(tmp_path/"mine.csv", frame))
+    assert found.manifest["generator"].tolist() == ["real", f"the {columns.split()[0]}"]
+    assert list(found.columns) == told
+    assert audit_source(tmp_path/"mine.csv").understood[1:] == found.understood[1:]
+
+
 @pytest.mark.parametrize("names, origin", [(["FAKE", "REAL"], "synthetic"), (["real", "fake"], "real"), (None, "real")])
 def test_class_numbers_of_parquet_mean_what_the_file_says(names, origin, tmp_path):
     "Number 0 is FAKE in CIFAKE on the hub; without names 0 is real."
@@ -190,6 +207,40 @@ def test_parts_have_the_split_of_their_name_or_folder(tmp_path):
     found = read_custom_dataset(tmp_path).manifest
     assert dict(zip(found["path"].str.partition(".parquet")[0], found["split"], strict=True)) == {
         "data/train-00000-of-00002": "train", "data/validation-00000-of-00001": "val", "test/0": "test"}
+
+
+@pytest.mark.parametrize("read", [read_custom_dataset, audit_source])
+def test_pictures_beside_the_parts_of_a_hub_data_set_are_left_out(read, tmp_path):
+    "It was refused, with `teaser.png: real or synthetic?`; beside labelled pictures the parts were left out."
+    frame = pd.DataFrame({"image": [content(1), content(2)], "label": ["human", "ai"]})
+    (tmp_path/"data").mkdir()
+    frame.to_parquet(tmp_path/"data/train-00000-of-00001.parquet")
+    for name in ("teaser.png", "assets/x.png"): put(tmp_path/name)
+    (tmp_path/"README.md").write_text("about")
+    found = read(tmp_path)
+    assert found.manifest["path"].tolist() == [f"data/train-00000-of-00001.parquet/0/{k}" for k in range(2)]
+    assert found.left_out == 3 and found.understood[-2:] == [
+        "Files left out, because by name and content they are not images: 1. The first: `README.md`.",
+        "Files left out, because they have no label, and the Parquet files hold labelled images: 2. The first: "
+        "`assets/x.png`."]
+    put(tmp_path/"extra/fake/Flux/1.png")
+    both = (r"the labelled images \(1, the first extra/fake/Flux/1.png\) or the Parquet files \(1, the first "
+            r"data/train-00000-of-00001.parquet\)\? name a folder or a Parquet file")
+    with pytest.raises(AnnotationError, match=both): read(tmp_path)
+    assert len(read(tmp_path/"data").manifest) == 2
+
+
+@pytest.mark.parametrize("read", [read_custom_dataset, audit_source])
+def test_only_parquet_files_with_pictures_take_precedence_over_unlabelled_pictures(read, tmp_path):
+    "A table of scores beside labelled pictures is no data set; Git LFS pointers in place of the parts are the error."
+    for name in ("real/1.png", "fake/Flux/2.png"): put(tmp_path/"set"/name)
+    pd.DataFrame({"path": ["real/1.png"], "logit": [0.5]}).to_parquet(tmp_path/"set/preds.parquet")
+    found = read(tmp_path/"set")
+    assert found.manifest["path"].tolist() == ["fake/Flux/2.png", "real/1.png"] and found.left_out == 1
+    put(tmp_path/"hub/teaser.png")
+    (tmp_path/"hub/test.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(AnnotationError, match="test.parquet: not a readable Parquet file .* fetch or write it again"):
+        read(tmp_path/"hub")
 
 
 def test_a_picture_inside_that_is_none_and_a_file_that_is_none(tmp_path):

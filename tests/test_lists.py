@@ -218,6 +218,7 @@ def test_label_words_are_one_rule_in_both_commands(here, command):
     result = run(command, *(("--root",) if command == "evaluate" else ()), "set", *words, "--out", "out", code=0)
     table = pd.read_csv(here/"out"/("predictions.csv" if command == "evaluate" else "properties.csv")).set_index("path")
     assert table["origin"].loc[list(right)].to_dict() == right
+    assert result.output.index("set: 17 images") < result.output.index("\n- ") # before the findings
     assert "contradict each other: 2. The first: real/ai/2.png" in result.output
 
 

@@ -161,17 +161,18 @@ def card_tags(
     images: Mapping[str, Any], # by `card_images`
     stand_ins: bool, # whether the detector was trained on them
 ) -> list[str]:
-    "What limits a verdict, and what the file says, as short as a card needs it; of a file that cannot be read its error alone."
+    "What the file says, and what limits a verdict, as short as a card needs it; of a file that cannot be read its error alone."
     if row["error"] is not None: return [row["error"].removeprefix(f"{row['path']}: ")]
     small, not_judged = (row.get("reason") == note for note in (TOO_SMALL_NOTE, FLAT_NOTE))
     found = [(STAND_IN_TAG, stand_ins and row["verdict"] != DEMO_ONLY), (TOO_SMALL_TAG, small),
              (f"{FLAT_TAG}: not judged", not_judged), (FLAT_TAG, "flat" in images and not small and not not_judged)]
-    tags = [tag for tag, holds in found if holds]
+    tags = []
+    if says := row.get("provenance"):
+        checked = "signature verified" if says.startswith(f"C2PA {VALID}") else "not verified, can be forged"
+        tags.append(f"the file says ({checked}): {says}")
+    tags += [tag for tag, holds in found if holds]
     tags += [note for note in (row.get("note") or "").split("; ") if note.startswith("padded to ")]
     if images.get("share", 1) < SMALL_SHARE and not small: tags.append(looked_text(images["share"]))
-    if says := row.get("provenance"):
-        checked = "signature verified" if f"C2PA {VALID}" in says else "not verified, can be forged"
-        tags.append(f"the file says ({checked}): {says}")
     return tags
 
 # %% ../../nbs/08_apps/02_predict_page.ipynb #9a6e0d05

@@ -86,12 +86,16 @@ def _with_labels(
 
 def _columns_sentence(
     columns: Sequence[str], # of a table, without that of the images
+    manifest: pd.DataFrame, # read from the table
 ) -> list[str]: # empty if there is nothing to say
-    "Which column names the generator, and which columns are not used."
-    named = next((name for name in _GENERATORS if name in columns), None)
-    other = [name for name in columns if name not in COLUMNS]
-    found = [f"The column {named} names the generator."] if named not in (None, "generator") else []
-    return [*found, *([f"Columns that were not used: {', '.join(other)}."] if other else [])]
+    "Which columns name the generator and say where an image is from, and which columns are not used."
+    naming = [name for name in _GENERATORS if name in columns]
+    told = "image_source" in manifest # else `source` has the paths of the originals of perturbed images
+    places = [name for name in ("source", "image_source") if told and name in columns and name not in naming[:1]]
+    unused = [name for name in columns if name not in places and (name not in COLUMNS or name in naming[1:])]
+    found = [f"The column {naming[0]} names the generator."] if naming not in ([], ["generator"]) else []
+    found += [f"The column {name} says where an image is from." for name in places]
+    return [*found, *([f"Columns that were not used: {', '.join(unused)}."] if unused else [])]
 
 # %% ../../nbs/01_data/05_folders.ipynb #7e200021
 def _read_inside(
@@ -113,7 +117,8 @@ def read_labelled_list(
     else:
         frame, listing = read_table(path)
         columns = frame.columns.tolist()
-    return _with_labels(frame, listing, columns, allow_duplicates), _columns_sentence(columns)
+    manifest = _with_labels(frame, listing, columns, allow_duplicates)
+    return manifest, _columns_sentence(columns, manifest)
 
 # %% ../../nbs/01_data/05_folders.ipynb #7e20000c
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -204,12 +209,37 @@ def read_labelled_folder(
     raise AnnotationError(" ".join([f"{path_text(folder)}: no images in it; {remedy}", *why]))
 
 # %% ../../nbs/01_data/05_folders.ipynb #7e200026
-def _shards(folder: Path) -> list[Path]:
-    "Parquet files of a folder without image files."
-    found = [path for path, problem in walk(folder) if problem is None and not path.name.startswith(".")]
-    shards = [path for path in found if path.suffix.lower() == ".parquet"]
-    return shards if not any(is_image_path(path) for path in found) else []
+_BESIDE_SHARDS = "Files left out, because they have no label, and the Parquet files hold labelled images"
 
+def _may_hold_images(shard: Path) -> bool:
+    "Whether a Parquet file has a column of images; also for a file that cannot be read, since reading it says why."
+    import pyarrow.parquet as pq
+    try: return picture_column(pq.read_schema(shard)) is not None
+    except Exception: return True # a damaged file can raise nearly anything
+
+def _shards(
+    folder: Path,
+) -> tuple[list[Path], dict[str, list[str]]]: # none if the image files are the data set; reason -> files left out
+    "Parquet files that are the data set in a folder. Raises `AnnotationError` if labelled image files may be it, too."
+    entries = walk(folder)
+    files = [path for path, problem in entries if problem is None and not path.name.startswith(".")]
+    shards = [path for path in files if path.suffix.lower() == ".parquet"]
+    if not any(map(_may_hold_images, shards)):
+        lists = [] if any(map(is_image_path, files)) else shards
+        return lists, {}
+    left_out, known = defaultdict(list), set(shards)
+    for path, problem in entries:
+        if path in known: continue
+        left_out[_why_left_out(path, problem) or _BESIDE_SHARDS].append(path_text(path.relative_to(folder)))
+    labelled = [path for path in left_out.get(_BESIDE_SHARDS, ()) if label_place(path.split("/")[:-1]) is not None]
+    if labelled:
+        first = path_text(shards[0].relative_to(folder))
+        raise AnnotationError(f"{path_text(folder)}: is the data set the labelled images ({len(labelled):,}, the first "
+                              f"{labelled[0]}) or the Parquet files ({len(shards):,}, the first {first})? name a folder or "
+                              "a Parquet file that holds one of the two alone")
+    return shards, left_out
+
+# %% ../../nbs/01_data/05_folders.ipynb #7e20002d
 def _read_shards(
     shards: Sequence[Path], # Parquet files
     folder: Path, # that the paths are relative to
@@ -224,7 +254,7 @@ def _read_shards(
         if "split" not in frame: frame = frame.assign(split=_split_of(re.split(r"[/_.-]", name)))
         frames.append(_with_labels(frame, listing, found, allow_duplicates))
     whole = pd.concat(frames, ignore_index=True).fillna("") # a column that only some of the shards have
-    return whole, _columns_sentence(list(columns))
+    return whole, _columns_sentence(list(columns), whole)
 
 # %% ../../nbs/01_data/05_folders.ipynb #7e200028
 MAIN_LISTS = ("train_annotations.txt", "test_annotations.txt") # of the authors
@@ -308,8 +338,10 @@ def read_custom_dataset(
     if lists := lists_folder(source):
         files = [lists/name for name in MAIN_LISTS if (lists/name).is_file()]
         return dataset(pd.concat(map(read_authors_list, files), ignore_index=True))
-    if shards := _shards(source):
+    shards, left_out = _shards(source)
+    if shards:
         manifest, columns = _read_shards(shards, source, allow_duplicates)
-        return dataset(manifest, columns=columns)
+        remarks = LabelledFolder(manifest, left_out).sentences
+        return dataset(manifest, columns=columns, remarks=remarks, left_out=sum(map(len, left_out.values())))
     found = read_labelled_folder(source)
     return CustomDataset(source.resolve().name, found.manifest, source, source, found.sentences, sum(map(len, found.left_out.values())))

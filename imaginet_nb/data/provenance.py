@@ -163,10 +163,10 @@ class Provenance(NamedTuple):
 
     @property
     def text(self) -> str | None:
-        "One line for tables; None if the file says nothing."
+        "One line for tables; None if the file says nothing. It begins with C2PA only if there is a chunk of it."
         signed = f" (signed by {self.signer}; certificate not compared with a trust list)" if self.signer else ""
         c2pa = f"C2PA {self.c2pa}{signed}" if self.c2pa != ABSENT else ""
-        return "; ".join(filter(None, (self.generator, c2pa))) or None
+        return "; ".join(filter(None, (c2pa, self.generator))) or None # no text of the file stands where the check is read
 
 def _one_line(text: str) -> str:
     "Printable characters, single spaces."

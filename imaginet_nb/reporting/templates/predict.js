@@ -71,7 +71,7 @@ function scores(row) {
   }));
 }
 function facts(row) {
-  const values = {"error": row.error, "why": row.reason, "the file itself says": row.says, "note": row.notes.join("; "),
+  const values = {"error": row.error, "why": row.reason, "note": row.notes.join("; "),
     "size": row.width && `${row.width} x ${row.height} pixels`, "format": row.format, "file": row.path};
   if (row.flat && hasNumber(row)) values["flat areas"] = `${Math.round(100 * row.flat)} % of what was looked at, as in a screenshot, a diagram or text. ` +
     "If the training data held no such pictures, the score means nothing.";
@@ -140,6 +140,7 @@ function show(number) {
   const word = make("p", "Verdict: ", {class: "verdict"});
   word.append(make("b", row.verdict, {class: row.verdict}));
   if (hasNumber(row)) word.append(`, ${data.measure}${given} ${probabilityText(posterior(row.probability))}`);
+  if (row.says) right.append(make("p", `The file itself says: ${row.says}`, {class: "tag"})); // evidence comes before a score
   right.append(word);
   if (!row.error) right.append(...row.tags.filter(tag => !row.says || !tag.startsWith("the file says")).map(tag => make("p", tag, {class: "tag"})));
   if (hasNumber(row)) right.append(make("p", `${data.measure}${given} of the picture in these views:`), scores(row));
