@@ -456,7 +456,7 @@ def test_pictures_that_a_codec_cannot_hold_are_missing_at_its_points_alone(tmp_p
     "An evaluation that ended, after all its work, at one picture of 20,000 pixels; or a table that does not say that it is missing."
     detector, _ = squares(tmp_path, input_size=20, fit="squash")
     for side, name in ((20_000, "real/long.png"), (70_000, "synthetic/gan/longer.png")):
-        save(np.full((2, side, 3), 255, np.uint8), tmp_path/"pictures"/name)
+        save(np.full((16, side, 3), 255, np.uint8), tmp_path/"pictures"/name)
     scored = {("jpeg", 80): 3, ("webp", 40): 2, ("avif", 40): 3, ("resize", 2): 4, ("screenshot", 125): 3}
     monkeypatch.setattr("imaginet_nb.apps.evaluate.grid_points", lambda: list(scored))
     found = judge(detector, read_custom_dataset(tmp_path/"pictures"), robustness=8, resamples=10, num_workers=0)

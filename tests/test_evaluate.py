@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 from imaginet_nb.apps.calibrate import read_calibration
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.evaluate import Contender, compare, judge, judge_all, keeping
+from imaginet_nb.apps.evaluate import evaluate as measure
+from imaginet_nb.apps.predict import TOO_SMALL_NOTE, Scorer, score_files
 from imaginet_nb.core import seed_everything
 from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
 from imaginet_nb.data.labels import AnnotationError
-from imaginet_nb.detectors.predictions import predict
+from imaginet_nb.detectors.predictions import load_predictions, predict
 from imaginet_nb.models.checkpoints import load_detector, save_checkpoint
 from imaginet_nb.models.resnet import create_backbone
 from imaginet_nb.models.selfcon import ImagiNetClassifier
@@ -325,6 +327,27 @@ def test_an_error_of_the_moment_is_not_kept(pictures, tmp_path):
     assert np.allclose(score(detector, dataset.manifest, dataset.root)["logit"], everything["logit"], equal_nan=True)
 
 
+@pytest.mark.parametrize("side", [32, 64, None])
+def test_a_picture_too_small_to_judge_is_counted_and_not_scored(tmp_path, side):
+    "Catches a score of a single pixel, a rule that is not that of `predict`, a picture that is missing without a word."
+    sides = {"dot": (1, 1), "line": (2, 3000), "strip": (1, 400), "icon": (16, 16)}
+    small = set(sides) if side == 64 else {"dot", "line", "strip"} # 16 pixels are enough for a crop of 32
+    shapes = sides | {str(k): (64, 64) for k in range(12)}
+    for k, (name, shape) in enumerate(shapes.items()):
+        save(np.full((*shape, 3), 60 + 10*k, np.uint8), tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{name}.png")
+    dataset, detector = read_custom_dataset(tmp_path/"set"), Bright("A", 0)
+    detector.input_size = side
+    sentences = measure(detector, dataset, tmp_path/"out", resamples=10, num_workers=0)
+    told = f"{len(small)} of {len(shapes)} pictures could not be scored"
+    assert told in " ".join(sentences) and told in (tmp_path/"out"/"index.html").read_text()
+    rows = load_predictions(tmp_path/"out"/"predictions.csv").set_index("path")
+    left_out = rows[rows["error"].notna()]
+    assert {Path(path).stem for path in left_out.index} == small and left_out["logit"].isna().all()
+    assert left_out["error"].tolist() == [f"{path}: {TOO_SMALL_NOTE}" for path in left_out.index]
+    judged = score_files([dataset.root/path for path in rows.index], Scorer(detector), readers=0)
+    assert [row["reason"] == TOO_SMALL_NOTE for row in judged] == rows["error"].notna().tolist()
+
+
 def test_a_picture_that_was_replaced_is_scored_again(tmp_path):
     "Catches a state of size and time alone: `cp -p` and archives set the time."
     for k, name in enumerate(("real/0.bmp", "real/1.bmp", "synthetic/Flux/0.bmp")): save_plain(tmp_path/"set"/name, 50*k)
@@ -407,7 +430,8 @@ def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
     assert point["threshold"] == pytest.approx(stored.thresholds["0.05"], abs=6e-5)
     share = (rows.query("origin == 'real'")["probability"] > stored.thresholds["0.05"]).mean()
     for text in (result.output, (calibrated/"own"/"index.html").read_text()):
-        assert "as in meter.json, fitted by imaginet calibrate on" in text and f"false positives, {100*share:.1f} % [" in text
+        assert "as in meter.json, fitted by imaginet calibrate on" in text
+        assert f"false-positive rate of at most 5 %, {100*share:.1f} % [" in text
         assert "crops of 32 x 32 pixels all over the picture, as it was for the calibration" in text and "was not checked" in text
     result = imaginet(calibrated, "predict", "set", "--no-views", *words, "p.csv")
     assert result.exit_code == 0, result.output

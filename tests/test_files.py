@@ -2,10 +2,12 @@
 import datetime
 import io
 import json
+import multiprocessing
 import re
 import resource
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from imaginet_nb.data.provenance import ABSENT, EMPTY, INVALID, PRESENT, VALID, 
 
 Y, X = np.mgrid[0:120, 0:160]
 PIXELS = np.stack([X*255/160, Y*255/120, (X + Y) % 256], -1).astype(np.uint8)
-PICTURE = Image.fromarray(PIXELS)
+PICTURE, FLOATS = Image.fromarray(PIXELS), Image.fromarray(PIXELS[..., 0].astype(np.float32)/255)
 
 
 def written(format: str = "PNG", picture: Image.Image = PICTURE, **options) -> bytes:
@@ -145,6 +147,37 @@ def test_200_megapixels_are_read_in_bounded_memory():
     small = decode(written("JPEG", PICTURE.resize((16_320, 16)), quality=50, restart_marker_rows=1))
     for top in (0, 6_000, 12_224): # full resolution; rows at the edge of a strip are blended with the next one's colours
         assert np.array_equal(found.pixels[top + 1:top + 15], small[1:15])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the readers inherit what is patched here")
+def test_one_large_picture_at_a_time_is_read_by_all_processes(tmp_path, monkeypatch):
+    # fails for: a bound within each process, a lock that a killed reader keeps
+    from imaginet_nb.apps import predict
+    from imaginet_nb.data import images
+    load, entered = images._load, multiprocessing.get_context("fork").Event()
+    def slow(*picture):
+        start = time.monotonic()
+        time.sleep(0.1)
+        with open(tmp_path/"spans", "a") as file: file.write(f"{start} {time.monotonic()}\n")
+        return load(*picture)
+    def stuck(*picture):
+        entered.set()
+        time.sleep(60)
+    monkeypatch.setattr(images, "_LARGE", 0)
+    monkeypatch.setattr(images, "_load", stuck)
+    reader = multiprocessing.get_context("fork").Process(target=decode, args=(written(),))
+    reader.start()
+    assert entered.wait(30)
+    reader.kill()
+    reader.join()
+    monkeypatch.setattr(images, "_load", slow)
+    paths = [tmp_path/f"{k}.png" for k in range(4)]
+    for path in paths: path.write_bytes(written())
+    start = time.monotonic()
+    assert all(row.get("error") is None for row in predict.score_files(paths, predict.Scorer(Mean()), readers=2))
+    assert time.monotonic() - start < 30
+    spans = sorted(tuple(map(float, line.split())) for line in (tmp_path/"spans").read_text().splitlines())
+    assert len(spans) == 4 and all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
 
 def test_a_picture_above_the_limit_is_refused_with_the_name_of_the_option(monkeypatch):
@@ -376,6 +409,7 @@ def test_predict_says_what_a_file_says_and_does_not_judge_what_is_too_small(tmp_
     contents = {"plain.png": written(), "says.png": text("parameters", SETTINGS), "large.png": LARGE["workflow"], "gain.jpg":
                 written("MPO", save_all=True, append_images=[PICTURE.resize((40, 30)).convert("L")]), "cut.jpg": written("JPEG")[:-700],
                 "dot.png": written(picture=PICTURE.crop((0, 0, 1, 1))), "line.png": written(picture=PICTURE.resize((3000, 2))),
+                "strip.png": written(picture=PICTURE.resize((400, 1))), "float.tif": written("TIFF", FLOATS),
                 "icon.png": written(picture=PICTURE.crop((0, 0, 16, 16))), "page.jpg": b"<html>404</html>"}
     for name, content in contents.items(): (tmp_path/name).write_bytes(content)
     scorer = predict.Scorer(Mean())
@@ -385,9 +419,11 @@ def test_predict_says_what_a_file_says_and_does_not_judge_what_is_too_small(tmp_
     same = ("logit", "probability", "verdict", "reason", "width", "height", "format")
     for name in ("says.png", "large.png"): assert [rows[name][key] for key in same] == [rows["plain.png"][key] for key in same]
     assert rows["gain.jpg"]["format"] == "JPEG" and "gain map" in rows["gain.jpg"]["note"]
-    for name in ("dot.png", "line.png"):
+    for name in ("dot.png", "line.png", "strip.png"):
         assert rows[name]["verdict"] == "unsure" and "too small to judge" in rows[name]["reason"] and "family" not in rows[name]
     assert rows["icon.png"]["verdict"] in ("real", "synthetic") and "too small" not in (rows["icon.png"]["reason"] or "")
+    with pytest.raises(ImageError, match="float.tif: .*floating-point"): read_image(tmp_path/"float.tif")
+    assert "floating-point" in rows["float.tif"]["error"] and rows["float.tif"].get("logit") is None
     assert "rows of pixels are missing" in rows["cut.jpg"]["error"] and "a web page" in rows["page.jpg"]["error"]
     assert "provenance" in predict.SCORE_COLUMNS
     from imaginet_nb.apps.predict_page import card

@@ -233,7 +233,7 @@ def test_what_is_missing_for_an_evaluation_is_said(here):
     save(np.full((40, 48, 3), 99, np.uint8), here/"set/fake/Flux/1.png")
     assert run(*words).exit_code == 0, "one real and one synthetic picture"
     for path in ("real/0.png", "fake/Flux/1.png"): save(np.full((40, 48, 3), 99, np.uint8), here/"set/train"/path)
-    assert "of the split train: 2 pictures" in run(*words, code=0).output
+    assert "Not evaluated: 2 pictures of the split train" in run(*words, code=0).output
 
 
 NAMES = ["a\rb.png", "a\nb.png", "a\x85b.png", "a\u2028b.png", "a\x0bb.png", 'a"b,c.png', os.fsdecode(b"a\xff.png"),

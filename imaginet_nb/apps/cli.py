@@ -823,6 +823,7 @@ def evaluate(
     Several detectors: a leaderboard, paired differences. Scores are kept in OUT/kept, so that one that is added is scored alone.
     Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
     out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
+    A picture with a side under 16 pixels, or under half of the crops that a detector is shown, is not scored: the reason is its error.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
     If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
     """

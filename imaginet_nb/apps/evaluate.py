@@ -28,7 +28,8 @@ from ..evaluation.detection import (
     group_by_generator, metadata_name, metadata_values)
 from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import CustomDataset
-from ..data.images import pixel_limit
+from ..data.datasets import Transform
+from ..data.images import ImageError, Picture, pixel_limit
 from ..data.parquet import picture_file
 from ..evaluation.calibration import Fits, fit_all
 from ..evaluation.bootstrap import has_score, interval_cells, join_notes, mean_over_groups, metric_cells
@@ -39,7 +40,8 @@ from ..reporting.tables import interval_text, reading_frame, save_table, text_fr
 from ..evaluation.robustness import image_shifts, loss_table, plot_shifts, points_of, shift_table
 from ..data.augmentation import CenterCrop
 from .calibrate import made_for, read_calibration, with_calibration
-from .predict import STAND_IN_NOTE, Settings, environment, file_state, trained_on_stand_ins
+from .predict import (
+    STAND_IN_NOTE, TOO_SMALL_NOTE, Settings, environment, file_state, too_small, trained_on_stand_ins)
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #2941d85a
 _TRAINING = ("train", "val", "calibration")
@@ -268,6 +270,16 @@ class Scored(NamedTuple):
     fits: Fits
     words: str # where the probabilities are from
 
+@dataclass(frozen=True)
+class _WithoutSmall:
+    "A transform that refuses pictures too small to judge, by the rule of `imaginet predict`."
+    shown: int | None # as for `too_small`
+    then: Transform | None # for all other pictures; None = as they are
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> np.ndarray:
+        if too_small(min(picture.shape[:2]), self.shown): raise ImageError(TOO_SMALL_NOTE)
+        return self.then(picture, rng) if self.then else picture[:, :]
+
 def _scored(
     detector: Detector,
     dataset: CustomDataset,
@@ -278,7 +290,7 @@ def _scored(
 ) -> Scored:
     "Score the images to evaluate, and those of the split calibration."
     middle = detector.input_size if input_spec(detector) is None else None # a stated specification needs no other crop before it
-    transform = CenterCrop(middle) if middle else None
+    transform = _WithoutSmall(default_spec(detector).crop_side, CenterCrop(middle) if middle else None)
     raw = score(detector, _judged(dataset.manifest, split), dataset.root, transform, **reading)
     _refuse_one_kind(raw)
     return Scored(*_thresholds(detector, dataset, raw, dict(transform=transform, **reading), score, given))

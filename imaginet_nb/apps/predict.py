@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LISTS', 'VIEWS', 'TOO_SMALL', 'FLAT', 'SMALL_SHARE', 'TOO_SMALL_NOTE', 'FLAT_NOTE', 'NOT_FLAGGED', 'SCORE_COLUMNS',
            'DEMO_ONLY', 'STAND_IN_NOTE', 'BATCH', 'FAMILY_LIMIT', 'NOT_CLEAR', 'FORMATS_OUT', 'is_list', 'read_list',
-           'find_files', 'Prepared', 'shrink', 'prepare', 'looked_at', 'flat_share', 'cautions', 'looked_text',
-           'verdict_thresholds', 'decimals', 'verdict', 'trained_on_imaginet', 'error_promise', 'Settings',
-           'environment', 'trained_on_stand_ins', 'verdict_words', 'Reader', 'Scorer', 'score_pictures', 'file_state',
-           'read_picture', 'default_readers', 'read_pictures', 'score_prepared', 'score_files', 'check_out',
-           'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of', 'refuse_other', 'pixels_allowed',
-           'without_results', 'score_to_file']
+           'find_files', 'Prepared', 'shrink', 'prepare', 'looked_at', 'flat_share', 'too_small', 'cautions',
+           'looked_text', 'verdict_thresholds', 'decimals', 'verdict', 'trained_on_imaginet', 'error_promise',
+           'Settings', 'environment', 'trained_on_stand_ins', 'verdict_words', 'Reader', 'Scorer', 'score_pictures',
+           'file_state', 'read_picture', 'default_readers', 'read_pictures', 'score_prepared', 'score_files',
+           'check_out', 'check_writable', 'score_frame', 'write_scores', 'read_scores', 'part_of', 'refuse_other',
+           'pixels_allowed', 'without_results', 'score_to_file']
 
 # %% ../../nbs/08_apps/00_predict.ipynb #f1425045
 import contextlib
@@ -215,13 +215,19 @@ SMALL_SHARE = 0.25 # of the area; a row says if less was looked at
 TOO_SMALL_NOTE = f"too small to judge: a side is under {TOO_SMALL} pixels, or under half of what the detector is shown"
 FLAT_NOTE = "not judged: large flat areas, as in a screenshot, a diagram or text"
 
+def too_small(
+    shorter: int, # side of a picture, pixels
+    shown: int | None, # side of the crops that a detector is shown, as `InputSpec.crop_side`; None = no padding
+) -> bool:
+    "Whether a picture is too small to judge: its shorter side is under `TOO_SMALL`, or more than half of a crop's side is padding."
+    return shorter < TOO_SMALL or 2*shorter < (shown or 0)
+
 def cautions(
     prepared: Prepared, # of the picture
     imaginet: bool, # whether the detector was trained on ImagiNet or its stand-ins
 ) -> list[str]: # at most one; empty if there is no such reason
     "Why the score of an image means nothing, whatever it is."
-    mostly_padding = any(2*own < padded for own, padded in zip(prepared.own_shape, prepared.shape, strict=True))
-    if mostly_padding or min(prepared.own_shape) < TOO_SMALL: return [TOO_SMALL_NOTE]
+    if too_small(min(prepared.own_shape), min(prepared.shape)): return [TOO_SMALL_NOTE]
     flat = imaginet and np.mean([flat_share(crop) for crop in prepared.views["original"]]) > FLAT
     return [FLAT_NOTE] if flat else []
 

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import struct
+import tempfile
 import threading
 import warnings
 import zlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..core import LOCK_SUFFIX, atomic_path
@@ -299,7 +301,6 @@ def open_image(
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b13
 _STRIP, _LARGE = 250_000, 50_000_000 # pixels: of a strip, which fits into a core's cache; of a picture that is read alone
-_one_large_picture = threading.Lock()
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -320,7 +321,18 @@ def _pixels(
     return upright
 
 # %% ../../nbs/01_data/03_images.ipynb #c256bb2c
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME, _ONE_LARGE = threading.Lock(), threading.Lock()
+_LONGEST_WAIT = 600 # seconds; then a picture is read all the same, since the process that holds the lock may have been suspended
+
+@contextlib.contextmanager
+def _one_large_picture() -> Iterator[None]:
+    "Wait until no other thread, or process of this user, reads a large picture. The system frees the lock of a killed process."
+    user = os.getuid() if hasattr(os, "getuid") else "" # a temporary folder of Windows belongs to one user
+    with _ONE_LARGE, contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError): # in a folder that cannot be written, or without locks, only threads wait
+            place = Path(tempfile.gettempdir())/f"imaginet-{user}-large-picture{LOCK_SUFFIX}"
+            held.enter_context(FileLock(place, timeout=_LONGEST_WAIT, fallback_to_soft=False))
+        yield
 
 @contextlib.contextmanager
 def _silent_libtiff() -> Iterator[None]:
@@ -388,7 +400,7 @@ def _read(
         raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}; save a smaller copy, "
                          f"or set {LIMIT_VARIABLE}={width*height} in the environment "
                          f"(for `imaginet predict` and `evaluate`: --max-megapixels {ceil(width*height/1e6)})")
-    with _one_large_picture if width*height > _LARGE else contextlib.nullcontext():
+    with _one_large_picture() if width*height > _LARGE else contextlib.nullcontext():
         turned_by_pillow = picture.format == "TIFF" and _orientation(picture) != 1
         picture, more = _load(picture, stream)
         orientation = _orientation(picture)
