@@ -172,6 +172,13 @@ def test_nothing_committed_names_a_folder_of_the_machine_that_made_it():
         assert "site-packages" not in text and str(ROOT) not in text, name
 
 
+def test_no_committed_report_loads_anything_from_elsewhere():
+    pages = sorted((ROOT/"reports").glob("*/index.html"))
+    elsewhere = re.compile(r'<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)="(?:https?:)?//|\bimport\("https?:')
+    assert pages
+    for page in pages: assert not elsewhere.search(page.read_text(encoding="utf-8")), page
+
+
 def test_readme_is_rendered_from_the_index():
     assert (ROOT/"README.md").read_text() == render_readme(ROOT/"nbs"/"index.ipynb", ROOT), "run `make prepare`"
 
