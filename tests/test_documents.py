@@ -102,7 +102,7 @@ def test_both_documents_are_written(report):
 
 def test_the_picture_of_the_readme_has_as_many_images_as_its_text_says():
     record = json.loads((repo_root()/"reports"/"demo"/"figures"/"umap_family.provenance.json").read_text(encoding="utf-8"))
-    n = re.search(r"of ([\d,]+) test images", record["caption"])[1]
+    n = re.search(r"([\d,]+) test images", record["caption"])[1]
     assert f"![Features of the detector for {n} test images" in (repo_root()/"README.md").read_text(encoding="utf-8")
 
 
