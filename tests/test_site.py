@@ -128,7 +128,7 @@ def test_code_is_not_cut_off_and_no_page_is_wider_than_its_window(site):
 @needs_browser
 def test_in_a_browser_every_page_opens_without_an_error_and_the_search_finds(site, pages, tmp_path):
     "Scripts run, nothing is asked from the network, and a search in the site's own index has results."
-    with browser() as window:
+    with browser(height=100) as window: # nobody looks: what is not in sight is not painted
         for page in pages:
             window.open(page.as_uri())
             assert not window.errors, f"{page.name}: {window.errors}"
