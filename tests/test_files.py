@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+from imaginet_nb.audit.files import image_properties
 from imaginet_nb.data.images import ImageError, NotAnImage, decode, longer_side, open_image, opened, read_image, walk, why_no_image
 from imaginet_nb.data.provenance import ABSENT, EMPTY, INVALID, PRESENT, VALID, Provenance, read_provenance
 
@@ -217,7 +218,9 @@ def test_strips_are_joined_without_a_seam():
 
 
 def test_a_gain_map_is_a_note_and_the_file_a_jpeg():
-    found = read_image(written("MPO", save_all=True, append_images=[PICTURE.resize((40, 30)).convert("L")], quality=90))
+    content = written("MPO", save_all=True, append_images=[PICTURE.resize((40, 30)).convert("L")], quality=90)
+    found, audited = read_image(content), image_properties(content)
+    assert (audited["format"], audited["jpeg_quality"], audited["error"]) == ("JPEG", 90, None)
     assert found.format == "JPEG" and found.notes == ("the main picture; a gain map, preview or second view follows it",)
     assert np.array_equal(found.pixels, decode(written("JPEG", quality=90)))
 
