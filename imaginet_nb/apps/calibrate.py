@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import Field, ValidationError
 
-from .predict import Scorer, Settings, find_files, is_list, read_list, score_files, score_frame
+from .predict import TOO_SMALL_NOTE, Scorer, Settings, find_files, is_list, read_list, score_files, score_frame
 from ..core import Section, fingerprint, progress, versions, write_text
 from ..data.labels import label_of
 from ..evaluation.bootstrap import exact_interval
@@ -49,7 +49,9 @@ def labelled_scores(
     "Score pictures whose origin is known. Raises `ValueError` for a file with both labels."
     files = [*real, *synthetic]
     rows = score_frame(progress(score_files(files, scorer), "scoring", total=len(files)))
-    rows = rows[["path", "logit", "error", "sha256"]].assign(synthetic=[False]*len(real) + [True]*len(synthetic))
+    small = rows["reason"].where(rows["reason"].eq(TOO_SMALL_NOTE)) # nothing is concluded from them later, either
+    labelled = dict(error=rows["error"].fillna(small), synthetic=[False]*len(real) + [True]*len(synthetic))
+    rows = rows[["path", "logit", "error", "sha256"]].assign(**labelled)
     labels = rows.dropna(subset="sha256").groupby("sha256")["synthetic"].nunique()
     if both := list(labels.index[labels > 1]):
         names = rows.loc[rows["sha256"].eq(both[0]), "path"].tolist()
