@@ -50,8 +50,8 @@ def labelled_scores(
     files = [*real, *synthetic]
     rows = score_frame(progress(score_files(files, scorer), "scoring", total=len(files)))
     small = rows["reason"].where(rows["reason"].eq(TOO_SMALL_NOTE)) # nothing is concluded from them later, either
-    labelled = dict(error=rows["error"].fillna(small), synthetic=[False]*len(real) + [True]*len(synthetic))
-    rows = rows[["path", "logit", "error", "sha256"]].assign(**labelled)
+    rows = rows[["path", "logit", "error", "sha256"]].assign(error=rows["error"].fillna(small))
+    rows["synthetic"] = [False]*len(real) + [True]*len(synthetic)
     labels = rows.dropna(subset="sha256").groupby("sha256")["synthetic"].nunique()
     if both := list(labels.index[labels > 1]):
         names = rows.loc[rows["sha256"].eq(both[0]), "path"].tolist()
