@@ -28,8 +28,9 @@ FORK = multiprocessing.get_context("fork")
 ADDRESS = "IMAGINET_TEST_FORKS" # environment variable with the socket of the server
 SHARED = "IMAGINET_TEST_SERVER" # environment variable with what `server` returns, of the server that tests/conftest.py has started
 NOT_YET = {"imaginet_nb.data.imaginet", "imaginet_nb.apps.cards"} # huggingface_hub reads its variables when it is imported
-OTHERS = ("ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "nbconvert",
-          "snakemake.cli", "torch._dynamo", "torchvision.models.resnet") # torch._dynamo: for each optimizer
+OTHERS = ("ipykernel.debugger", "ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib.backends.backend_agg",
+          "matplotlib.backends.backend_pdf", "nbconvert", "snakemake.cli", "torch._dynamo", "torchvision.models.resnet",
+          "umap") # ipykernel.debugger: for each kernel, torch._dynamo: for each optimizer
 
 
 # --- the server: a script, so that nothing of the tests' own process is in it
