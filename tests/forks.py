@@ -29,8 +29,8 @@ ADDRESS = "IMAGINET_TEST_FORKS" # environment variable with the socket of the se
 SHARED = "IMAGINET_TEST_SERVER" # environment variable with what `server` returns, of the server that tests/conftest.py has started
 NOT_YET = {"imaginet_nb.data.imaginet", "imaginet_nb.apps.cards"} # huggingface_hub reads its variables when it is imported
 OTHERS = ("ipykernel.debugger", "ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib.backends.backend_agg",
-          "matplotlib.backends.backend_pdf", "nbconvert", "pandas.io.formats.style", "pyarrow.pandas_compat", "snakemake.cli", "torch._dynamo",
-          "torchvision.models.resnet", "umap") # the debugger: for each kernel, style: for each table, torch._dynamo: for each optimizer
+          "matplotlib.backends.backend_pdf", "nbconvert", "pandas.io.formats.style", "pyarrow.pandas_compat", "snakemake.cli",
+          "torch._dynamo", "torchvision.models.resnet", "umap") # torch._dynamo: for each optimizer; style: for each table in LaTeX
 
 
 # --- the server: a script, so that nothing of the tests' own process is in it
