@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.dummy import DummyClassifier
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
@@ -203,8 +204,7 @@ def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny,
     seed_everything(0)
     checkpoints.save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"net.safetensors")
     monkeypatch.setattr("imaginet_nb.apps.evaluate.save_figure", lambda *_: None) # to save time; tests/test_evaluate.py has both
-    chance = pd.DataFrame({"synthetic": np.full(len(rows), 0.5)})
-    monkeypatch.setattr("imaginet_nb.evaluation.detection.classifier_scores", lambda images, *_: chance[:len(images)])
+    monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())
     words = ["--detector", f"hf:{tiny}", "--detector", str(tmp_path/"net.onnx"), "--checkpoint", str(tmp_path/"net.safetensors")]
     result = CliRunner().invoke(app, ["evaluate", "--manifest", str(tmp_path/"list.csv"), *words, "--out", str(tmp_path/"out"),
                                       "--workers", "0", "--device", "cpu"])
