@@ -155,9 +155,10 @@ def test_the_table_of_compilation_has_every_row_before_anything_is_compiled():
 
     groups = {"training_gpu": "200 crops of 96x96", "stage2_gpu": "100 crops of 256x256"}
     scoring = [("inference_gpu", "32 of 256x256"), ("inference_448_gpu", "8 of 448x448"), ("inference_gpu", "1 of 256x256")]
-    names = dict(pd=pd, torch=torch, CPU=CPU, devices=[], gpu=torch.device("cuda"), side=256, large=448, seed=0, compiled=compiled, write=write,
-                 conditions=groups, stages=[(group, None, None, 200, 96) for group in groups], learning=dict.fromkeys(groups),
-                 scoring=dict.fromkeys(scoring), random_batch=lambda *_: [None])
+    names = dict(
+        pd=pd, torch=torch, CPU=CPU, devices=[], gpu=torch.device("cuda"), side=256, large=448, seed=0, conditions=groups,
+        stages=[(group, None, None, 200, 96) for group in groups], learning=dict.fromkeys(groups),
+        scoring=dict.fromkeys(scoring), random_batch=lambda *_: [None], compiled=compiled, write=write)
     with pytest.raises(KeyboardInterrupt): exec(cell, names)
     waiting = "not run: stopped before"
     assert [table["note"].tolist() for table in tables] == [[""]*done + [waiting]*(8 - done) for done in range(3)]
