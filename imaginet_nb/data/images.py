@@ -399,7 +399,7 @@ def _read(
     if width*height > max_pixels:
         raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}; save a smaller copy, "
                          f"or set {LIMIT_VARIABLE}={width*height} in the environment "
-                         f"(for `imaginet predict` and `evaluate`: --max-megapixels {ceil(width*height/1e6)})")
+                         f"(for `imaginet predict`, `evaluate` and `calibrate`: --max-megapixels {ceil(width*height/1e6)})")
     with _one_large_picture() if width*height > _LARGE else contextlib.nullcontext():
         turned_by_pillow = picture.format == "TIFF" and _orientation(picture) != 1
         picture, more = _load(picture, stream)
