@@ -248,7 +248,6 @@ def _mended_png(
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b11
 _MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])") # neither a stuffed byte nor a restart marker nor a fill byte
-_FILLING = bytes(range(254, 0, -1))*16 # put in place of the missing bytes; begins with ones, since without it they are read as zeros
 
 def _lacks_only_its_end(
     content: bytes, # of a JPEG file
@@ -274,6 +273,9 @@ def _lost_end(
     if stream.read() == b"\xff\xd9": return False
     stream.seek(0)
     return _lacks_only_its_end(stream.read())
+
+# %% ../../nbs/01_data/03_images.ipynb #5f0c3b17
+_FILLING = bytes(range(254, 0, -1))*16 # in place of the missing bytes; begins with ones, since libjpeg puts zeros there
 
 def _mended_jpeg(
     stream: BinaryIO, # a JPEG file that Pillow found to be cut off
