@@ -402,8 +402,21 @@ def test_the_largest_picture_that_is_read(pictures, monkeypatch):
     monkeypatch.delenv("IMAGINET_MAX_PIXELS")
     result = evaluate(pictures, *words, 0.0019)
     assert result.exit_code == 1 and "more than max_pixels=1900" in result.output, result.output
-    assert "`imaginet predict` and `evaluate`: --max-megapixels 1" in result.output and "IMAGINET_MAX_PIXELS" not in os.environ
+    assert "`imaginet predict`, `evaluate` and `calibrate`: --max-megapixels 1" in result.output and "IMAGINET_MAX_PIXELS" not in os.environ
     result = evaluate(pictures, *words, "nan")
+    assert result.exit_code == 1 and "--max-megapixels nan: choose a number" in result.output, result.output
+
+
+def test_the_largest_picture_that_a_calibration_reads(pictures):
+    "Catches a limit that is not passed on, and a refusal without its reason; a picture of exactly the limit is read."
+    words = ("calibrate", "--detector", "meter:Meter", "--real", "set/real", "--device", "cpu", "--out", "limit.json", "--max-megapixels")
+    result = imaginet(pictures, *words, 0.0019)
+    assert result.exit_code == 1 and "0 different real pictures with a score" in result.output, result.output
+    assert "30 have no score, the first: set/real/0.png: 48x40 pixels are more than max_pixels=1900" in result.output
+    assert "`calibrate`: --max-megapixels 1" in result.output and not (pictures/"limit.json").exists()
+    result = imaginet(pictures, *words, 0.00192)
+    assert result.exit_code == 0 and "30 real and 0 synthetic pictures" in result.output, result.output
+    result = imaginet(pictures, *words, "nan")
     assert result.exit_code == 1 and "--max-megapixels nan: choose a number" in result.output, result.output
 
 
