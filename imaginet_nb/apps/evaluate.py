@@ -100,6 +100,7 @@ def _thresholds(
     probability = calibrated_probability(detector, predictions["logit"])
     return predictions.assign(probability=probability), {detector.name: {"platt": stored or plain}}, words
 
+# %% ../../nbs/08_apps/03_evaluate.ipynb #5f0c3a43
 def _with_notes(
     predictions: pd.DataFrame,
     properties: pd.DataFrame, # from `read_properties`, of the images with a score
