@@ -564,6 +564,10 @@ def test_every_kind_of_file_has_the_same_pixels_or_the_same_reason_in_all_comman
     for name in ("evaluate", "audit"): assert "by name and content they are not images: 3" in " ".join(runs[name].output.split())
 
     labels = ("synthetic", "photos", "SD", "SD v2.1", "train")
+    noted = [note for _, note in good.values() if note]
+    for text in (" ".join(runs["evaluate"].output.split()), (tmp_path/"measured"/"index.html").read_text()):
+        assert f"with a note on their file: {len(noted)}; " in text
+        assert f"{LOST_END} (2)" in text and "metadata too large to read (2)" in text and "first of several frames (3)" in text
     listed = pd.DataFrame([(paths[name], *labels) for name in (*good, *SMALL)], columns=MANIFEST_COLUMNS)
     listed.to_csv(tmp_path/"good.csv", index=False)
     assert imaginet("data", "pack", "set", "--list", "good.csv", "--out", "store").exit_code == 0
@@ -576,7 +580,8 @@ def test_every_kind_of_file_has_the_same_pixels_or_the_same_reason_in_all_comman
         assert tuple(predicted.loc[path, ["height", "width"]]) == pixels.shape[:2], name
         assert audited.loc[path, "pixel_hash"] == image_properties(written(picture=Image.fromarray(pixels)))["pixel_hash"], name
         for frame in tables.values(): assert pd.isna(frame.loc[path, "error"]), name
-        assert note in (told := str(predicted.loc[path, "note"])) and (note or told == "nan"), name
+        told = [str(frame.loc[path, "note"]) for frame in tables.values()]
+        assert note in told[0] and (note or told[0] == "nan") and told == told[:1]*3, name
     for name, (_, words) in BROKEN.items():
         for frame in tables.values(): assert re.search(words, frame.loc[paths[name], "error"]), name
         for frame in (predicted, evaluated): assert pd.isna(frame.loc[paths[name], "logit"]), name

@@ -200,6 +200,7 @@ def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny,
         save((draw.normal(100 + k // 3, 12, (1, 1, 3)) + draw.normal(0, 9, (32, 32, 3))).clip(0, 255).astype(np.uint8), tmp_path/f"{k}.png")
     listed = pd.DataFrame(rows, columns=["path", "label", "model", "source"])
     listed.to_csv(tmp_path/"list.csv", index=False)
+    (tmp_path/"0.png").write_bytes((tmp_path/"0.png").read_bytes()[:-12]) # without its last chunk, which is a note
     onnx_file(tmp_path/"net.onnx")
     seed_everything(0)
     checkpoints.save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"net.safetensors")
@@ -211,6 +212,7 @@ def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny,
     assert result.exit_code == 0, result.output
     names = [checkpoints.load_detector(tmp_path/"net.safetensors").name, load_hub_detector(f"hf:{tiny}").name, "Net"]
     found = pd.read_csv(tmp_path/"out"/"predictions.csv")
+    assert found.loc[found["note"].notna(), "path"].tolist() == ["0.png"]*3 and "with a note on their file: 1; " in result.output
     scores = {name: mine.set_index("path")["logit"][listed["path"]].to_numpy() for name, mine in found.groupby("detector")}
     means = [np.asarray(Image.open(tmp_path/path)).mean()/10 - 10 for path in listed["path"]]
     assert sorted(scores) == sorted(names) and scores["Net"] == pytest.approx(means, abs=1e-3)
