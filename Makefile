@@ -6,7 +6,7 @@ BIN     := .venv/bin
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --compile-bytecode --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site ray network distributed wheel)
 FORKING := 01_processes 04_stages
-NBDEV_TEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test
+NBDEV_TEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test
 # a fork that hangs is ended and shows where: at SIGABRT each process writes the lines that its threads are at
 LIMIT := $(if $(shell command -v timeout 2>/dev/null),PYTHONFAULTHANDLER=1 timeout --signal=ABRT --kill-after=10 600 env)
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -11,6 +11,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from furo.navigation import get_navigation_tree
 from sphinx.environment.adapters.toctree import TocTree
+from sphinx.search.en import SearchEnglish
 
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).resolve().parents[1]/"settings.ini", encoding="utf-8")
@@ -109,3 +110,4 @@ def setup(app):
 
 
 html_math_renderer = "mathml"
+SearchEnglish.stem = cache(SearchEnglish.stem) # for all pages: Sphinx remembers the stems of one page alone, and a stem takes long

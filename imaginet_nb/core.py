@@ -39,7 +39,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from joblib import Parallel
+from joblib import Parallel, cpu_count
 from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
@@ -548,10 +548,10 @@ def progress(
 
 @contextlib.contextmanager
 def worker_processes(
-    jobs: int | None = None, # None = one per core
+    jobs: int | None = None, # None = one per core that this process may use; `LOKY_MAX_CPU_COUNT` lowers the number
 ) -> Iterator[Parallel]: # results come in order, one by one
     "`joblib` workers that are stopped at the end of the block; idle workers would delay the end of the program by five minutes."
-    try: yield Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")
+    try: yield Parallel(n_jobs=jobs or cpu_count(), return_as="generator")
     finally: get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 # %% ../nbs/00_core.ipynb #b16a0002

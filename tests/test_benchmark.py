@@ -7,6 +7,7 @@ import tracemalloc
 import weakref
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,7 +27,7 @@ from imaginet_nb.apps.benchmark import (
     training_case,
 )
 from imaginet_nb.apps.plan import image_counts
-from imaginet_nb.core import load_profile, usable_precision
+from imaginet_nb.core import load_profile, repo_root, usable_precision
 from imaginet_nb.data.augmentation import Stage1
 from imaginet_nb.data.images import save
 from imaginet_nb.data.packed import pack
@@ -136,6 +137,35 @@ def test_a_hundred_thousand_files_are_scored_in_the_memory_of_a_few(monkeypatch)
     finally: tracemalloc.stop()
     assert rows["logit"].tolist() == [i % 251 for i in range(n)] and rows["error"].isna().all()
     assert peak < 150e6 and 1 <= stub.most <= 2, (peak, stub.most)
+
+
+def test_the_table_of_compilation_has_every_row_before_anything_is_compiled():
+    "The cell of the benchmark as on a GPU, with a stub for the compiler, stopped in the third case."
+    book = nbformat.read(repo_root()/"nbs"/"pipelines"/"p95_benchmark.ipynb", as_version=4)
+    cell, = [c.source for c in book.cells if c.source.startswith("#papermill_description=compiling_all")]
+    tables: list[pd.DataFrame] = []
+
+    def compiled(group, case, cases, make, images, size, device, condition):
+        if len(tables) == 3: raise KeyboardInterrupt
+        return dict(group=group, case=case, condition=condition, ratio=2.0, note="")
+
+    def write():
+        tables.append(names["compiling"])
+        return None, None, None
+
+    groups = {"training_gpu": "200 crops of 96x96", "stage2_gpu": "100 crops of 256x256"}
+    scoring = [("inference_gpu", "32 of 256x256"), ("inference_448_gpu", "8 of 448x448"), ("inference_gpu", "1 of 256x256")]
+    names = dict(
+        pd=pd, torch=torch, CPU=CPU, devices=[], gpu=torch.device("cuda"), side=256, large=448, seed=0, conditions=groups,
+        stages=[(group, None, None, 200, 96) for group in groups], learning=dict.fromkeys(groups),
+        scoring=dict.fromkeys(scoring), random_batch=lambda *_: [None], compiled=compiled, write=write)
+    with pytest.raises(KeyboardInterrupt): exec(cell, names)
+    waiting = "not run: stopped before"
+    assert [table["note"].tolist() for table in tables] == [[""]*done + [waiting]*(8 - done) for done in range(3)]
+    assert tables[0]["case"].tolist()[-2:] == ["max-autotune"]*2 # the slowest to compile
+    committed = read_table(repo_root()/"reports"/"benchmark-gpu"/"tables"/"compile")
+    columns = ["group", "case", "condition"]
+    assert committed[columns].to_numpy().tolist() == tables[0][columns].to_numpy().tolist()
 
 
 def test_the_gpu_profile_is_the_configuration_of_the_paper():

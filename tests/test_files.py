@@ -12,11 +12,15 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+from imaginet_nb.apps.predict import TOO_SMALL_NOTE
 from imaginet_nb.audit.files import image_properties
 from imaginet_nb.data.images import ImageError, NotAnImage, decode, longer_side, open_image, opened, read_image, walk, why_no_image
+from imaginet_nb.data.manifest import MANIFEST_COLUMNS
+from imaginet_nb.data.packed import Store
 from imaginet_nb.data.provenance import ABSENT, EMPTY, INVALID, PRESENT, VALID, Provenance, read_provenance
 
 Y, X = np.mgrid[0:120, 0:160]
@@ -80,6 +84,7 @@ def test_the_checksums_of_a_mended_png_are_compared():
 
 # --- ends that are missing
 
+LOST_END = "the end of the file is missing, but all pixels are present"
 JPEGS = {"plain": {}, "grey": {}, "4:4:4": {"subsampling": 0}, "optimised": {"optimize": True}, "progressive": {"progressive": True},
          "restarts": {"restart_marker_rows": 1}}
 
@@ -97,6 +102,19 @@ def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_is_not(nam
     scans = [match.start() for match in re.finditer(b"\xff\xda", content)]
     for start in scans[1:]:
         with pytest.raises(ImageError, match="damaged image"): decode(content[:start]) # whole scans are missing
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_that_lacks_a_few_bytes_more_is_not_called_complete(subsampling):
+    # fails for: missing bits that decode like the zeros in their place, a last byte 255 without its 0, a note that Pillow decides on
+    for picture in (PICTURE, PICTURE.convert("L")):
+        for quality in range(40, 96, 15):
+            content = written("JPEG", picture, quality=quality, subsampling=subsampling)
+            found = read_image(content[:-2])
+            assert np.array_equal(found.pixels, decode(content)) and found.notes == (LOST_END,)
+            assert read_image(content).notes == read_image(content + b"behind").notes == ()
+            for missing in range(4, 40): # the last byte may hold nothing but filling bits
+                with pytest.raises(ImageError, match="of 120 rows of pixels are missing"): decode(content[:-missing])
 
 
 def test_the_error_says_how_many_rows_are_missing():
@@ -432,3 +450,144 @@ def test_predict_says_what_a_file_says_and_does_not_judge_what_is_too_small(tmp_
     from imaginet_nb.apps.predict_page import card
     shown = str(card(scorer, 0, {column: rows["says.png"].get(column) for column in predict.SCORE_COLUMNS}))
     assert "can be removed or forged, unless verified" in shown and "Sampler" in shown
+
+
+MEAN = """
+import torch
+class Mean: # of the pixels, with more weight the lower they are, so that a picture that is turned has another
+    name, input_size = "Mean", {side}
+    def score(self, images): return (images.float()*torch.linspace(0, 2, images.shape[2])[:, None]).mean((1, 2, 3)) - 128
+"""
+
+
+@pytest.fixture
+def imaginet(tmp_path, monkeypatch):
+    "Runs a command in a folder with a detector that gives the mean of the pixels; without figures and classifiers, to save time."
+    from sklearn.dummy import DummyClassifier
+    from typer.testing import CliRunner
+
+    from imaginet_nb.apps.cli import app
+    for place in ("apps.evaluate", "audit.report"): monkeypatch.setattr(f"imaginet_nb.{place}.save_figure", lambda *_: None)
+    monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())
+    monkeypatch.chdir(tmp_path)
+    def run(*words):
+        monkeypatch.delitem(sys.modules, "mean", raising=False) # a process of its own has not imported it
+        return CliRunner().invoke(app, [str(word) for word in words])
+    return run
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory as Linux reports it")
+def test_the_command_scores_200_megapixels_in_bounded_memory(imaginet, tmp_path):
+    # fails for: a limit of its own, all pixels as floats, a score of the picture reduced
+    (tmp_path/"mean.py").write_text(MEAN.format(side=24))
+    strip = np.full((16, 16_320, 3), 128, np.uint8) # its ends and its middle are shown, at full resolution
+    strip[:, :32], strip[:, 8144:8176], strip[:, -32:] = 0, 255, 200
+    (tmp_path/"phone.jpg").write_bytes(tall_jpeg(16_320, 12_240, Image.fromarray(strip)))
+    (tmp_path/"small.png").write_bytes(written())
+    words = ("--detector", "mean:Mean", "--device", "cpu", "--out", "table.csv")
+    assert imaginet("predict", "small.png", *words).exit_code == 0 # what is imported is not counted
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory()["VmSize"] + 8*16_320*12_240, limit[1])) # 8 bytes per pixel
+    try: result = imaginet("predict", "phone.jpg", *words)
+    finally: resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert result.exit_code == 0, result.output
+    row, = pd.read_csv(tmp_path/"table.csv").to_dict("records")
+    assert (row["width"], row["height"], row["format"], row["crops"]) == (16_320, 12_240, "JPEG", 5) and pd.isna(row["error"])
+    means = np.array([255, 0, 0, 200, 200]) - 128
+    assert row["logit"] == pytest.approx(means.mean(), abs=2) and row["crop_spread"] == pytest.approx(means.std(ddof=1), abs=2)
+
+
+# --- in all commands
+
+def kinds() -> dict[str, tuple[bytes, str]]:
+    "Name -> content; note that its pixels have, or why it has none."
+    frames = dict(save_all=True, append_images=[PICTURE.point(lambda value: value // 2)])
+    turned, unknown = Image.Exif(), Image.Exif()
+    turned[0x0112], unknown[0x0112] = 6, 99
+    grey = Image.fromarray(PIXELS[..., 0].astype(np.uint16)*257)
+    jpeg = written("JPEG")
+    found = {
+        "plain.png": (written(), ""), "plain.avif": (written("AVIF"), ""), "gray16.png": (written(picture=grey), ""),
+        "gray16.tif": (written("TIFF", grey), ""), "cmyk.jpg": (written("JPEG", PICTURE.convert("CMYK")), ""),
+        "bilevel.png": (written(picture=PICTURE.convert("1")), ""), "lab.tif": (written("TIFF", PICTURE.convert("LAB")), ""),
+        "la.png": (written(picture=PICTURE.convert("LA")), ""), "palette.png": (written(picture=PICTURE.convert("P"), transparency=0), ""),
+        "alpha.png": (written(picture=Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))), ""),
+        "icc_garbage.jpg": (written("JPEG", icc_profile=b"not an icc profile"), ""), "exif_broken.jpg": (
+            written("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), ""), "motion_photo.jpg": (jpeg + b"MotionPhoto_Data" + bytes(5000), ""),
+        "orientation_6.jpg": (written("JPEG", exif=turned), "turned upright by its EXIF record"),
+        "orientation_99.jpg": (written("JPEG", exif=unknown), ""), "trailing_bytes.png": (written() + bytes(range(100)), ""),
+        "animated.gif": (written("GIF", **frames), "first of 2 frames"), "animated.png": (written(**frames), "first of 2 frames"),
+        "animated.webp": (written("WEBP", **frames), "first of 2 frames"), "gain_map.jpg": (
+            written("MPO", save_all=True, append_images=[PICTURE.resize((40, 30)).convert("L")]), "gain map, preview or second view"),
+        "large_text.png": (LARGE["workflow"], "metadata too large to read: workflow"),
+        "large_profile.png": (LARGE["ICC Profile"], "metadata too large to read: ICC Profile"),
+        "no_end_marker.jpg": (jpeg[:-2], LOST_END), "no_iend.png": (written()[:-12], LOST_END), "webp_called.jpg": (written("WEBP"), ""),
+        "png_called.JPEG": (written(), ""), "parameters.png": (SAYS["parameters"][0], "")}
+    try:
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+        found["phone.heic"] = written("HEIF"), ""
+    except ImportError: pass
+    return found
+
+
+BROKEN = {"cut.jpg": (written("JPEG")[:-700], "rows of pixels are missing"), "cut.png": (written()[:-60], "damaged image"),
+          "float.tif": (written("TIFF", FLOATS), "floating-point"), "empty.png": (b"", "empty file"),
+          **{name: OTHERS[name] for name in ("web_page.jpg", "lfs_pointer.jpg")}, **UNREAD}
+SMALL = {"dot.png": (1, 1), "line.png": (3000, 2), "strip.png": (400, 1)}
+NO_PICTURES = ("drawing.svg", "video.mp4", "paper.pdf")
+
+
+def test_every_kind_of_file_has_the_same_pixels_or_the_same_reason_in_all_commands(imaginet, tmp_path):
+    # fails for: a command with a reader of its own, a file without a row, another frame, colour or orientation, a reason that is lost
+    (tmp_path/"mean.py").write_text(MEAN.format(side=None)) # is shown the whole picture
+    good = kinds()
+    contents = {name: content for name, (content, _) in (good | BROKEN).items()}
+    contents |= {name: written(picture=PICTURE.resize(shape)) for name, shape in SMALL.items()}
+    paths = {name: ("real/", "synthetic/SD v2.1/")[k % 2] + name for k, name in enumerate(contents)}
+    for name, content in contents.items():
+        (tmp_path/"set"/paths[name]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"set"/paths[name]).write_bytes(content)
+    for name in NO_PICTURES: (tmp_path/"set"/"real"/name).write_bytes(OTHERS[name][0])
+    words = ("--detector", "mean:Mean", "--device", "cpu", "--out")
+    runs = {"predict": imaginet("predict", "set", *(f"set/real/{name}" for name in NO_PICTURES), "--no-views", *words, "p.csv"),
+            "evaluate": imaginet("evaluate", "--root", "set", "--workers", 0, *words, "measured"),
+            "audit": imaginet("audit", "set", "--out", "audited")}
+    for name, result in runs.items(): assert result.exit_code == 0, (name, result.output)
+    tables = {"predict": pd.read_csv(tmp_path/"p.csv").assign(path=lambda frame: frame["path"].str.removeprefix("set/")),
+              "evaluate": pd.read_csv(tmp_path/"measured"/"predictions.csv"), "audit": pd.read_csv(tmp_path/"audited"/"properties.csv")}
+    tables = {name: frame.set_index("path") for name, frame in tables.items()}
+    predicted, evaluated, audited = tables.values()
+    assert set(evaluated.index) == set(audited.index) == set(paths.values())
+    assert set(predicted.index) == {*paths.values(), *(f"real/{name}" for name in NO_PICTURES)}
+    for name in NO_PICTURES: assert re.search(OTHERS[name][1], predicted.loc[f"real/{name}", "error"])
+    for name in ("evaluate", "audit"): assert "by name and content they are not images: 3" in " ".join(runs[name].output.split())
+
+    labels = ("synthetic", "photos", "SD", "SD v2.1", "train")
+    noted = [note for _, note in good.values() if note]
+    for text in (" ".join(runs["evaluate"].output.split()), (tmp_path/"measured"/"index.html").read_text()):
+        assert f"with a note on their file: {len(noted)}; " in text
+        assert f"{LOST_END} (2)" in text and "metadata too large to read (2)" in text and "first of several frames (3)" in text
+    listed = pd.DataFrame([(paths[name], *labels) for name in (*good, *SMALL)], columns=MANIFEST_COLUMNS)
+    listed.to_csv(tmp_path/"good.csv", index=False)
+    assert imaginet("data", "pack", "set", "--list", "good.csv", "--out", "store").exit_code == 0
+    store = Store(tmp_path/"store")
+    for name, (content, note) in good.items():
+        pixels, path = decode(content), paths[name]
+        score = (pixels*np.linspace(0, 2, len(pixels))[:, None, None]).mean() - 128
+        assert np.array_equal(store[path][:, :], pixels), name
+        for frame in (predicted, evaluated): assert frame.loc[path, "logit"] == pytest.approx(score, abs=0.01), name
+        assert tuple(predicted.loc[path, ["height", "width"]]) == pixels.shape[:2], name
+        assert audited.loc[path, "pixel_hash"] == image_properties(written(picture=Image.fromarray(pixels)))["pixel_hash"], name
+        for frame in tables.values(): assert pd.isna(frame.loc[path, "error"]), name
+        told = [str(frame.loc[path, "note"]) for frame in tables.values()]
+        assert note in told[0] and (note or told[0] == "nan") and told == told[:1]*3, name
+    for name, (_, words) in BROKEN.items():
+        for frame in tables.values(): assert re.search(words, frame.loc[paths[name], "error"]), name
+        for frame in (predicted, evaluated): assert pd.isna(frame.loc[paths[name], "logit"]), name
+        listed[:1].assign(path=paths[name]).to_csv(tmp_path/"one.csv", index=False)
+        refused = imaginet("data", "pack", "set", "--list", "one.csv", "--out", f"{name}-store")
+        assert refused.exit_code == 1 and name in refused.output and re.search(words, " ".join(refused.output.split())), refused.output
+    for name in SMALL: # read, but not judged
+        assert TOO_SMALL_NOTE in evaluated.loc[paths[name], "error"] and pd.isna(audited.loc[paths[name], "error"])
+        assert predicted.loc[paths[name], "verdict"] == "unsure" and TOO_SMALL_NOTE in predicted.loc[paths[name], "reason"]

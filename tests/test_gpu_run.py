@@ -58,6 +58,11 @@ def checkout(tmp_path_factory) -> Path:
     nbformat.write(notebook, copy/"nbs"/"pipelines"/"p95_benchmark.ipynb")
     settings = (copy/"profiles"/"smoke.yaml").read_text()
     (copy/"profiles"/"smoke-benchmark.yaml").write_text(settings.replace("name: smoke", "name: smoke-benchmark"))
+    for name in ("tables/inference_time.csv", "tables/inference_time.md", "tables/inference_time.tex",
+                 "tables/inference_time.provenance.json", "notebooks/p63_speed.ipynb"): # of another machine, committed
+        stale = copy/"reports"/"smoke"/name
+        stale.parent.mkdir(parents=True, exist_ok=True)
+        stale.write_text("measured elsewhere")
     write_wheel(base/"wheels")
     return copy
 
@@ -103,6 +108,7 @@ def test_a_run_that_is_stopped_leaves_its_archive_and_the_next_one_continues(che
     assert files["reports/smoke-benchmark/tables/probe.csv"] == "from a wheel", said
     assert "measured" in files["reports/smoke-benchmark/notebooks/p95_benchmark.partial.ipynb"]
     log = files["reports/smoke/logs/gpu_run.log"]
+    assert "reports/smoke/tables/inference_time.csv" not in files, "results of the checkout in the archive of this machine"
     assert "benchmark: begins" in log and "stopped by a signal" in log and "reproduce" not in log
     for _ in range(100):
         if not alive(int(pid.read_text())): break

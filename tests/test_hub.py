@@ -5,17 +5,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import timm
 import torch
-import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
 from imaginet_nb.apps.calibrate import read_calibration
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.predict import Scorer, Settings, read_scores, score_files
+from imaginet_nb.core import seed_everything
 from imaginet_nb.data.folders import read_labelled_folder
 from imaginet_nb.data.images import save
 from imaginet_nb.detectors.custom import DetectorError
@@ -23,10 +25,20 @@ from imaginet_nb.detectors.hub import hub_folder, load_hub_detector
 from imaginet_nb.detectors.predictions import predict as predict_manifest
 from imaginet_nb.models import checkpoints
 from imaginet_nb.models.checkpoints import CheckpointError, fetch_checkpoint
+from imaginet_nb.models.resnet import create_backbone
+from imaginet_nb.models.selfcon import ImagiNetClassifier
 
 LABELS = {0: "artificial", 1: "human"}
 SHAPES = [(32, 32), (50, 70), (300, 90), (41, 200), (640, 481)]
 WIDE = dict(id2label=LABELS, initializer_range=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    "Imported when a test of this file runs: each worker of pytest reads every file, and these take seconds."
+    global hf, timm
+    import timm
+    import transformers as hf
 
 
 def vit(folder: Path, **changes) -> None:
@@ -170,6 +182,64 @@ def test_a_classifier_is_calibrated_on_real_pictures(tiny, tmp_path):
     assert len(found) == 24 and found == {path: expected[Path(path).parent.name] for path in found}
     refused = run(*words, "--detector", changed(tiny, tmp_path/"other", "preprocessor_config.json", resample=0))
     assert refused.exit_code == 1 and "made for another detector" in refused.output, refused.output
+
+
+def onnx_file(path: Path) -> None:
+    "A tenth of the mean of all values, less ten; its YAML lies beside it."
+    from onnx import TensorProto, helper, save_model
+    nodes = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["f"]),
+             helper.make_node("ReduceMean", ["f"], ["y"], axes=[1])]
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("B", 3, "H", "W")),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:])
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    values = "range: [0, 255]\nmean: [100, 100, 100]\nstd: [10, 10, 10]\noutput: logit\n"
+    path.with_suffix(".yaml").write_text(f"name: Net\ninput_size: 32\n{values}")
+
+
+def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny, tmp_path, monkeypatch):
+    "Numbers are scikit-learn's. Catches scores under another detector's name, rows of another source, a generator left out of the mean."
+    rows, draw = [], np.random.default_rng(0)
+    for k in range(30):
+        maker, source = (("", "A", "B")[k // 10], "hub" if k >= 20 else ("flickr", "laion")[k % 2])
+        rows.append((f"{k}.png", int(k >= 10), maker, source))
+        save((draw.normal(100 + k // 3, 12, (1, 1, 3)) + draw.normal(0, 9, (32, 32, 3))).clip(0, 255).astype(np.uint8), tmp_path/f"{k}.png")
+    listed = pd.DataFrame(rows, columns=["path", "label", "model", "source"])
+    listed.to_csv(tmp_path/"list.csv", index=False)
+    (tmp_path/"0.png").write_bytes((tmp_path/"0.png").read_bytes()[:-12]) # without its last chunk, which is a note
+    onnx_file(tmp_path/"net.onnx")
+    seed_everything(0)
+    checkpoints.save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"net.safetensors")
+    monkeypatch.setattr("imaginet_nb.apps.evaluate.save_figure", lambda *_: None) # to save time; tests/test_evaluate.py has both
+    monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())
+    words = ["--detector", f"hf:{tiny}", "--detector", str(tmp_path/"net.onnx"), "--checkpoint", str(tmp_path/"net.safetensors")]
+    result = CliRunner().invoke(app, ["evaluate", "--manifest", str(tmp_path/"list.csv"), *words, "--out", str(tmp_path/"out"),
+                                      "--workers", "0", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    names = [checkpoints.load_detector(tmp_path/"net.safetensors").name, load_hub_detector(f"hf:{tiny}").name, "Net"]
+    found = pd.read_csv(tmp_path/"out"/"predictions.csv")
+    assert found.loc[found["note"].notna(), "path"].tolist() == ["0.png"]*3 and "with a note on their file: 1; " in result.output
+    scores = {name: mine.set_index("path")["logit"][listed["path"]].to_numpy() for name, mine in found.groupby("detector")}
+    means = [np.asarray(Image.open(tmp_path/path)).mean()/10 - 10 for path in listed["path"]]
+    assert sorted(scores) == sorted(names) and scores["Net"] == pytest.approx(means, abs=1e-3)
+    real, synthetic = listed["label"].eq(0), listed["label"].eq(1)
+    groups = {"flickr": listed["source"].eq("flickr"), "laion": listed["source"].eq("laion"), # of `hub` there are no real ones: all others'
+              "hub": listed["source"].eq("hub") | real, "A": listed["model"].eq("A") | real, "B": listed["model"].eq("B") | real}
+    tables = {stem: pd.read_csv(tmp_path/"out"/"tables"/f"{stem}.csv") for stem in ("leaderboard", "detection_by_source")}
+    board, by_source = tables["leaderboard"].set_index("detector"), tables["detection_by_source"].set_index(["detector", "group"])
+    means = {}
+    for name, logit in scores.items():
+        auc, acc = ({group: metric(synthetic[own], values[own]) for group, own in groups.items()}
+                    for metric, values in ((roc_auc_score, logit), (balanced_accuracy_score, logit > 0)))
+        for group in ("flickr", "laion", "hub"):
+            assert by_source.loc[(name, group), ["auc", "acc"]].tolist() == pytest.approx([auc[group], acc[group]], abs=6e-5)
+        means[name] = np.array([(one["A"] + one["B"])/2 for one in (auc, acc)])
+        assert board.loc[name, ["auc", "acc"]].tolist() == pytest.approx(means[name], abs=6e-5)
+    for name in names[1:]: # others are compared with the checkpoint
+        difference = board.loc[name, ["difference_auc", "difference_acc"]].tolist()
+        assert difference == pytest.approx(means[name] - means[names[0]], abs=1.1e-4)
+    assert len({round(value[0], 3) for value in means.values()}) == 3 and np.isnan(board.loc[names[0], "difference_auc"])
+    assert [name for name in board.index if name in names] == sorted(names, key=lambda name: -means[name][0]) # the best first
 
 
 def save_bytes(path: Path, content: bytes) -> None:

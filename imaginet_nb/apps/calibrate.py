@@ -73,9 +73,11 @@ def fit_pictures(
     "Thresholds, and Platt scaling if there are synthetic pictures. Raises `ValueError` for too few, and for scores in reverse order."
     used = counted(scores)
     for kind, synthetic in {"real": False, "synthetic": True}.items():
-        n = int(used["synthetic"].eq(synthetic).sum())
+        n, failed = int(used["synthetic"].eq(synthetic).sum()), scores.loc[scores["synthetic"].eq(synthetic), "error"].dropna()
         if n < FEWEST and (kind == "real" or scores["synthetic"].any()):
-            raise ValueError(f"{n} different {kind} pictures with a score, {FEWEST} are needed for an error rate of 5 %; add some")
+            without = f"; {len(failed)} have no score, the first: {failed.iloc[0]}" if len(failed) else ""
+            raise ValueError(f"{n} different {kind} pictures with a score, {FEWEST} are needed for an error rate of 5 %; "
+                             f"add some{without}")
     data = fingerprint(*(sorted(part) for _, part in used.groupby("synthetic")["sha256"]))
     if not used["synthetic"].any(): return fit_real(used["logit"], data)
     found = fit_calibration(used["logit"], used["synthetic"], data=data)
@@ -202,9 +204,10 @@ def calibrate(
     identity: str = "", # what tells the detector from others
     crops: int = 5, # at most, of a picture
     device: str = "cpu", # where the detector runs
+    max_pixels: int | None = None, # width times height; larger pictures have no score; None = the limit of `read_image`
 ) -> list[str]: # sentences
     "Fit a calibration on pictures and write it. Raises `ValueError` for pictures that allow none."
-    scorer = Scorer(detector, Settings(crops=crops, views=False), identity, device)
+    scorer = Scorer(detector, Settings(crops=crops, views=False), identity, device, max_pixels=max_pixels)
     scores = labelled_scores(scorer, real, synthetic)
     before = pd.Series(calibrated_probability(detector, scores["logit"]) > scorer.limits[1], scores.index)
     fitted = fit_pictures(scores)

@@ -727,6 +727,7 @@ def calibrate(
     trust: Annotated[bool, typer.Option("--trust", help="Let .pt, .ts and .pt2 files run code of their own.")] = False,
     out: Annotated[Path, typer.Option(help="File to write, for predict --calibration.")] = Path("calibration.json"),
     crops: Annotated[int, typer.Option(min=1, max=5, help="Crops of a large picture, as for predict.")] = 5,
+    max_megapixels: Annotated[float | None, typer.Option(help="Largest picture that is read, as for predict.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Fit a detector's thresholds on your own pictures, so that no more real ones than you allow are flagged.
@@ -736,13 +737,13 @@ def calibrate(
     from imaginet_nb.apps.calibrate import calibrate as fit, files_of_kind, read_calibration
     from imaginet_nb.apps.predict import check_writable
     from imaginet_nb.core import pick_device
-    ours, theirs = files_of_kind(real, "real"), files_of_kind(synthetic or [], "synthetic")
+    limit, ours, theirs = _pixels(max_megapixels), files_of_kind(real, "real"), files_of_kind(synthetic or [], "synthetic")
     reached = [file for file in (*ours, *theirs) if file.name == out.name]
     _keep_sources([out], [*real, *(synthetic or []), *reached, checkpoint, detector], read_calibration)
     check_writable(out)
     place = str(pick_device(device))
     loaded, identity, _ = _detector(checkpoint, detector, place, trust, synthetic_label)
-    sentences = fit(loaded, ours, theirs, out, identity, crops, place)
+    sentences = fit(loaded, ours, theirs, out, identity, crops, place, limit)
     for sentence in sentences: typer.echo(f"- {sentence}")
     typer.echo(f"{out}: use it with `imaginet predict --calibration {out}`")
 

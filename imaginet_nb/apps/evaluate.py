@@ -100,6 +100,24 @@ def _thresholds(
     probability = calibrated_probability(detector, predictions["logit"])
     return predictions.assign(probability=probability), {detector.name: {"platt": stored or plain}}, words
 
+# %% ../../nbs/08_apps/03_evaluate.ipynb #5f0c3a43
+def _with_notes(
+    predictions: pd.DataFrame,
+    properties: pd.DataFrame, # from `read_properties`, of the images with a score
+) -> pd.DataFrame: # the same rows, and the column `note`
+    "Predictions with what was left out, rotated or missing in a file."
+    return predictions.assign(note=predictions["path"].map(properties.set_index("path")["note"]))
+
+def _noted(
+    predictions: pd.DataFrame, # of `_with_notes`
+) -> list[str]: # a sentence, or none
+    "How many files have which notes."
+    notes = predictions.drop_duplicates("path")["note"].dropna()
+    if notes.empty: return []
+    kinds = notes.str.split("; ").explode().str.partition(": ")[0].str.replace(r"\d+ frames", "several frames", regex=True)
+    told = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.value_counts().items())
+    return [f"Pictures scored with a note on their file: {len(notes):,}; {told}. The column `note` of predictions.csv has them."]
+
 def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     "Sentences on the splits that were left out."
     others = manifest.loc[~manifest["split"].isin(set(predictions["split"])), "split"].value_counts(sort=False)
@@ -314,7 +332,9 @@ def judge(
     predictions, fits, words = _scored(detector, dataset, split, reading, score, calibration)
     about, note = f"{detector.name} on {dataset.name}. Probability: {words}.", STAND_IN_NOTE if trained_on_stand_ins(detector) else ""
     scored = predictions[predictions["error"].isna()].reset_index(drop=True)
-    tables, baselines = _detection(predictions, read_properties(scored[list(dataset.manifest)], dataset.root), about, note, options)
+    properties = read_properties(scored[list(dataset.manifest)], dataset.root)
+    predictions = _with_notes(predictions, properties)
+    tables, baselines = _detection(predictions, properties, about, note, options)
     tables |= _operating_points(predictions, fits, about, options)
     by_generator = tables["detection_by_generator"][0]
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
@@ -328,7 +348,7 @@ def judge(
     sentences = [f"{STAND_IN_NOTE}. {sentence}" if note else sentence for sentence in sentences]
     return Findings(predictions, tables, figures, (
         *sentences, *([_UNCHECKED] if calibration else []), *_swapped(by_generator, detector.name, fits[detector.name]["platt"].slope),
-        *_not_judged(dataset.manifest, predictions), *dataset.remarks))
+        *_noted(predictions), *_not_judged(dataset.manifest, predictions), *dataset.remarks))
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #a39d3d67
 def _value(row: Mapping[Any, Any], name: str) -> str:
@@ -671,9 +691,9 @@ def judge_all(
     by_generator = tables["detection_by_generator"][0]
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
     figures |= _score_figures(scores, all_fits, about, by_generator["detector"])
-    sentences = _compared_sentences(frames, scored, tables, baselines, options)
+    sentences, every = _compared_sentences(frames, scored, tables, baselines, options), _with_notes(every, properties)
     if any(contender.calibration for contender in contenders): sentences.append(_UNCHECKED)
-    return Findings(every, tables, figures, (*sentences, *_not_judged(dataset.manifest, common), *dataset.remarks))
+    return Findings(every, tables, figures, (*sentences, *_noted(every), *_not_judged(dataset.manifest, common), *dataset.remarks))
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #e7a00016
 _BOARD = [f"{name}{end}" for name in ("auc", "difference_auc", "acc", "difference_acc") for end in ("", "_low", "_high")]

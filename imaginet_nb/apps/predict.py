@@ -44,7 +44,6 @@ from ..detectors.predictions import detector_outputs, error_text
 from ..detectors.protocol import Box, InputSpec, default_spec, fit_picture, spec_boxes, spec_words
 from ..data.images import Decoded, ImageError, pixel_limit, read_image, walk
 from ..data.provenance import read_provenance
-from ..evaluation.open_set import NearestKnown, open_set_of
 from ..data.augmentation import center_crop, compress, pad_to
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1d1
@@ -238,6 +237,16 @@ def looked_text(
     return f"looked at {max(round(100*share), 1)} % of its area"
 
 # %% ../../nbs/08_apps/00_predict.ipynb #972113ea
+def _nearest_known(
+    detector: Any,
+    false_alarms: float, # share of known images called unknown
+) -> Any: # `NearestKnown`, or None
+    "Features of known images, if the detector has any and a threshold for the rate of false alarms."
+    if not getattr(detector, "header", {}).get("open_set"): return None
+    from imaginet_nb.evaluation.open_set import open_set_of # not above: it imports seaborn and more, which others do not need
+    nearest = open_set_of(detector)
+    return nearest if nearest and nearest.thresholds.get(f"{false_alarms:g}") is not None else None
+
 def verdict_thresholds(
     detector: Any, # with or without a stored calibration
     error_rate: float, # share of real, and of synthetic pictures, that is misclassified on average
@@ -423,10 +432,7 @@ class Scorer:
     @cached_property
     def limits(self) -> tuple[float, float]: return verdict_thresholds(self.detector, self.settings.error_rate)
     @cached_property
-    def nearest(self) -> NearestKnown | None:
-        "Features of known images, if the detector has any and a threshold for the rate of false alarms."
-        nearest = open_set_of(self.detector)
-        return nearest if nearest and nearest.thresholds.get(f"{self.settings.false_alarms:g}") is not None else None
+    def nearest(self) -> Any: return _nearest_known(self.detector, self.settings.false_alarms)
 
     @cached_property
     def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits, or a commit

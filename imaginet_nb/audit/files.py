@@ -20,7 +20,7 @@ from joblib import delayed
 from PIL import Image, JpegImagePlugin
 
 from ..core import path_text, progress, worker_processes
-from ..data.images import ImageError, decode, format_name, open_image, opened
+from ..data.images import ImageError, format_name, open_image, opened, read_image
 from ..data.parquet import picture_source
 from ..data.provenance import read_provenance, webp_chunks
 from ..data.splits import REAL_SOURCES
@@ -76,7 +76,7 @@ def _bit_depth(picture: Image.Image, stream: BinaryIO) -> int:
 
 # %% ../../nbs/06_audit/00_files.ipynb #c392734a
 PROPERTY_COLUMNS = ("path", "bytes", "format", "width", "height", "mode", "bit_depth", "frames", "jpeg_quality", "jpeg_standard", "chroma",
-                    "lossless", "has_exif", "c2pa", "names_generator", "pixel_hash", "perceptual_hash", "error")
+                    "lossless", "has_exif", "c2pa", "names_generator", "pixel_hash", "perceptual_hash", "note", "error")
 _CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 _LOSSLESS = {"PNG": True, "BMP": True, "GIF": True, "PPM": True, "JPEG": False}
 
@@ -110,10 +110,11 @@ def image_properties(
         if isinstance(file, bytes): return str(error).removeprefix(f"image of {len(file)} bytes: ")
         return str(error).removeprefix(f"{file}: ").replace(str(file), path_text(Path(file).name))
     try:
-        pixels = decode(file)
+        pixels, _, notes = read_image(file)
         digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
         digest.update(pixels.data)
         found |= {"pixel_hash": digest.hexdigest(), "perceptual_hash": str(imagehash.phash(Image.fromarray(pixels)))}
+        found["note"] = "; ".join(notes) or None
     except ImageError as error: found["error"] = text(error)
     try:
         with opened(file) as stream:
@@ -139,7 +140,7 @@ def read_properties(
     with worker_processes(jobs) as parallel:
         found = parallel(delayed(image_properties)(source(path)) for path in unique["path"])
         properties = pd.DataFrame(list(progress(found, "reading files", total=len(unique))), columns=list(PROPERTY_COLUMNS[1:]))
-    return unique.join(properties)
+    return unique.drop(columns=list(PROPERTY_COLUMNS[1:]), errors="ignore").join(properties) # of a list, they say what is measured here
 
 # %% ../../nbs/06_audit/00_files.ipynb #85fa4207
 def property_table(

@@ -82,9 +82,9 @@ def _group_lists(folder: Path) -> dict[str, Path]:
 def _published_folder(folder: Path) -> AuditSource:
     "All of the authors' lists in a folder."
     names = dict.fromkeys(name for pair in PAIRS for name in pair if name.endswith(".txt"))
-    groups = {family: read_authors_list(path) for family, path in _group_lists(folder).items()}
-    files = [*(folder/name for name in names if (folder/name).is_file()), *_group_lists(folder).values()]
+    files = dict.fromkeys([*(folder/name for name in names if (folder/name).is_file()), *_group_lists(folder).values()])
     lists = {path.name: read_authors_list(path) for path in files}
+    groups = {family: lists[path.name] for family, path in _group_lists(folder).items()}
     if groups: lists[GROUP_LISTS] = pd.concat(groups.values(), ignore_index=True)
     practical = sorted(folder.glob("Test_*_num*.txt"))
     if practical: lists[PRACTICAL] = pd.concat([read_authors_list(path) for path in practical], ignore_index=True)

@@ -34,12 +34,13 @@ def _folds(
     seed: int,
 ) -> np.ndarray: # `(n,)` 0 to FOLDS - 1
     "Fold of each row."
-    codes, first = np.unique(units.to_numpy(str), return_index=True)
-    shuffled = rng(seed, "audit-folds").permutation(len(codes))
-    order = shuffled[np.argsort(strata.to_numpy(str)[first[shuffled]], kind="stable")]
-    fold = np.empty(len(codes), int)
-    fold[order] = np.arange(len(codes)) % FOLDS
-    return fold[np.searchsorted(codes, units.to_numpy(str))]
+    unit, stratum = (pd.factorize(values, sort=True)[0] for values in (units, strata))
+    first = np.unique(unit, return_index=True)[1]
+    shuffled = rng(seed, "audit-folds").permutation(len(first))
+    order = shuffled[np.argsort(stratum[first[shuffled]], kind="stable")]
+    fold = np.empty(len(first), int)
+    fold[order] = np.arange(len(first)) % FOLDS
+    return fold[unit]
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #54832c01
 def _class_shares(
@@ -55,6 +56,34 @@ def _class_shares(
     return np.divide(shares, total, out=np.full_like(shares, 1/shares.shape[1]), where=total > 0)
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #16d993d5
+def _with_format(
+    manifest: pd.DataFrame,
+) -> pd.DataFrame: # a copy with the column `format`
+    return manifest.assign(format=container_format(manifest["path"]))
+
+def _labels(
+    values: pd.Series, # labels of one kind
+    target: str, # origin or generator_family
+) -> list[str]: # those that occur, in the order of the schema
+    present = set(values.unique())
+    return [m.label for m in LABELS[target] if m.label in present]
+
+def _rule_scores(
+    images: pd.DataFrame, # from `_with_format`
+    target: str,
+    rule: str,
+    fit: str,
+    seed: int,
+) -> pd.DataFrame: # as `metadata_scores`
+    names = _labels(images[target], target)
+    classes = images[target].map({name: k for k, name in enumerate(names)}).to_numpy(int)
+    cells = images.groupby(list(RULES[rule]), sort=True).ngroup().to_numpy()
+    scores = _class_shares(cells, classes, np.ones(len(images), bool))[cells]
+    if fit == "cross_validated":
+        fold = _folds(images["path"], images[target] + "|" + images["format"] + "|" + images["content_type"], seed)
+        for held in (fold == k for k in range(FOLDS)): scores[held] = _class_shares(cells, classes, ~held)[cells[held]]
+    return pd.DataFrame(scores, columns=names, index=images.index)
+
 def metadata_scores(
     frame: pd.DataFrame, # manifest of one group
     target: str, # origin or generator_family
@@ -63,15 +92,7 @@ def metadata_scores(
     seed: int = 0, # of the folds
 ) -> pd.DataFrame: # one row per image, one column per class that occurs; rows add up to 1
     "Score of each class from format and content alone."
-    images = frame.assign(format=container_format(frame["path"]))
-    names = [m.label for m in LABELS[target] if m.label in set(images[target])]
-    classes = images[target].map({name: k for k, name in enumerate(names)}).to_numpy(int)
-    cells = images.groupby(list(RULES[rule]), sort=True).ngroup().to_numpy()
-    scores = _class_shares(cells, classes, np.ones(len(images), bool))[cells]
-    if fit == "cross_validated":
-        fold = _folds(images["path"], images[target] + "|" + images["format"] + "|" + images["content_type"], seed)
-        for held in (fold == k for k in range(FOLDS)): scores[held] = _class_shares(cells, classes, ~held)[cells[held]]
-    return pd.DataFrame(scores, columns=names, index=frame.index)
+    return _rule_scores(_with_format(frame), target, rule, fit, seed)
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #c2534b22
 BASELINE_COLUMNS = ("track", "group", "rule", "fit", "balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "auc", "n")
@@ -156,9 +177,9 @@ def metadata_baseline(
     seed: int = 0, # of the folds, and of the real images of each family
 ) -> pd.DataFrame: # `BASELINE_COLUMNS`
     "Balanced accuracy and AUC of format and content alone, in both tracks."
-    parts = audit_groups(manifest, groups, seed)
+    parts = {label: _with_format(part) for label, part in audit_groups(manifest, groups, seed).items()}
     rows = [row for fit in ("in_sample", "cross_validated") for rule in RULES
-            for row in _rows(manifest, parts, rule, fit, partial(metadata_scores, rule=rule, fit=fit, seed=seed))]
+            for row in _rows(parts["all"], parts, rule, fit, partial(_rule_scores, rule=rule, fit=fit, seed=seed))]
     return pd.DataFrame(rows, columns=list(BASELINE_COLUMNS)).sort_values("track", kind="stable", ignore_index=True)
 
 # %% ../../nbs/06_audit/01_shortcuts.ipynb #7e200022
@@ -194,7 +215,7 @@ def classifier_scores(
     seed: int = 0, # of folds and boosting
 ) -> pd.DataFrame: # one row per image, one column per class that occurs; rows add up to 1
     "Cross-validated score of each class, from the properties of the files alone."
-    names = [m.label for m in LABELS[target] if m.label in set(images[target])]
+    names = _labels(images[target], target)
     truth, features = images[target].map({name: k for k, name in enumerate(names)}).to_numpy(int), _features(images, rule)
     scores = np.full((len(images), len(names)), 1/max(len(names), 1))
     fold = _folds(images["pixel_hash"].fillna(images["path"]), images[target] + "|" + images["content_type"], seed)

@@ -248,7 +248,6 @@ def _mended_png(
 
 # %% ../../nbs/01_data/03_images.ipynb #5f0c3b11
 _MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])") # neither a stuffed byte nor a restart marker nor a fill byte
-_FILLINGS = (b"", bytes(range(1, 255))*16) # put in place of the missing bytes
 
 def _lacks_only_its_end(
     content: bytes, # of a JPEG file
@@ -266,6 +265,18 @@ def _lacks_only_its_end(
         at = start + len(segment)
     return wanted == set()
 
+def _lost_end(
+    stream: BinaryIO, # a JPEG file that Pillow has read; it does not miss every end marker
+) -> bool:
+    "Whether the end marker is missing. Files with something behind it are searched, others are not."
+    stream.seek(-2, 2)
+    if stream.read() == b"\xff\xd9": return False
+    stream.seek(0)
+    return _lacks_only_its_end(stream.read())
+
+# %% ../../nbs/01_data/03_images.ipynb #5f0c3b17
+_FILLING = bytes(range(254, 0, -1))*16 # in place of the missing bytes; begins with ones, since libjpeg puts zeros there
+
 def _mended_jpeg(
     stream: BinaryIO, # a JPEG file that Pillow found to be cut off
     cut: OSError, # Pillow's error
@@ -273,7 +284,8 @@ def _mended_jpeg(
     "The picture, if only the end marker is missing. Raises `OSError` with the number of missing rows otherwise."
     stream.seek(0)
     if not _lacks_only_its_end(content := stream.read()): raise cut
-    plain, other = (Image.open(io.BytesIO(content + filling + b"\xff\xd9"), formats=["JPEG"]) for filling in _FILLINGS)
+    filled = b"\0" + _FILLING if content.endswith(b"\xff") else _FILLING # a byte 255 of pixels is followed by 0
+    plain, other = (Image.open(io.BytesIO(content + filling + b"\xff\xd9"), formats=["JPEG"]) for filling in (b"", filled))
     height = plain.height
     for top in range(0, height, rows := max(_STRIP//plain.width, 1)):
         strips = [np.asarray(picture.crop((0, top, plain.width, min(top + rows, height)))) for picture in (plain, other)]
@@ -387,7 +399,7 @@ def _load(
     except OSError as error:
         if format_name(picture) == "JPEG": return _mended_jpeg(stream, error), [_LOST_END]
         raise
-    return picture, []
+    return picture, [_LOST_END] if picture.format == "JPEG" and _lost_end(stream) else []
 
 def _read(
     stream: BinaryIO, # of `opened`
@@ -399,7 +411,7 @@ def _read(
     if width*height > max_pixels:
         raise ImageError(f"{width}x{height} pixels are more than max_pixels={max_pixels}; save a smaller copy, "
                          f"or set {LIMIT_VARIABLE}={width*height} in the environment "
-                         f"(for `imaginet predict` and `evaluate`: --max-megapixels {ceil(width*height/1e6)})")
+                         f"(for `imaginet predict`, `evaluate` and `calibrate`: --max-megapixels {ceil(width*height/1e6)})")
     with _one_large_picture() if width*height > _LARGE else contextlib.nullcontext():
         turned_by_pillow = picture.format == "TIFF" and _orientation(picture) != 1
         picture, more = _load(picture, stream)

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from ..core import rng
 from .metrics import Statistic
@@ -69,6 +68,7 @@ def exact_interval(
 ) -> tuple[float, float]: # 0 to 1; NaN if n is 0
     "Clopper-Pearson interval of a proportion."
     if n == 0: return float("nan"), float("nan")
+    from scipy.stats import binomtest # not above: `predict` imports this module and starts sooner
     found = binomtest(hits, n).proportion_ci(level, "exact")
     return float(found.low), float(found.high)
 

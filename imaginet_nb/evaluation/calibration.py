@@ -17,8 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from scipy.stats import beta
-from sklearn.linear_model import LogisticRegression
 
 from ..audit.files import read_properties
 from ..core import fingerprint
@@ -67,6 +65,7 @@ def fit_line(
     center, scale = (logit.mean(), logit.std()) if platt else (0.0, float(np.sqrt((logit**2).mean())))
     if scale == 0:
         raise ValueError(f"all {len(logit)} images of the score calibration have the same logit: nothing to fit")
+    from sklearn.linear_model import LogisticRegression # not above: `predict` fits nothing and starts sooner
     model = LogisticRegression(C=1e10, solver="lbfgs", max_iter=1000, tol=1e-8, fit_intercept=platt)
     model.fit((logit - center)[:, None]/scale, synthetic)
     slope = float(model.coef_[0, 0])/scale
@@ -100,6 +99,7 @@ def rate_interval(
     "Exact interval of the false-positive rate at `threshold_at`, over sets of `n` real images."
     rank = rank_of(n, rate)
     if rank > n: return None
+    from scipy.stats import beta # not above: it takes as long as a third of torch, and few calls of `predict` need it
     low, high = beta.ppf([(1 - level)/2, (1 + level)/2], n + 1 - rank, rank)
     return float(low), float(high)
 
