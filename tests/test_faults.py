@@ -242,7 +242,7 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(tmp_path):
 
 def test_of_two_runs_at_once_in_one_folder_one_is_refused(tmp_path):
     for name in ("one", "two"): (tmp_path/name).mkdir() # temporary folders, as of two containers
-    words = ("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 40)
+    words = ("data", "sandbox", "--out", tmp_path/"made", "--profile", "smoke", "--images", 240)
     with ThreadPool(2) as pool: runs = pool.map(lambda name: imaginet(*words, TMPDIR=str(tmp_path/name)), ("one", "two"))
     assert sorted(run.returncode for run in runs) == [0, 1] and "another run" in "".join(run.stderr for run in runs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "one", "two"] # no lock is left
