@@ -111,19 +111,25 @@ def test_swapped_labels_are_asked_about(pictures):
         assert (table["auc_high"] < 0.5).tolist() == [swapped]*len(table)
 
 
-@needs_browser
-@pytest.mark.parametrize("width", [1300, 420])
-def test_the_page_fits_a_screen_and_a_telephone(pictures, width):
-    "All figures are shown, and the table of operating points needs no sideways scrolling."
+@pytest.fixture(scope="module")
+def wide(pictures) -> Path:
+    "A report with twenty real images: enough for a threshold."
     listed = pd.read_csv(pictures/"list.csv").replace({"split": {"test": "calibration", "calibration": "test"}})
-    listed.to_csv(pictures/"wide.csv", index=False) # twenty real images: enough for a threshold
+    listed.to_csv(pictures/"wide.csv", index=False)
     result = evaluate(pictures, "--manifest", "wide.csv", "--root", "set", "--detector", "meter:Meter", "--out", "page",
                       "--workers", 0)
     assert result.exit_code == 0, result.output
-    assert pd.read_csv(pictures/"page"/"tables"/"operating_points.csv")["empirical_tpr_high"].notna().any()
+    return pictures/"page"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1300, 420])
+def test_the_page_fits_a_screen_and_a_telephone(wide, width):
+    "All figures are shown, and the table of operating points needs no sideways scrolling."
+    assert pd.read_csv(wide/"tables"/"operating_points.csv")["empirical_tpr_high"].notna().any()
     with browser(1300, 900) as window:
         window.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-        window.open((pictures/"page"/"index.html").as_uri())
+        window.open((wide/"index.html").as_uri())
         assert window.ask("innerWidth") == width
         shown = window.ask("[...document.images].map(i => [i.src.split('/').pop(), i.naturalWidth > 0])")
         assert shown == [[f"{name}.png", True] for name in ("detection_by_generator", "roc", "scores")]

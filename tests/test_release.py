@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import jsonschema
-import mlcroissant
 import pytest
 import release_check
 import yaml
@@ -234,6 +233,7 @@ def test_croissant_of_imaginet_is_made_from_its_lists(tmp_path):
     findings = list_findings(source, list_tables(source))
     source = replace(source, manifest=source.manifest.head(100)) # mlcroissant takes long for many records
     written = write_croissant(source, findings, tmp_path)
+    import mlcroissant  # takes seconds, for this test alone
     data = mlcroissant.Dataset(written)
     assert not data.metadata.issues.errors and data.metadata.name == IMAGINET.name and data.metadata.url == IMAGINET.url
     assert any("0.788" in sentence for sentence in data.metadata.data_biases)
