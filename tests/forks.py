@@ -28,8 +28,9 @@ FORK = multiprocessing.get_context("fork")
 ADDRESS = "IMAGINET_TEST_FORKS" # environment variable with the socket of the server
 SHARED = "IMAGINET_TEST_SERVER" # environment variable with what `server` returns, of the server that tests/conftest.py has started
 NOT_YET = {"imaginet_nb.data.imaginet", "imaginet_nb.apps.cards"} # huggingface_hub reads its variables when it is imported
-OTHERS = ("ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "nbconvert",
-          "snakemake.cli", "torch._dynamo", "torchvision.models.resnet") # torch._dynamo: for each optimizer
+OTHERS = ("ipykernel.debugger", "ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib.backends.backend_agg",
+          "matplotlib.backends.backend_pdf", "nbconvert", "pandas.io.formats.style", "pyarrow.pandas_compat", "snakemake.cli",
+          "torch._dynamo", "torchvision.models.resnet", "umap") # torch._dynamo: for each optimizer; style: for each table in LaTeX
 
 
 # --- the server: a script, so that nothing of the tests' own process is in it
@@ -102,7 +103,8 @@ def server() -> dict[str, str]:
     listener.bind(str(folder/"socket"))
     listener.listen(50)
     words = [sys.executable, __file__, "serve", str(listener.fileno())]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env={**os.environ, "TQDM_DISABLE": "1"})
+    quiet = {"TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env={**os.environ, **quiet})
     listener.close()
     client, spec = [sys.executable, "-S", __file__], folder/"kernels"/"python3"/"kernel.json"
     spec.parent.mkdir(parents=True)

@@ -200,3 +200,12 @@ def test_a_foreign_folder_or_file_is_left_alone(tmp_path):
     for name in ("photos", "notes"):
         with pytest.raises(FileExistsError, match=name): S.make_sandbox(tmp_path/name, **TINY)
     assert (tmp_path/"photos"/"holiday.jpg").read_bytes() == b"x" and (tmp_path/"notes").read_text() == "x"
+
+
+@pytest.mark.parametrize("steps, pictures", [(1, 8), (5, 40), (7, 48)])
+def test_a_short_training_draws_no_more_pictures_than_it_crops(monkeypatch, steps, pictures):
+    "Catches sandboxes of the tests that draw hundreds of scenes for stand-ins that see few."
+    drawn = []
+    monkeypatch.setattr(S, "picture", lambda content, side, *rest: drawn.append(content) or np.zeros((side, side, 3), np.uint8))
+    S.train_stand_in("ProGAN", ["photos", "faces"], 64, steps, 0)
+    assert len(drawn) == pictures

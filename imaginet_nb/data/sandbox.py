@@ -304,7 +304,7 @@ def train_stand_in(
     "Train a stand-in for a few seconds on new images; photographs among them are those of the training split."
     torch.set_num_threads(1) # one thread: as fast for so small a network, and the same result for any number of cores
     draw = rng(seed, "stand-in", generator)
-    pool = [picture(contents[i % len(contents)], side, "train", draw) for i in range(48)]
+    pool = [picture(contents[i % len(contents)], side, "train", draw) for i in range(min(48, 8*steps))] # no more than are cropped
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draw.integers(2**31)))
         model = StandIn(generator)
