@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.dummy import DummyClassifier
@@ -31,14 +33,6 @@ from imaginet_nb.models.selfcon import ImagiNetClassifier
 LABELS = {0: "artificial", 1: "human"}
 SHAPES = [(32, 32), (50, 70), (300, 90), (41, 200), (640, 481)]
 WIDE = dict(id2label=LABELS, initializer_range=0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def libraries() -> None:
-    "Imported when a test of this file runs: each worker of pytest reads every file, and these take seconds."
-    global hf, timm
-    import timm
-    import transformers as hf
 
 
 def vit(folder: Path, **changes) -> None:
