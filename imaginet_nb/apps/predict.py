@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -45,6 +45,8 @@ from ..detectors.protocol import Box, InputSpec, default_spec, fit_picture, spec
 from ..data.images import Decoded, ImageError, pixel_limit, read_image, walk
 from ..data.provenance import read_provenance
 from ..data.augmentation import center_crop, compress, pad_to
+
+if TYPE_CHECKING: from imaginet_nb.evaluation.open_set import NearestKnown # imports seaborn and more, which others do not need
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1d1
 LISTS = (".csv", ".tsv", ".parquet")
@@ -240,10 +242,10 @@ def looked_text(
 def _nearest_known(
     detector: Any,
     false_alarms: float, # share of known images called unknown
-) -> Any: # `NearestKnown`, or None
+) -> "NearestKnown | None":
     "Features of known images, if the detector has any and a threshold for the rate of false alarms."
     if not getattr(detector, "header", {}).get("open_set"): return None
-    from imaginet_nb.evaluation.open_set import open_set_of # not above: it imports seaborn and more, which others do not need
+    from imaginet_nb.evaluation.open_set import open_set_of # not above, as for `NearestKnown`
     nearest = open_set_of(detector)
     return nearest if nearest and nearest.thresholds.get(f"{false_alarms:g}") is not None else None
 
@@ -432,7 +434,7 @@ class Scorer:
     @cached_property
     def limits(self) -> tuple[float, float]: return verdict_thresholds(self.detector, self.settings.error_rate)
     @cached_property
-    def nearest(self) -> Any: return _nearest_known(self.detector, self.settings.false_alarms)
+    def nearest(self) -> "NearestKnown | None": return _nearest_known(self.detector, self.settings.false_alarms)
 
     @cached_property
     def made_with(self) -> dict[str, str]: # part -> 8 hexadecimal digits, or a commit

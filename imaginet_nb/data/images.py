@@ -266,9 +266,12 @@ def _lacks_only_its_end(
     return wanted == set()
 
 def _lost_end(
-    stream: BinaryIO, # a JPEG file that Pillow has read; it does not miss every end marker
+    stream: BinaryIO, # a JPEG file that Pillow has loaded without an error, as it may without an end marker
 ) -> bool:
-    "Whether the end marker is missing. Files with something behind it are searched, others are not."
+    """Whether the end marker is missing.
+
+    A file that does not end with the marker is searched for it, because other data may follow the marker.
+    """
     stream.seek(-2, 2)
     if stream.read() == b"\xff\xd9": return False
     stream.seek(0)
