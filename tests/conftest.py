@@ -9,3 +9,11 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     "Start the server before the workers, which inherit its address; without workers, the first test that needs it starts it."
     if config.getoption("numprocesses", None): os.environ[forks.SHARED] = json.dumps(forks.server())
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    "Reports without figures, and a metadata classifier that learns nothing, to save time; tests/test_evaluate.py has both."
+    from sklearn.dummy import DummyClassifier
+    for place in ("apps.evaluate", "audit.report"): monkeypatch.setattr(f"imaginet_nb.{place}.save_figure", lambda *_: None)
+    monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())

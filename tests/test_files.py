@@ -18,10 +18,15 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from imaginet_nb.apps.predict import TOO_SMALL_NOTE
 from imaginet_nb.audit.files import image_properties
+from imaginet_nb.core import rng
+from imaginet_nb.data.corruptions import Perturb
 from imaginet_nb.data.images import ImageError, NotAnImage, decode, longer_side, open_image, opened, read_image, walk, why_no_image
+from imaginet_nb.data.imaginet import verify
 from imaginet_nb.data.manifest import MANIFEST_COLUMNS
 from imaginet_nb.data.packed import Store
+from imaginet_nb.data.perturbed import make_testset
 from imaginet_nb.data.provenance import ABSENT, EMPTY, INVALID, PRESENT, VALID, Provenance, read_provenance
+from imaginet_nb.data.splits import write_annotations
 
 Y, X = np.mgrid[0:120, 0:160]
 PIXELS = np.stack([X*255/160, Y*255/120, (X + Y) % 256], -1).astype(np.uint8)
@@ -461,14 +466,11 @@ class Mean: # of the pixels, with more weight the lower they are, so that a pict
 
 
 @pytest.fixture
-def imaginet(tmp_path, monkeypatch):
-    "Runs a command in a folder with a detector that gives the mean of the pixels; without figures and classifiers, to save time."
-    from sklearn.dummy import DummyClassifier
+def imaginet(tmp_path, monkeypatch, without_figures):
+    "Runs a command in a folder with a detector that gives the mean of the pixels."
     from typer.testing import CliRunner
 
     from imaginet_nb.apps.cli import app
-    for place in ("apps.evaluate", "audit.report"): monkeypatch.setattr(f"imaginet_nb.{place}.save_figure", lambda *_: None)
-    monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())
     monkeypatch.chdir(tmp_path)
     def run(*words):
         monkeypatch.delitem(sys.modules, "mean", raising=False) # a process of its own has not imported it
@@ -536,6 +538,7 @@ BROKEN = {"cut.jpg": (written("JPEG")[:-700], "rows of pixels are missing"), "cu
           **{name: OTHERS[name] for name in ("web_page.jpg", "lfs_pointer.jpg")}, **UNREAD}
 SMALL = {"dot.png": (1, 1), "line.png": (3000, 2), "strip.png": (400, 1)}
 NO_PICTURES = ("drawing.svg", "video.mp4", "paper.pdf")
+PERTURB = Perturb(size=32)
 
 
 def test_every_kind_of_file_has_the_same_pixels_or_the_same_reason_in_all_commands(imaginet, tmp_path):
@@ -591,3 +594,21 @@ def test_every_kind_of_file_has_the_same_pixels_or_the_same_reason_in_all_comman
     for name in SMALL: # read, but not judged
         assert TOO_SMALL_NOTE in evaluated.loc[paths[name], "error"] and pd.isna(audited.loc[paths[name], "error"])
         assert predicted.loc[paths[name], "verdict"] == "unsure" and TOO_SMALL_NOTE in predicted.loc[paths[name], "reason"]
+
+    # a data set of its own is made of them: verified, and perturbed
+    broken = {paths[name]: words for name, (_, words) in BROKEN.items()} | {f"real/{name}": OTHERS[name][1] for name in NO_PICTURES}
+    everything = pd.concat([listed, *(listed[:1].assign(path=path) for path in broken)], ignore_index=True)
+    write_annotations(everything, tmp_path/"train_annotations.txt")
+    problems = verify(tmp_path/"set", [tmp_path/"train_annotations.txt"], jobs=1)
+    problems = problems[~problems["problem"].str.startswith("label: not a folder of ImagiNet")].set_index("path")["problem"]
+    assert set(problems.index) == set(broken) and problems.index.is_unique
+    for path, words in broken.items():
+        assert problems[path].startswith("damaged: ") and re.search(words, problems[path]), path
+        alone = listed[:1].assign(path=path, split="test")
+        with pytest.raises(ImageError, match=f"{re.escape(path)}: .*({words})"):
+            make_testset(alone, tmp_path/"set", PERTURB, seed=0, jobs=1)
+    made = make_testset(listed.assign(split="test"), tmp_path/"set", PERTURB, seed=0, jobs=1)
+    assert set(made["source"]) == set(listed["path"])
+    for row, (source, path) in enumerate(zip(made["source"], made["path"], strict=True)):
+        pixels = decode(contents[Path(source).name])
+        assert np.array_equal(decode(tmp_path/"set"/path), PERTURB(pixels, rng(0, "testset", 0, row))), source

@@ -12,7 +12,6 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.dummy import DummyClassifier
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from typer.testing import CliRunner
 
@@ -191,7 +190,7 @@ def onnx_file(path: Path) -> None:
     path.with_suffix(".yaml").write_text(f"name: Net\ninput_size: 32\n{values}")
 
 
-def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny, tmp_path, monkeypatch):
+def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny, tmp_path, without_figures):
     "Numbers are scikit-learn's. Catches scores under another detector's name, rows of another source, a generator left out of the mean."
     rows, draw = [], np.random.default_rng(0)
     for k in range(30):
@@ -204,8 +203,6 @@ def test_hub_onnx_and_checkpoint_share_a_leaderboard_and_a_table_by_source(tiny,
     onnx_file(tmp_path/"net.onnx")
     seed_everything(0)
     checkpoints.save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"net.safetensors")
-    monkeypatch.setattr("imaginet_nb.apps.evaluate.save_figure", lambda *_: None) # to save time; tests/test_evaluate.py has both
-    monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())
     words = ["--detector", f"hf:{tiny}", "--detector", str(tmp_path/"net.onnx"), "--checkpoint", str(tmp_path/"net.safetensors")]
     result = CliRunner().invoke(app, ["evaluate", "--manifest", str(tmp_path/"list.csv"), *words, "--out", str(tmp_path/"out"),
                                       "--workers", "0", "--device", "cpu"])

@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.evaluate import judge
-from imaginet_nb.audit.files import read_properties
+from imaginet_nb.apps.predict import SCORE_COLUMNS
+from imaginet_nb.audit.files import PROPERTY_COLUMNS, read_properties
 from imaginet_nb.audit.report import audit_source
-from imaginet_nb.data.folders import read_custom_dataset
+from imaginet_nb.data.folders import RESULT_COLUMNS, read_custom_dataset
 from imaginet_nb.data.images import decode
 from imaginet_nb.data.labels import LABEL_RULE, AnnotationError
 from imaginet_nb.data.parquet import picture_source
+from imaginet_nb.detectors.predictions import PREDICTION_COLUMNS
 
 
 def content(value: int, form: str = "PNG") -> bytes:
@@ -186,6 +188,25 @@ def test_which_of_several_columns_were_used_is_said(columns, told, tmp_path):
     assert found.manifest["generator"].tolist() == ["real", f"the {columns.split()[0]}"]
     assert list(found.columns) == told
     assert audit_source(tmp_path/"mine.csv").understood[1:] == found.understood[1:]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_columns_of_a_list_that_results_have_too_are_retained_under_another_name(suffix, tmp_path):
+    "They were replaced by the results, or ended the second run of `evaluate`, or were not read from Parquet."
+    own = {name: [f"{name} 0", f"{name} 1"] for name in (*RESULT_COLUMNS, "prompt")}
+    frame = pd.DataFrame({"path": ["a.png", "b.png"], "label": ["real", "fake"], **own})
+    found = read_custom_dataset(table(tmp_path/f"mine{suffix}", frame))
+    kept = {name: found.manifest[f"list_{name}"].tolist() for name in RESULT_COLUMNS}
+    assert kept | {"prompt": found.manifest["prompt"].tolist()} == own and not {*RESULT_COLUMNS} & {*found.manifest}
+    assert found.columns[-1].endswith(f"retained under another: {', '.join(f'{name} is list_{name}' for name in RESULT_COLUMNS)}.")
+    frame.assign(list_note="").to_csv(tmp_path/"both.csv", index=False)
+    with pytest.raises(AnnotationError, match="both.csv: the column note would be called list_note, but there is one"):
+        read_custom_dataset(tmp_path/"both.csv")
+
+
+def test_the_names_that_lists_give_up_are_those_of_all_results():
+    "Catches a new column of a command that would replace one of the list."
+    assert {*RESULT_COLUMNS, "path"} == {*PREDICTION_COLUMNS, *PROPERTY_COLUMNS, *SCORE_COLUMNS}
 
 
 @pytest.mark.parametrize("names, origin", [(["FAKE", "REAL"], "synthetic"), (["real", "fake"], "real"), (None, "real")])

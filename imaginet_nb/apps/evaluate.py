@@ -104,9 +104,30 @@ def _thresholds(
 def _with_notes(
     predictions: pd.DataFrame,
     properties: pd.DataFrame, # from `read_properties`, of the images with a score
+    dataset: CustomDataset,
 ) -> pd.DataFrame: # the same rows, and the column `note`
-    "Predictions with what was left out, rotated or missing in a file."
-    return predictions.assign(note=predictions["path"].map(properties.set_index("path")["note"]))
+    "Predictions with what was left out, rotated or missing in a file, whether its image has a score or not."
+    others = predictions.loc[~predictions["path"].isin(properties["path"]), list(dataset.manifest)]
+    found = [properties, *([read_properties(others, dataset.root)] if len(others) else [])]
+    notes = {path: note for files in found for path, note in zip(files["path"], files["note"], strict=True)}
+    return predictions.assign(note=predictions["path"].map(notes))
+
+def _counted(
+    kinds: pd.Series, # text
+    most: int = 8, # kinds that are named
+) -> str:
+    "Each kind with its number, the most frequent first."
+    counts = kinds.value_counts()
+    told = [f"{kind} ({n:,})" for kind, n in counts.head(most).items()]
+    return ", ".join([*told, f"other ({counts[most:].sum():,})"] if len(counts) > most else told)
+
+def _reasons(
+    failed: pd.DataFrame, # predictions with an error
+) -> pd.Series: # without what differs from one image to the next
+    "Why images have no score, each reason without the path, the detector and the remedy."
+    texts = [error.removeprefix(f"{path}: ").removeprefix(f"{detector}: ")
+             for path, detector, error in zip(failed["path"], failed["detector"], failed["error"], strict=True)]
+    return pd.Series(texts, dtype=object).str.replace(r"(: |; | \().*", "", regex=True).str.replace(r"^\d+x\d+ ", "", regex=True)
 
 def _noted(
     predictions: pd.DataFrame, # of `_with_notes`
@@ -115,8 +136,7 @@ def _noted(
     notes = predictions.drop_duplicates("path")["note"].dropna()
     if notes.empty: return []
     kinds = notes.str.split("; ").explode().str.partition(": ")[0].str.replace(r"\d+ frames", "several frames", regex=True)
-    told = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.value_counts().items())
-    return [f"Pictures scored with a note on their file: {len(notes):,}; {told}. The column `note` of predictions.csv has them."]
+    return [f"Pictures with a note on their file: {len(notes):,}; {_counted(kinds)}. The column `note` of predictions.csv has them."]
 
 def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     "Sentences on the splits that were left out."
@@ -333,7 +353,7 @@ def judge(
     about, note = f"{detector.name} on {dataset.name}. Probability: {words}.", STAND_IN_NOTE if trained_on_stand_ins(detector) else ""
     scored = predictions[predictions["error"].isna()].reset_index(drop=True)
     properties = read_properties(scored[list(dataset.manifest)], dataset.root)
-    predictions = _with_notes(predictions, properties)
+    predictions = _with_notes(predictions, properties, dataset)
     tables, baselines = _detection(predictions, properties, about, note, options)
     tables |= _operating_points(predictions, fits, about, options)
     by_generator = tables["detection_by_generator"][0]
@@ -370,8 +390,10 @@ def _sentences(
     found = [f"{name}: balanced accuracy {_value(ours, 'acc')}, AUC {_value(ours, 'auc')}, "
              f"mean over {n} {'generator' if n == 1 else 'generators'}.", f"Probability: {words}."]
     if "operating_points" in tables: found += _flagged(tables["operating_points"][0].query("detector == @name"))
-    lost = int(predictions["error"].notna().sum())
-    if lost: found.append(f"{lost} of {len(predictions)} pictures could not be scored; the table of predictions says why.")
+    failed = predictions[predictions["error"].notna()]
+    if len(failed):
+        found.append(f"{len(failed)} of {len(predictions)} pictures could not be scored: {_counted(_reasons(failed))}. "
+                     "The column `error` of predictions.csv says why.")
     return found
 
 def _flagged(
@@ -461,9 +483,21 @@ def _save(
     for stem, (frame, caption) in found.tables.items(): save_table(frame, out/"tables"/stem, caption, record)
     for stem, (figure, caption) in found.figures.items(): save_figure(figure, out/"figures"/stem, caption, record)
 
+def _picture_blocks(
+    predictions: pd.DataFrame, # with the columns `error` and `note`
+) -> list[Block]: # empty if there are none
+    "The pictures that have no score, or a note."
+    told = predictions.loc[predictions["error"].notna() | predictions["note"].notna(), ["path", "error", "note"]].drop_duplicates()
+    if told.empty: return []
+    pairs = zip(told["path"], told["error"].fillna(""), strict=True)
+    errors = [error.removeprefix(f"{path}: ") for path, error in pairs] # the path stands beside it
+    caption = "Why a picture has no score (error), and what is to be known of its file (note)."
+    return [("heading", "Pictures without a score, or with a note"), *table_blocks({"told": (told.assign(error=errors), caption)}, "told")]
+
 def _file_blocks(found: Findings) -> list[Block]:
-    "The links at the end of a page."
-    return [("heading", "Files"), ("links", ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]),
+    "The end of a page: pictures of which there is something to say, and links."
+    files = ["predictions.csv", *(f"tables/{stem}.csv" for stem in found.tables)]
+    return [*_picture_blocks(found.predictions), ("heading", "Files"), ("links", files),
             ("text", "Made by `imaginet evaluate`; beside each table lies its provenance.")]
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #e7a00025
@@ -655,8 +689,10 @@ def _compared_sentences(
         told = [f"{metric.upper()} {difference_words(row, metric, 'lower', 'higher')}" for metric in ("auc", "acc")]
         found.append(f"{name} against {first}: {'; '.join(told)}.")
     found += dict.fromkeys(_against_metadata(frame, baselines, name, options) for name, frame in frames.items()) # at chance: once
-    lost = len(next(iter(scored.values())).predictions) - len(frames[first])
-    if lost: found.append(f"Left out for all, because a detector could not score them: {lost:,} pictures; predictions.csv says why.")
+    failed = pd.concat([rows[rows["error"].notna()] for rows, *_ in scored.values()]).drop_duplicates("path")
+    if len(failed):
+        found.append(f"Left out for all, because a detector could not score them: {len(failed):,} pictures; "
+                     f"{_counted(_reasons(failed))}. The column `error` of predictions.csv says why.")
     return found
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #e7a00015
@@ -691,7 +727,7 @@ def judge_all(
     by_generator = tables["detection_by_generator"][0]
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
     figures |= _score_figures(scores, all_fits, about, by_generator["detector"])
-    sentences, every = _compared_sentences(frames, scored, tables, baselines, options), _with_notes(every, properties)
+    sentences, every = _compared_sentences(frames, scored, tables, baselines, options), _with_notes(every, properties, dataset)
     if any(contender.calibration for contender in contenders): sentences.append(_UNCHECKED)
     return Findings(every, tables, figures, (*sentences, *_noted(every), *_not_judged(dataset.manifest, common), *dataset.remarks))
 
