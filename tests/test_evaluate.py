@@ -1,5 +1,7 @@
 """`imaginet evaluate`: the numbers are those of plain computations, every picture counts, faults are named."""
+import html
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from imaginet_nb.apps.cli import app
 from imaginet_nb.apps.evaluate import Contender, compare, judge, judge_all, keeping
 from imaginet_nb.apps.evaluate import evaluate as measure
 from imaginet_nb.apps.predict import TOO_SMALL_NOTE, Scorer, score_files
+from imaginet_nb.audit.report import audit
 from imaginet_nb.core import seed_everything
 from imaginet_nb.data.folders import read_custom_dataset
 from imaginet_nb.data.images import save
@@ -352,6 +355,60 @@ def test_a_picture_too_small_to_judge_is_counted_and_not_scored(tmp_path, side):
     assert left_out["error"].tolist() == [f"{path}: {TOO_SMALL_NOTE}" for path in left_out.index]
     judged = score_files([dataset.root/path for path in rows.index], Scorer(detector), readers=0)
     assert [row["reason"] == TOO_SMALL_NOTE for row in judged] == rows["error"].notna().tolist()
+
+
+class Fails(Bright):
+    "A detector that cannot score bright pictures."
+    def score(self, images):
+        brightest = images.float().mean((1, 2, 3)).max()
+        if brightest > 200: raise RuntimeError(f"too bright: {brightest}")
+        return super().score(images)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_every_picture_left_out_or_noted_has_its_reason_in_table_page_and_result(tmp_path, several, without_figures):
+    "Catches a note that only scored pictures have, reasons that are not counted, a picture that the page does not show."
+    for k in range(12):
+        save(np.full((48, 48, 3), 60 + 10*k, np.uint8), tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{k}.png")
+    lost_end = "the end of the file is missing, but all pixels are present"
+    for name, side, value in (("small", 8, 90), ("no_end", 48, 90), ("bright", 48, 250), ("light", 48, 251)):
+        path = tmp_path/"set"/"real"/f"{name}.png"
+        save(np.full((side, side, 3), value, np.uint8), path)
+        if name in ("small", "no_end", "bright"): path.write_bytes(path.read_bytes()[:-12])
+    (tmp_path/"set"/"real"/"page.jpg").write_bytes(b"<html>404</html>")
+    dataset, detector = read_custom_dataset(tmp_path/"set"), Fails("A", 0)
+    first = [Contender(detector, "a"), Contender(Bright("B", 0), "b")] if several else detector
+    sentences = (compare if several else measure)(first, dataset, tmp_path/"out", resamples=10, num_workers=0)
+    rows = load_predictions(tmp_path/"out"/"predictions.csv").query("detector == 'A'").set_index("path")
+    noted = {f"real/{name}.png": lost_end for name in ("bright", "no_end", "small")}
+    assert rows["note"].dropna().to_dict() == noted
+    errors = rows["error"].dropna().to_dict()
+    assert list(errors) == ["real/bright.png", "real/light.png", "real/page.jpg", "real/small.png"]
+    page, told = (tmp_path/"out"/"index.html").read_text(), " ".join(sentences)
+    for text in (page, told):
+        assert "RuntimeError (2)" in text and "too small to judge (1)" in text
+        assert "not an image, but a web page, so its download failed (1)" in text
+        assert f"Pictures with a note on their file: 3; {lost_end} (3)." in text
+    _, _, section = page.partition("Pictures without a score, or with a note")
+    cells = [html.unescape(cell).strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", section, re.DOTALL)]
+    shown = {cells[k]: (cells[k + 1], cells[k + 2]) for k in range(0, len(cells), 3)}
+    wanted = {path: (errors.get(path, "").removeprefix(f"{path}: "), noted.get(path, "")) for path in {*errors, *noted}}
+    assert shown == wanted and 3*len(shown) == len(cells)
+
+
+def test_a_list_s_own_columns_stand_beside_the_results(tmp_path, without_figures):
+    "Catches a column of the list that a result replaces, in a first run, one that reads kept scores, and the audit."
+    for k in range(8): save(np.full((32, 32, 3), 60 + 10*k, np.uint8), tmp_path/f"{k}.png")
+    own = {name: [f"{name} {k}" for k in range(8)] for name in ("note", "error", "logit", "width", "provenance", "camera")}
+    listed = pd.DataFrame({"path": [f"{k}.png" for k in range(8)], "label": ["real", "fake"]*4, **own})
+    listed.to_csv(source := tmp_path/"list.csv", index=False)
+    dataset = read_custom_dataset(source)
+    for _ in range(2): measure(Bright("A", 0), dataset, tmp_path/"out", "a", resamples=10, num_workers=0)
+    audit(source, tmp_path/"audit", jobs=1)
+    for table in ("out/predictions.csv", "audit/properties.csv"):
+        found = pd.read_csv(tmp_path/table)
+        for name, values in own.items(): assert found[name if name == "camera" else f"list_{name}"].tolist() == values, table
+        assert found["error"].isna().all() and found["note"].isna().all(), table
 
 
 def test_a_picture_that_was_replaced_is_scored_again(tmp_path):

@@ -356,7 +356,7 @@ def audit(
 
     Writes metadata_baseline.csv, the other tables, index.html and README.md. A file that cannot be read becomes a row with its error.
     Of a folder every file has a row, or is counted with the reason, as for evaluate.
-    Other columns of a list are retained in properties.csv; one with a name that results use, such as note, becomes list_note.
+    Other columns of a list are retained; one with a name that results use, such as note, becomes list_note.
     If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
     """
     from imaginet_nb.audit.croissant import croissant_library, write_croissant
@@ -826,8 +826,8 @@ def evaluate(
     Folders: real/ and synthetic/<generator>/, and the layouts of GenImage, ForenSynths, CIFAKE, RAID and ImagiNet. Train pictures are left
     out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     A picture with a side under 16 pixels, or under half of the crops that a detector is shown, is not scored: the reason is its error.
-    predictions.csv has the reason of every picture without a score (error) and what was left out or missing in its file (note).
-    Other columns of a list are retained there; one with a name that results use, such as note or width, becomes list_note, list_width.
+    In predictions.csv, error says why a picture has no score, and note what was left out or missing in its file.
+    Other columns of a list are retained; one with a name that results use, such as note, becomes list_note.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
     If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
     """

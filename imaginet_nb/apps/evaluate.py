@@ -127,7 +127,8 @@ def _reasons(
     "Why images have no score, each reason without the path, the detector and the remedy."
     texts = [error.removeprefix(f"{path}: ").removeprefix(f"{detector}: ")
              for path, detector, error in zip(failed["path"], failed["detector"], failed["error"], strict=True)]
-    return pd.Series(texts, dtype=object).str.replace(r"(: |; | \().*", "", regex=True).str.replace(r"^\d+x\d+ ", "", regex=True)
+    kinds = pd.Series(texts, dtype=object).str.replace(r"(: |; | \().*", "", regex=True)
+    return kinds.str.replace(r"^\d+x\d+ ", "", regex=True) # the size of a picture that is too large
 
 def _noted(
     predictions: pd.DataFrame, # of `_with_notes`
@@ -136,7 +137,8 @@ def _noted(
     notes = predictions.drop_duplicates("path")["note"].dropna()
     if notes.empty: return []
     kinds = notes.str.split("; ").explode().str.partition(": ")[0].str.replace(r"\d+ frames", "several frames", regex=True)
-    return [f"Pictures with a note on their file: {len(notes):,}; {_counted(kinds)}. The column `note` of predictions.csv has them."]
+    return [f"Pictures with a note on their file: {len(notes):,}; {_counted(kinds)}. "
+            "The column `note` of predictions.csv has them."]
 
 def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     "Sentences on the splits that were left out."
@@ -484,15 +486,18 @@ def _save(
     for stem, (figure, caption) in found.figures.items(): save_figure(figure, out/"figures"/stem, caption, record)
 
 def _picture_blocks(
-    predictions: pd.DataFrame, # with the columns `error` and `note`
+    predictions: pd.DataFrame, # of one detector or several, with the columns `error` and `note`
 ) -> list[Block]: # empty if there are none
-    "The pictures that have no score, or a note."
-    told = predictions.loc[predictions["error"].notna() | predictions["note"].notna(), ["path", "error", "note"]].drop_duplicates()
+    "The pictures that have no score, or a note: a row for each error of a picture, or for its note alone."
+    failed = predictions["error"].notna()
+    noted = predictions["note"].notna() & ~predictions["path"].isin(predictions.loc[failed, "path"])
+    told = predictions.loc[failed | noted, ["path", "error", "note"]].drop_duplicates()
     if told.empty: return []
     pairs = zip(told["path"], told["error"].fillna(""), strict=True)
     errors = [error.removeprefix(f"{path}: ") for path, error in pairs] # the path stands beside it
-    caption = "Why a picture has no score (error), and what is to be known of its file (note)."
-    return [("heading", "Pictures without a score, or with a note"), *table_blocks({"told": (told.assign(error=errors), caption)}, "told")]
+    caption = "Why a picture has no score (error), and what was left out or missing in its file (note); all are in predictions.csv."
+    tables = {"told": (told.assign(error=errors), caption)}
+    return [("heading", "Pictures without a score, or with a note"), *table_blocks(tables, "told")]
 
 def _file_blocks(found: Findings) -> list[Block]:
     "The end of a page: pictures of which there is something to say, and links."
@@ -727,7 +732,8 @@ def judge_all(
     by_generator = tables["detection_by_generator"][0]
     figures = {"detection_by_generator": (plot_detection(by_generator), f"Detection by generator. {about}")}
     figures |= _score_figures(scores, all_fits, about, by_generator["detector"])
-    sentences, every = _compared_sentences(frames, scored, tables, baselines, options), _with_notes(every, properties, dataset)
+    sentences = _compared_sentences(frames, scored, tables, baselines, options)
+    every = _with_notes(every, properties, dataset)
     if any(contender.calibration for contender in contenders): sentences.append(_UNCHECKED)
     return Findings(every, tables, figures, (*sentences, *_noted(every), *_not_judged(dataset.manifest, common), *dataset.remarks))
 

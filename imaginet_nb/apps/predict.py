@@ -46,7 +46,7 @@ from ..data.images import Decoded, ImageError, pixel_limit, read_image, walk
 from ..data.provenance import read_provenance
 from ..data.augmentation import center_crop, compress, pad_to
 
-if TYPE_CHECKING: from imaginet_nb.evaluation.open_set import NearestKnown # imports seaborn and more, which others do not need
+if TYPE_CHECKING: from imaginet_nb.evaluation.open_set import NearestKnown # else it imports seaborn and more
 
 # %% ../../nbs/08_apps/00_predict.ipynb #5e77a1d1
 LISTS = (".csv", ".tsv", ".parquet")

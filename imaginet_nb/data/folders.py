@@ -83,7 +83,8 @@ def _new_names(
         new["source"] = "list_source" if "image_source" in frame else "image_source"
     taken = next((column for column, other in new.items() if other in frame), None)
     if taken is None: return new
-    raise AnnotationError(f"{name}: the column {taken} would be called {new[taken]}, but there is one of this name; rename one")
+    raise AnnotationError(f"{name}: the column {taken} would be called {new[taken]}, but there is one of this name; "
+                          "rename one of them")
 
 def _with_labels(
     frame: pd.DataFrame, # columns as text, in any names
@@ -112,8 +113,9 @@ def _columns_sentence(
     naming = [name for name in _GENERATORS if name in columns]
     told = "image_source" in manifest # else `source` has the paths of the originals of perturbed images
     renamed = [name for name in columns if f"list_{name}" in manifest and f"list_{name}" not in columns]
-    places = [name for name in ("source", "image_source") if told and name in columns and name not in [*naming[:1], *renamed]]
-    unused = [name for name in columns if name not in [*places, *renamed] and (name not in COLUMNS or name in naming[1:])]
+    others = [name for name in columns if name not in renamed]
+    places = [name for name in ("source", "image_source") if told and name in others and name not in naming[:1]]
+    unused = [name for name in others if name not in places and (name not in COLUMNS or name in naming[1:])]
     found = [f"The column {naming[0]} names the generator."] if naming not in ([], ["generator"]) else []
     found += [f"The column {name} says where an image is from." for name in places]
     if unused: found.append(f"Columns that were not used: {', '.join(unused)}.")
