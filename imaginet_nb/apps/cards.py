@@ -304,7 +304,7 @@ def _differences(tables: Path, stem: str, mean: bool) -> pd.DataFrame: # empty w
     if "setting" in table: table = table[table["setting"].eq("perturbed")]
     return table[table["detector"].eq(difference_name()) & table["group"].eq(MEAN).eq(mean)]
 
-def _winner(row: Mapping[Any, Any], metric: str) -> str: # a detector; "" if the interval does not exclude 0 or both are at chance
+def _winner(row: Mapping[Any, Any], metric: str) -> str: # "" if the interval does not exclude 0 or both are at chance
     "Which detector a difference favours."
     if AT_CHANCE in str(row.get("note")): return ""
     if row[f"{metric}_low"] > 0: return DETECTORS[0]

@@ -24,8 +24,8 @@ from ..detectors.predictions import PREDICTION_COLUMNS, load_predictions, predic
 from ..detectors.protocol import Detector, default_spec, input_spec, spec_words
 from ..evaluation.calibration import calibrated
 from ..evaluation.detection import (
-    AT_CHANCE, MEAN, Baseline, Group, Grouping, baseline_rows, detection_table, detection_values, difference_rows, difference_words,
-    group_by_generator, metadata_name, metadata_values)
+    AT_CHANCE, MEAN, Baseline, Group, Grouping, baseline_rows, detection_table, detection_values, difference_rows,
+    difference_words, group_by_generator, metadata_name, metadata_values)
 from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import CustomDataset
 from ..data.datasets import Transform

@@ -278,7 +278,7 @@ def difference_sentences(
     rows: pd.DataFrame, # from `difference_rows`
     pair: Sequence[str] = DETECTORS, # two detectors
 ) -> list[str]: # for ACC and AUC
-    "Whether the first detector is better or worse than the second in the mean over all groups, or why this is undecided."
+    "Whether the first detector is better or worse than the second in the mean over the groups, or why it is undecided."
     mean, sentences = rows[rows["group"].eq(MEAN)].iloc[0], []
     for metric in ("acc", "auc"):
         value, low, high = mean[[metric, f"{metric}_low", f"{metric}_high"]].astype(float).round(4) # as in the CSV file
@@ -407,7 +407,7 @@ def difference_words(
     return f"not distinguishable at this sample size ({numbers})"
 
 def unlearned(
-    seen: Mapping[str, np.ndarray], # network -> `(G, M, 1 + R)` from `detection_values`, on the groups that it was trained on
+    seen: Mapping[str, np.ndarray], # network -> `(G, M, 1 + R)` from `detection_values`: groups that it was trained on
 ) -> dict[str, str]: # network -> its mean AUC over these groups, with the interval
     "Networks that did not learn: the interval of this AUC does not lie above 0.5."
     found = {}
@@ -423,9 +423,9 @@ def unlearned_sentence(
     "Which networks did not learn, and that nothing follows from them."
     if not networks: return ""
     told = ", ".join(f"“{name}” {auc}" for name, auc in networks.items())
-    return (f"Networks that did not learn, as far as these images show: {told}. The number is the mean AUC over the {groups} that the "
-            f"network was trained on. Its interval does not lie above 0.5 (chance), so nothing follows from such a network about {groups} "
-            "that it was not trained on.")
+    return (f"Networks that did not learn, as far as these images show: {told}. The number is the mean AUC over the "
+            f"{groups} that the network was trained on. Its interval does not lie above 0.5 (chance), so nothing follows "
+            f"from such a network about {groups} that it was not trained on.")
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #a2b4cbde
 def unlearned_on_content(

@@ -105,9 +105,12 @@ def _without_conclusion(
     failed: Mapping[str, str], # from `unlearned_networks`
 ) -> str: # "" if all of their networks learned
     "Why no conclusion is drawn, with the number of networks that did not learn."
-    counts = {method: sum(network_name(method, left_out) in failed for left_out in (None, *FAMILIES)) for method in methods}
-    told = " and ".join(f"{count} of the {1 + len(FAMILIES)} networks of {method}" for method, count in counts.items() if count)
-    return f"no conclusion, because {told} did not learn" if told else ""
+    told = []
+    for method in methods:
+        networks = [network_name(method, left_out) for left_out in (None, *FAMILIES)]
+        count = sum(name in failed for name in networks)
+        if count: told.append(f"{count} of the {len(networks)} networks of {method}")
+    return f"no conclusion, because {' and '.join(told)} did not learn" if told else ""
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a5d38774
 def _not_detected(
@@ -146,5 +149,6 @@ def generalisation_text(
     between = mean[mean["detector"].str.startswith("difference:")].iloc[0]
     first, _, second = between["detector"].removeprefix("difference: ").partition(" − ")
     verdict = _without_conclusion([first, second], failed)
-    if not verdict: verdict = difference_words(between, "auc", f"{second} is better", f"{first} is better") + _reservation(table)
+    if not verdict:
+        verdict = difference_words(between, "auc", f"{second} is better", f"{first} is better") + _reservation(table)
     return "\n".join([*lines, f"On families left out of training, {first} against {second}: {verdict}.", *_not_detected(table)])
