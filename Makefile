@@ -2,8 +2,9 @@
 PYTHON  ?= python3
 PROFILE ?= demo
 BIN     := .venv/bin
-# uv installs the same lock in a fraction of the time; without it, pip does
-INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --compile-bytecode --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# uv installs the same lock in a fraction of the time; without it, pip does. The lock names every package, so none is
+# resolved; modules are compiled when they are first used
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python --no-deps --quiet,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile)
 LONGEST := $(patsubst %,tests/test_%.py,pipeline look_alike gpu_run site ray network distributed wheel)
 FORKING := 01_processes 04_stages
 NBDEV_TEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test
@@ -23,10 +24,11 @@ setup: .venv/complete ## environment in .venv from requirements.lock, editable i
 
 .venv/complete: requirements.lock settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
-	@echo "Setting up .venv: some minutes and about 7 GB, most of it torch"
+	@echo "Setting up .venv: some minutes and about 7 GB (10 GB meanwhile), most of it torch"
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -r requirements.lock
-	$(INSTALL) --no-deps --no-build-isolation -e .
+	$(INSTALL) --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	$(BIN)/python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb
 	@touch $@
 

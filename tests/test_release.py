@@ -198,10 +198,10 @@ def test_setup_uses_uv_where_it_is_installed_and_pip_elsewhere(tmp_path, uv):
     subprocess.run(["make", "setup"], cwd=tmp_path, check=True, capture_output=True, env=environment)
     subprocess.run(["make", "setup"], cwd=tmp_path, check=True, capture_output=True, env=environment) # nothing is left to do
     calls = (tmp_path/"calls").read_text().splitlines()[1:] # the first asks for the version
-    installer = "python -m pip install --quiet --disable-pip-version-check"
-    if uv: installer = "uv pip install --python .venv/bin/python --compile-bytecode --quiet"
-    assert calls == ["python3 -m venv .venv", f"{installer} -r requirements.lock", f"{installer} --no-deps --no-build-isolation -e .",
-                     "python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb"]
+    installer = "python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile"
+    if uv: installer = "uv pip install --python .venv/bin/python --no-deps --quiet"
+    assert calls == ["python3 -m venv .venv", f"{installer} -r requirements.lock", f"{installer} --no-build-isolation -e .",
+                     "python -m pip check", "python -m ipykernel install --sys-prefix --name imaginet_nb --display-name imaginet_nb"]
 
 
 @pytest.mark.parametrize("kind, card", [("data", DatasetCard), ("model", ModelCard)], ids=["data", "model"])

@@ -22,7 +22,7 @@ from ..audit.shortcuts import PROPERTY_NOTE, separated_groups
 from ..core import Profile, repo_root, repository_url, write_text
 from ..data.imaginet import HUB_DATASET
 from ..detectors.protocol import DETECTORS
-from ..evaluation.detection import MEAN, difference_name, difference_sentences, metadata_name
+from ..evaluation.detection import AT_CHANCE, MEAN, difference_name, difference_sentences, metadata_name
 from ..evaluation.seeds import seed_text
 from ..models.checkpoints import read_header, training_outcome
 from ..reporting.pages import image_origin, origin_text, profile_scope, render
@@ -304,8 +304,9 @@ def _differences(tables: Path, stem: str, mean: bool) -> pd.DataFrame: # empty w
     if "setting" in table: table = table[table["setting"].eq("perturbed")]
     return table[table["detector"].eq(difference_name()) & table["group"].eq(MEAN).eq(mean)]
 
-def _winner(row: Mapping[Any, Any], metric: str) -> str: # a detector; "" if the interval does not exclude 0
+def _winner(row: Mapping[Any, Any], metric: str) -> str: # "" if the interval does not exclude 0 or both are at chance
     "Which detector a difference favours."
+    if AT_CHANCE in str(row.get("note")): return ""
     if row[f"{metric}_low"] > 0: return DETECTORS[0]
     return DETECTORS[1] if row[f"{metric}_high"] < 0 else ""
 
@@ -335,6 +336,7 @@ def _single_rows(tables: Path) -> str: # a sentence with a space before it; "" i
     for by in ("family", "content", "generator"):
         rows, apart = _differences(tables, f"detection_by_{by}", mean=False), []
         if rows.empty: continue
+        if "note" in rows: rows = rows[~rows["note"].astype(str).str.contains(AT_CHANCE, regex=False)]
         for metric in ("acc", "auc"):
             low, high = (rows[f"{metric}{end}"].astype(float) for end in ("_low", "_high"))
             counted += int(low.notna().sum())

@@ -24,8 +24,8 @@ from ..detectors.predictions import PREDICTION_COLUMNS, load_predictions, predic
 from ..detectors.protocol import Detector, default_spec, input_spec, spec_words
 from ..evaluation.calibration import calibrated
 from ..evaluation.detection import (
-    MEAN, Baseline, Group, Grouping, baseline_rows, detection_table, detection_values, difference_rows, difference_words,
-    group_by_generator, metadata_name, metadata_values)
+    AT_CHANCE, MEAN, Baseline, Group, Grouping, baseline_rows, detection_table, detection_values, difference_rows,
+    difference_words, group_by_generator, metadata_name, metadata_values)
 from ..data.corruptions import grid_points, grid_transform
 from ..data.folders import CustomDataset
 from ..data.datasets import Transform
@@ -692,6 +692,7 @@ def _compared_sentences(
     means = paired[paired["group"].eq(MEAN)]
     for name, (_, row) in zip(list(frames)[1:], means.iterrows(), strict=True):
         told = [f"{metric.upper()} {difference_words(row, metric, 'lower', 'higher')}" for metric in ("auc", "acc")]
+        if AT_CHANCE in row["note"]: told = [f"no conclusion, because {AT_CHANCE}"]
         found.append(f"{name} against {first}: {'; '.join(told)}.")
     found += dict.fromkeys(_against_metadata(frame, baselines, name, options) for name, frame in frames.items()) # at chance: once
     failed = pd.concat([rows[rows["error"].notna()] for rows, *_ in scored.values()]).drop_duplicates("path")

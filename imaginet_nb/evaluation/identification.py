@@ -19,7 +19,8 @@ from ..detectors.predictions import FAMILY_COLUMNS
 from ..detectors.protocol import DETECTORS
 from .bootstrap import (
     by_detector, estimates, exact_interval, first_value, interval_cells, join_notes, mean_over_groups, metric_cells, unscored_note)
-from .detection import MEAN, difference_name, metadata_name, paired_frames, source_images
+from .detection import MEAN, chance_note, difference_name, metadata_name, paired_frames
+from .detection import source_images
 from .metrics import Statistic, macro_auc_statistic, recall_statistic
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #d30d854c
@@ -101,6 +102,7 @@ def identification_difference_rows(
     "Recall and macro AUC of the first detector minus those of the second, with paired bootstrap intervals."
     (first, counts, note), (second, _, other) = (identification_values(f, resamples, seed) for f in paired_frames(predictions, pair))
     rows = _rows(first - second, counts, note or other, True, detector=difference_name(pair), setting=setting)
+    rows[-1]["note"] = join_notes(rows[-1]["note"], chance_note([first[-1], second[-1]])) # the mean has an AUC
     return pd.DataFrame(rows, columns=list(IDENTIFICATION_COLUMNS))
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #f49da3a9
