@@ -111,6 +111,8 @@ def _keep_sources(
 DETECTOR_HELP = ("Instead: module:Class, a .onnx, .pt, .ts or .pt2 file with a .yaml beside it, whose key fit says what the network "
                  "is shown (crop, crops, resize, squash, own), a linear probe (.safetensors), or a classifier of the Hugging Face "
                  "Hub, shown what its own image processor makes: hf:OWNER/NAME[@REVISION] or hf:FOLDER.")
+_LIST_HELP = ("CSV, TSV or Parquet: path (or pictures inside) and label; generator, model, source, content_type, split if "
+              "there. Other columns are retained; one with a name that results use, such as note, becomes list_note.")
 SyntheticLabels = Annotated[list[str] | None, typer.Option(
     "--synthetic-label", help="With --detector hf:...: name of a class that is synthetic, where its label does not say so; repeat it, "
                               "then the probabilities add.")]
@@ -803,8 +805,7 @@ def _measure(
 @command(app, "evaluate", "out")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables, figures and predictions.")],
-    manifest: Annotated[Path | None, typer.Option(help="CSV, TSV or Parquet: path (or pictures inside) and label; generator, "
-                                                       "model, source, content_type, split if there.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help=_LIST_HELP)] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that its paths are relative to, if not that of the list; or, without a "
                                                    "list, a folder of pictures or of Parquet files.")] = None,
     checkpoint: Annotated[list[str] | None, typer.Option(help="Detector (.safetensors, hf:OWNER/NAME), else of `make reproduce`. Repeat "
@@ -827,7 +828,6 @@ def evaluate(
     out. Of a folder every file has a row, or is counted with the reason: what is a picture is decided by its content, as for predict.
     A picture with a side under 16 pixels, or under half of the crops that a detector is shown, is not scored: the reason is its error.
     In predictions.csv, error says why a picture has no score, and note what was left out or missing in its file.
-    Other columns of a list are retained; one with a name that results use, such as note, becomes list_note.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
     If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
     """

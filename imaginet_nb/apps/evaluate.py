@@ -140,6 +140,7 @@ def _noted(
     return [f"Pictures with a note on their file: {len(notes):,}; {_counted(kinds)}. "
             "The column `note` of predictions.csv has them."]
 
+# %% ../../nbs/08_apps/03_evaluate.ipynb #5f0c3a44
 def _not_judged(manifest: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     "Sentences on the splits that were left out."
     others = manifest.loc[~manifest["split"].isin(set(predictions["split"])), "split"].value_counts(sort=False)

@@ -105,6 +105,7 @@ def _with_labels(
     frame = frame.rename(columns=_new_names(frame, listing.name)).assign(origin=origins)
     return complete_manifest(frame, listing.name, listing.lines, allow_duplicates)
 
+# %% ../../nbs/01_data/05_folders.ipynb #7e200030
 def _columns_sentence(
     columns: Sequence[str], # of a table, without that of the images
     manifest: pd.DataFrame, # read from the table
