@@ -137,6 +137,7 @@ def test_pipeline_notebooks_are_templates(path):
         assert "#|" not in source, "papermill ignores nbdev directives"
         own = path.stem != "p95_benchmark" and re.search(r"^def |= lambda ", source, re.M)
         assert not own, f"functions belong in the library: {source[:60]}"
+        assert not source.endswith("\nfigure"), "a bare figure is shown as text: show_figure"
     assert notebook["cells"][1]["metadata"].get("tags") == ["parameters"]
     assert notebook["metadata"]["kernelspec"]["language"] == "python"
     later = "\n".join(cells(path)[1:])
