@@ -298,7 +298,7 @@ def test_overlap_by_content_sees_through_names(tmp_path):
     assert copies.overlap_table(lists, tmp_path)[["shared", "by"]].values.tolist() == [[1, "content"]]
 
 
-def test_manifest_with_splits_compares_them_by_content(tmp_path):
+def test_manifest_with_splits_compares_them_by_content(tmp_path, without_figures):
     (tmp_path/"images").mkdir()
     manifest = some_list(40)
     manifest["split"] = np.where(np.arange(40) % 2, "test", "train")
@@ -313,7 +313,7 @@ def test_manifest_with_splits_compares_them_by_content(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"): audit_page.audit(tmp_path/"m.csv", tmp_path/"out", root=tmp_path/"none")
 
 
-def test_the_list_that_evaluate_takes_is_audited(tmp_path):
+def test_the_list_that_evaluate_takes_is_audited(tmp_path, without_figures):
     for i in range(8): picture(i).save(tmp_path/f"{i}.{'jpg' if i % 2 else 'png'}")
     rows = [f"{i}.{'jpg' if i % 2 else 'png'},{1 - i % 2},{'' if i % 2 else 'Flux'},birds\n" for i in range(8)]
     (tmp_path/"mine.csv").write_text("path,label,generator,content_type\n" + "".join(rows))

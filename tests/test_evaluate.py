@@ -84,7 +84,7 @@ def test_a_folder_gives_tables_a_page_and_predictions_that_agree(pictures):
     assert (pictures/"out"/"tables"/"detection_by_generator.provenance.json").is_file()
 
 
-def test_two_columns_are_enough_and_a_calibration_split_moves_the_threshold(pictures):
+def test_two_columns_are_enough_and_a_calibration_split_moves_the_threshold(pictures, without_figures):
     listed = pd.read_csv(pictures/"list.csv")
     listed[["path", "label"]].to_csv(pictures/"two.csv", index=False)
     result = evaluate(pictures, "--manifest", "two.csv", "--root", "set", "--detector", "meter:Meter", "--out", "two", "--workers", 0)
@@ -97,7 +97,7 @@ def test_two_columns_are_enough_and_a_calibration_split_moves_the_threshold(pict
     assert made == {"detection_by_generator", "detection_by_content", "operating_points"}
 
 
-def test_swapped_labels_are_asked_about(pictures):
+def test_swapped_labels_are_asked_about(pictures, without_figures):
     "In the terminal, on the page and in the rows of the table; never for the labels as they are."
     listed = pd.read_csv(pictures/"list.csv")[["path", "label"]]
     for name, frame in dict(right=listed, wrong=listed.assign(label=1 - listed["label"])).items():
@@ -251,7 +251,7 @@ def test_the_detector_is_compared_with_the_classifier_of_the_audit(sizes, right,
         assert ours["auc"] == 1 and np.isnan(ours["auc_low"])
 
 
-def test_false_positives_are_in_the_summary(pictures):
+def test_false_positives_are_in_the_summary(pictures, without_figures):
     "Share of the real images above the calibrated threshold, recomputed from the predictions; in the terminal and on the page."
     listed = pd.read_csv(pictures/"list.csv").replace({"split": {"test": "calibration", "calibration": "test"}})
     listed.to_csv(pictures/"flags.csv", index=False)
@@ -337,7 +337,7 @@ def test_an_error_of_the_moment_is_not_kept(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("side", [32, 64, None])
-def test_a_picture_too_small_to_judge_is_counted_and_not_scored(tmp_path, side):
+def test_a_picture_too_small_to_judge_is_counted_and_not_scored(tmp_path, side, without_figures):
     "Catches a score of a single pixel, a rule that is not that of `predict`, a picture that is missing without a word."
     sides = {"dot": (1, 1), "line": (2, 3000), "strip": (1, 400), "icon": (16, 16)}
     small = set(sides) if side == 64 else {"dot", "line", "strip"} # 16 pixels are enough for a crop of 32
@@ -443,7 +443,7 @@ def test_a_group_that_is_called_as_the_mean_is_refused(pictures, tmp_path, colum
     with pytest.raises(AnnotationError, match=message): judge_all(two, dataset, num_workers=0)
 
 
-def test_two_detectors_in_the_terminal(pictures):
+def test_two_detectors_in_the_terminal(pictures, without_figures):
     words = ("--root", "set", "--out", "pair", "--workers", 0, "--detector", "meter:Meter", "--detector", "meter:Meter")
     result = evaluate(pictures, *words)
     assert result.exit_code == 0, result.output
@@ -455,7 +455,7 @@ def test_two_detectors_in_the_terminal(pictures):
 
 # --- options as those of `predict` --------------------------------------------------------------------------------------------------
 
-def test_the_largest_picture_that_is_read(pictures, monkeypatch):
+def test_the_largest_picture_that_is_read(pictures, monkeypatch, without_figures):
     "Catches a limit that is not passed on, one that stays in the environment, and scores that a run with another limit has kept."
     words = ("--root", "set", "--detector", "meter:Meter", "--out", "limit", "--workers", 0, "--max-megapixels")
     monkeypatch.setenv("IMAGINET_MAX_PIXELS", "1000")
@@ -494,7 +494,7 @@ def calibrated(pictures) -> Path:
     return pictures
 
 
-def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
+def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated, without_figures):
     "Those of the file, on scores that are those of `predict`; said in the terminal and on the page."
     words = ("--detector", "meter:Meter", "--calibration", "meter.json", "--out")
     result = evaluate(calibrated, "--root", "set", "--workers", 0, *words, "own")
@@ -515,7 +515,7 @@ def test_a_calibration_of_one_s_own_gives_the_thresholds(calibrated):
     assert np.allclose(theirs["probability"][rows.index], rows["probability"], atol=1e-5)
 
 
-def test_a_checkpoint_and_a_custom_detector_share_one_leaderboard(pictures, tmp_path):
+def test_a_checkpoint_and_a_custom_detector_share_one_leaderboard(pictures, tmp_path, without_figures):
     "Catches an option that replaces the other one, and a reference that depends on the order of the options."
     seed_everything(0)
     save_checkpoint(ImagiNetClassifier(create_backbone("resnet18", width=0.125), input_size=32), tmp_path/"net.safetensors")
@@ -534,7 +534,7 @@ def test_a_checkpoint_and_a_custom_detector_share_one_leaderboard(pictures, tmp_
     assert board["difference_auc"]["Brightness meter"] == pytest.approx(auc["Brightness meter"] - auc[name], abs=6e-5)
 
 
-def test_of_several_detectors_each_has_its_own_calibration(calibrated):
+def test_of_several_detectors_each_has_its_own_calibration(calibrated, without_figures):
     "Catches a detector that is another one if a second one is loaded beside it."
     words = ("--root", "set", "--detector", "other:Meter", "--detector", "meter:Meter", "--out", "several", "--workers", 0)
     result = evaluate(calibrated, *words, "--calibration", "meter.json")

@@ -210,7 +210,7 @@ def test_every_file_of_a_folder_has_a_row_or_a_reason(here):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "audit"])
-def test_label_words_are_one_rule_in_both_commands(here, command):
+def test_label_words_are_one_rule_in_both_commands(here, command, without_figures):
     right = {"synthetic/nature/1.png": "synthetic", "real/ai/2.png": "real", "human/3.png": "real", "artificial/4.png": "synthetic",
              "AI_generated/x/5.png": "synthetic"}
     for name in right: save(np.full((40, 48, 3), 99, np.uint8), here/"set"/name)
@@ -267,7 +267,7 @@ def test_cells_with_line_breaks_are_joined_to_the_rows_of_predict(here):
     with open("joined.csv", newline="", encoding="utf-8") as file: assert [row["note"] for row in csv.DictReader(file)] == notes
 
 
-def test_a_name_too_long_for_the_system_is_a_row_with_its_error(here):
+def test_a_name_too_long_for_the_system_is_a_row_with_its_error(here, without_figures):
     with open("list.csv", "a") as file: file.write(f"real/{'x'*300}.png,real\n")
     assert "File name too long" in score()["error"].iloc[12]
     judge()
