@@ -1,4 +1,5 @@
 """Sphinx settings for the site that `make docs` builds. The site loads nothing from the network, so it can be read offline."""
+import gc
 import html
 import json
 import posixpath
@@ -71,8 +72,11 @@ def menu_of(page, menu):
         line = re.sub(r'<input (aria-label="[^"]*")', r'<input \1 checked=""', line)
         if own: line = re.sub(r'(<li class="[^"]*)', r"\1 current-page", line).replace('class="reference', 'class="current reference')
         lines[number] = line if own else line.replace("<ul>", '<ul class="current">')
-    def address(match): return f'href="{"#" if match[1] == page else posixpath.relpath(match[1], posixpath.dirname(page))}"'
+    def address(match): return f'href="{"#" if match[1] == page else relative(match[1], posixpath.dirname(page))}"'
     return re.sub(r'href="([^"#:]+)"', address, "\n".join(lines))
+
+
+relative = cache(posixpath.relpath) # pages of one folder have the same addresses
 
 
 def leave_out_menu(app, pagename, templatename, context, doctree):
@@ -110,4 +114,5 @@ def setup(app):
 
 
 html_math_renderer = "mathml"
+gc.set_threshold(200_000, 50, 100) # a tree of a page has many nodes: a seventh of a build was the search for cycles among them
 SearchEnglish.stem = cache(SearchEnglish.stem) # for all pages: Sphinx remembers the stems of one page alone, and a stem takes long

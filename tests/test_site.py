@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from browser import browser, needs_browser
+from forks import python
 
 from imaginet_nb.core import repo_root
 
@@ -34,7 +35,8 @@ class Page(HTMLParser):
 def site(tmp_path_factory) -> Path:
     "The site, built as `make docs` does; a warning is an error."
     folder = tmp_path_factory.mktemp("site")
-    subprocess.run([sys.executable, "docs/pages.py", folder/"source"], cwd=ROOT, check=True)
+    gathered = python("import runpy; runpy.run_path('docs/pages.py', run_name='__main__')", folder/"source", cwd=ROOT)
+    assert gathered.returncode == 0, gathered.stderr[-3000:]
     words = ["-m", "sphinx", "-c", "docs", "-q", "-W", "--keep-going", "-j", "2", folder/"source", folder/"site"]
     result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
