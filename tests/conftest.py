@@ -12,8 +12,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def without_figures(monkeypatch):
-    "Reports without figures, and a metadata classifier that learns nothing, to save time; tests/test_evaluate.py has both."
+def without_classifier(monkeypatch):
+    "A metadata classifier that learns nothing, to save time; tests/test_evaluate.py has a real one."
     from sklearn.dummy import DummyClassifier
-    for place in ("apps.evaluate", "audit.report"): monkeypatch.setattr(f"imaginet_nb.{place}.save_figure", lambda *_: None)
     monkeypatch.setattr("imaginet_nb.audit.shortcuts.HistGradientBoostingClassifier", lambda **_: DummyClassifier())
+
+
+@pytest.fixture
+def without_figures(without_classifier, monkeypatch):
+    "Reports without figures, and without that classifier; tests/test_evaluate.py has both."
+    for place in ("apps.evaluate", "audit.report"): monkeypatch.setattr(f"imaginet_nb.{place}.save_figure", lambda *_: None)

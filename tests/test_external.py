@@ -202,7 +202,7 @@ def test_processes_and_interruptions_change_nothing(tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in pictures[1::2]}
     E.prepare_practical(lists, images, tmp_path/"two", size=64)
     assert digests(tmp_path/"two") == before and all(p.stat().st_mtime_ns == t for p, t in kept.items())
-    E.prepare_practical(lists, images, tmp_path/"two", size=72)
+    E.prepare_practical(lists, images, tmp_path/"two", size=72, jobs=1)
     assert {Image.open(p).size for p in pictures} == {(72, 72)} # another size: nothing of the old set is left
     assert not list((tmp_path/"two").rglob(".*"))
 

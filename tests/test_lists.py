@@ -190,7 +190,7 @@ def test_damaged_lists_give_rows_or_one_kind_of_error_with_the_file(here):
 
 # --- folders ------------------------------------------------------------------------------------------------------------------------
 
-def test_every_file_of_a_folder_has_a_row_or_a_reason(here):
+def test_every_file_of_a_folder_has_a_row_or_a_reason(here, without_classifier):
     "A picture without suffix, .jfif, a link to a folder, a README, a list, a figure of an earlier report, in evaluate and in audit."
     folder = here/"set"
     (folder/"real/0.png").rename(folder/"real/zero")

@@ -14,7 +14,7 @@ from PIL import Image
 from imaginet_nb.core import rng
 from imaginet_nb.data import sandbox as S
 
-TINY = dict(images=130, seed=5, sides=(64, 72), decoder_steps=4)
+TINY = dict(images=130, seed=5, sides=(64, 72), decoder_steps=2)
 LISTS = ("train_annotations", "test_annotations", "calibration")
 # First part of a path, and for LSUN and ProGAN the last folder -> origin, content, family, generator (annotation codes), container format.
 FOLDERS = {
