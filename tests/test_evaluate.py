@@ -407,7 +407,7 @@ def test_errors_of_detectors_with_one_name_say_which_and_are_counted_by_reason(t
     "The reason was the beginning of the detector's name, and the page showed one error for two detectors."
     for k in range(12): save(np.full((48, 48, 3), 60 + 10*k, np.uint8), tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{k}.png")
     save(np.full((48, 48, 3), 250, np.uint8), tmp_path/"set"/"real"/"bright.png")
-    dataset, name = read_custom_dataset(tmp_path/"set"), "Net (ours)"
+    dataset, name = read_custom_dataset(tmp_path/"set"), r"Net \1 (ours)"
     told = judge(Gaps(name, 0), dataset, resamples=10, num_workers=0).sentences
     assert any("could not be scored: the detector gave a score that is not finite (1). The" in text for text in told), told
     for first, second in ((Fails, Gaps), (Gaps, Fails)):

@@ -724,7 +724,7 @@ def judge_all(
         rows, fits, words = _scored(detector, dataset, split, reading, keeping(kept, identity) if kept else predict, given)
         words = f"{words}, {STAND_IN_NOTE}" if trained_on_stand_ins(detector) else words
         own = rf"^{re.escape(detector.name)}(?=: | gave )" # with which its errors begin
-        errors = rows["error"].str.replace(own, lambda _, name=name: name, regex=True)
+        errors = rows["error"].str.replace(own, name.replace("\\", r"\\"), regex=True)
         scored[name] = Scored(rows.assign(detector=name, error=errors), {name: fits[detector.name]}, words)
     every = pd.concat([rows for rows, *_ in scored.values()], ignore_index=True)
     lost = set(every["path"][every["error"].notna()])
