@@ -396,6 +396,17 @@ def test_every_picture_left_out_or_noted_has_its_reason_in_table_page_and_result
     assert shown == wanted and 3*len(shown) == len(cells)
 
 
+def test_the_page_shows_errors_before_notes(tmp_path, without_figures):
+    "Files without their end filled the excerpt, and no picture without a score was on the page."
+    for k in range(30):
+        save(np.full((32, 32, 3), 60 + k, np.uint8), path := tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{k}.png")
+        path.write_bytes(path.read_bytes()[:-12])
+    (tmp_path/"set"/"synthetic"/"Flux"/"z.png").write_bytes(b"")
+    measure(Bright("A", 0), read_custom_dataset(tmp_path/"set"), tmp_path/"out", resamples=10, num_workers=0)
+    _, _, section = (tmp_path/"out"/"index.html").read_text().partition("Pictures without a score, or with a note")
+    assert "The first 20 of 31." in section and section.index("synthetic/Flux/z.png") < section.index("real/0.png")
+
+
 class Gaps(Bright):
     "A detector without a finite score of bright pictures."
     def score(self, images):
@@ -416,7 +427,7 @@ def test_errors_of_detectors_with_one_name_say_which_and_are_counted_by_reason(t
         assert all(error.startswith((f"{detector}: RuntimeError", f"{detector} gave")) for detector, error in errors.items())
         assert sorted(errors.index) == [f"{name} (a)", f"{name} (b)"]
         reason = "RuntimeError" if first is Fails else "the detector gave a score that is not finite"
-        assert any(f"1 pictures; {reason} (1). The" in text for text in found.sentences), found.sentences
+        assert any(f"could not score them: 1; {reason} (1). The" in text for text in found.sentences), found.sentences
 
 
 def test_scores_are_kept_when_other_columns_of_a_list_change(tmp_path):

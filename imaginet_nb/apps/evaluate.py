@@ -492,10 +492,10 @@ def _save(
 def _picture_blocks(
     predictions: pd.DataFrame, # of one detector or several, with the columns `error` and `note`
 ) -> list[Block]: # empty if there are none
-    "The pictures that have no score, or a note: a row for each error of a picture, or for its note alone."
+    "The pictures that have no score, then those with a note alone: a row for each error of a picture, or for its note."
     failed = predictions["error"].notna()
     noted = predictions["note"].notna() & ~predictions["path"].isin(predictions.loc[failed, "path"])
-    told = predictions.loc[failed | noted, ["path", "error", "note"]].drop_duplicates()
+    told = pd.concat([predictions[failed], predictions[noted]])[["path", "error", "note"]].drop_duplicates()
     if told.empty: return []
     pairs = zip(told["path"], told["error"].fillna(""), strict=True)
     errors = [error.removeprefix(f"{path}: ") for path, error in pairs] # the path stands beside it
@@ -701,7 +701,7 @@ def _compared_sentences(
     found += dict.fromkeys(_against_metadata(frame, baselines, name, options) for name, frame in frames.items()) # at chance: once
     failed = pd.concat([rows[rows["error"].notna()] for rows, *_ in scored.values()]).drop_duplicates("path")
     if len(failed):
-        found.append(f"Left out for all, because a detector could not score them: {len(failed):,} pictures; "
+        found.append(f"Pictures left out for all, because a detector could not score them: {len(failed):,}; "
                      f"{_counted(_reasons(failed))}. The column `error` of predictions.csv says why.")
     return found
 
