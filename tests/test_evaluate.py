@@ -427,7 +427,7 @@ def test_errors_of_detectors_with_one_name_say_which_and_are_counted_by_reason(t
         assert all(error.startswith((f"{detector}: RuntimeError", f"{detector} gave")) for detector, error in errors.items())
         assert sorted(errors.index) == [f"{name} (a)", f"{name} (b)"]
         reason = "RuntimeError" if first is Fails else "the detector gave a score that is not finite"
-        assert any(f"could not score them: 1; {reason} (1). The" in text for text in found.sentences), found.sentences
+        assert any(f"could not score them: 1 pictures; {reason} (1). The" in text for text in found.sentences), found.sentences
 
 
 def test_scores_are_kept_when_other_columns_of_a_list_change(tmp_path):

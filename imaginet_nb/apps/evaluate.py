@@ -701,7 +701,7 @@ def _compared_sentences(
     found += dict.fromkeys(_against_metadata(frame, baselines, name, options) for name, frame in frames.items()) # at chance: once
     failed = pd.concat([rows[rows["error"].notna()] for rows, *_ in scored.values()]).drop_duplicates("path")
     if len(failed):
-        found.append(f"Pictures left out for all, because a detector could not score them: {len(failed):,}; "
+        found.append(f"Left out for all, because a detector could not score them: {len(failed):,} pictures; "
                      f"{_counted(_reasons(failed))}. The column `error` of predictions.csv says why.")
     return found
 
