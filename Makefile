@@ -48,9 +48,10 @@ test-files:
 	MAKEFLAGS= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py)) -n 3 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
 
 # at a lower priority, since the tests have limits of time; what they say is shown if one fails, so that pytest's summary stays the last word.
-# Notebooks that fork get a process of their own: others may have left one in which a fork cannot train
+# Notebooks that fork get a process of their own: others may have left one in which a fork cannot train. What notebooks write goes with them
 test-notebooks:
-	@said=$$({ for name in $(FORKING); do $(LIMIT) $(NBDEV_TEST) --path nbs/03_training/$$name.ipynb || exit 1; done && \
+	@export TMPDIR=$$(mktemp -d); trap 'rm -rf "$$TMPDIR"' EXIT; \
+	said=$$({ for name in $(FORKING); do $(LIMIT) $(NBDEV_TEST) --path nbs/03_training/$$name.ipynb || exit 1; done && \
 	nice -n 3 env $(NBDEV_TEST) --n_workers 2 --skip_file_re '^[_.]|01_processes|04_stages'; } 2>&1) || \
 	{ printf '%s\n' "$$said"; exit 1; }
 

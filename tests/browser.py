@@ -3,6 +3,7 @@ import base64
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -84,7 +85,8 @@ def browser(width: int = 1200, height: int = 900) -> Iterator[Browser]:
                                     "--no-first-run", "--remote-debugging-port=0", "--remote-allow-origins=*",
                                     "--host-resolver-rules=MAP * ~NOTFOUND",
                                     f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
-                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                                   env={**os.environ, "TMPDIR": profile}) # what it leaves goes with the profile
         try:
             address = next(m[1] for line in process.stderr if (m := re.search(r"listening on (ws://\S+)", line)))
             socket = websocket.create_connection(address, timeout=30)

@@ -396,6 +396,54 @@ def test_every_picture_left_out_or_noted_has_its_reason_in_table_page_and_result
     assert shown == wanted and 3*len(shown) == len(cells)
 
 
+def test_the_page_shows_errors_before_notes(tmp_path, without_figures):
+    "Files without their end filled the excerpt, and no picture without a score was on the page."
+    for k in range(30):
+        save(np.full((32, 32, 3), 60 + k, np.uint8), path := tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{k}.png")
+        path.write_bytes(path.read_bytes()[:-12])
+    (tmp_path/"set"/"synthetic"/"Flux"/"z.png").write_bytes(b"")
+    measure(Bright("A", 0), read_custom_dataset(tmp_path/"set"), tmp_path/"out", resamples=10, num_workers=0)
+    _, _, section = (tmp_path/"out"/"index.html").read_text().partition("Pictures without a score, or with a note")
+    assert "The first 20 of 31." in section and section.index("synthetic/Flux/z.png") < section.index("real/0.png")
+
+
+class Gaps(Bright):
+    "A detector without a finite score of bright pictures."
+    def score(self, images):
+        found = super().score(images)
+        return found.masked_fill(images.float().mean((1, 2, 3)) > 200, float("nan"))
+
+
+def test_errors_of_detectors_with_one_name_say_which_and_are_counted_by_reason(tmp_path, without_figures):
+    "The reason was the beginning of the detector's name, and the page showed one error for two detectors."
+    for k in range(12): save(np.full((48, 48, 3), 60 + 10*k, np.uint8), tmp_path/"set"/("real", "synthetic/Flux")[k % 2]/f"{k}.png")
+    save(np.full((48, 48, 3), 250, np.uint8), tmp_path/"set"/"real"/"bright.png")
+    dataset, name = read_custom_dataset(tmp_path/"set"), r"Net \1 (ours)"
+    told = judge(Gaps(name, 0), dataset, resamples=10, num_workers=0).sentences
+    assert any("could not be scored: the detector gave a score that is not finite (1). The" in text for text in told), told
+    for first, second in ((Fails, Gaps), (Gaps, Fails)):
+        found = judge_all([Contender(first(name, 0), "a"), Contender(second(name, 0), "b")], dataset, resamples=10, num_workers=0)
+        errors = found.predictions.set_index("detector")["error"].dropna()
+        assert all(error.startswith((f"{detector}: RuntimeError", f"{detector} gave")) for detector, error in errors.items())
+        assert sorted(errors.index) == [f"{name} (a)", f"{name} (b)"]
+        reason = "RuntimeError" if first is Fails else "the detector gave a score that is not finite"
+        assert any(f"could not score them: 1 pictures; {reason} (1). The" in text for text in found.sentences), found.sentences
+
+
+def test_scores_are_kept_when_other_columns_of_a_list_change(tmp_path):
+    "Every picture was scored again for a new remark or a corrected label, or has the columns of the first list."
+    for k in range(4): save_plain(tmp_path/f"{k}.bmp", 60 + 10*k)
+    listed = pd.DataFrame({"path": [f"{k}.bmp" for k in range(4)], "label": ["real", "fake"]*2, "note": "first"})
+    detector, score = Bright("A", 0), keeping(tmp_path/"kept", "a")
+    for changed in (listed, listed.assign(note="second", camera="X", label=["fake", "real"]*2)):
+        changed.to_csv(tmp_path/"list.csv", index=False)
+        manifest = read_custom_dataset(tmp_path/"list.csv").manifest
+        found = score(detector, manifest, tmp_path, num_workers=0)
+        assert found[list(manifest)].equals(manifest) and detector.seen == 4
+    score(detector, manifest[::-1].reset_index(drop=True), tmp_path, num_workers=0)
+    assert detector.seen == 8                                                      # other rows
+
+
 def test_a_list_s_own_columns_stand_beside_the_results(tmp_path, without_figures):
     "Catches a column of the list that a result replaces, in a first run, one that reads kept scores, and the audit."
     for k in range(8): save(np.full((32, 32, 3), 60 + 10*k, np.uint8), tmp_path/f"{k}.png")

@@ -7,6 +7,7 @@ __all__ = ['keeping', 'Findings', 'Scored', 'judge', 'evaluate', 'group_by_sourc
            'compare']
 
 # %% ../../nbs/08_apps/03_evaluate.ipynb #b42c2da0
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,9 @@ def _reasons(
     failed: pd.DataFrame, # predictions with an error
 ) -> pd.Series: # without what differs from one image to the next
     "Why images have no score, each reason without the path, the detector and the remedy."
-    texts = [error.removeprefix(f"{path}: ").removeprefix(f"{detector}: ")
-             for path, detector, error in zip(failed["path"], failed["detector"], failed["error"], strict=True)]
+    rows = zip(failed["path"], failed["detector"], failed["error"], strict=True)
+    texts = [error.removeprefix(f"{path}: ").removeprefix(f"{name}: ").replace(f"{name} gave", "the detector gave")
+             for path, name, error in rows]
     kinds = pd.Series(texts, dtype=object).str.replace(r"(: |; | \().*", "", regex=True)
     return kinds.str.replace(r"^\d+x\d+ ", "", regex=True) # the size of a picture that is too large
 
@@ -166,8 +168,9 @@ def keeping(
     def score(detector: Detector, manifest: pd.DataFrame, root: Path, transform: Any = None, stage: str = "test",
               **reading: Any) -> pd.DataFrame:
         def run(rows: pd.DataFrame) -> pd.DataFrame: return predict(detector, rows, root, transform, stage=stage, **reading)
-        states = [file_state(picture_file(root, path)) for path in manifest["path"]]
-        made_from = (identity, detector.name, repr(transform), stage, manifest, states, environment(), pixel_limit())
+        paths = manifest["path"].tolist()
+        states = [file_state(picture_file(root, path)) for path in paths]
+        made_from = (identity, detector.name, repr(transform), stage, paths, states, environment(), pixel_limit())
         file = folder/f"{fingerprint(*made_from)[:24]}.csv"
         if not file.is_file(): found = run(manifest)
         else:
@@ -489,10 +492,10 @@ def _save(
 def _picture_blocks(
     predictions: pd.DataFrame, # of one detector or several, with the columns `error` and `note`
 ) -> list[Block]: # empty if there are none
-    "The pictures that have no score, or a note: a row for each error of a picture, or for its note alone."
+    "The pictures that have no score, then those with a note alone: a row for each error of a picture, or for its note."
     failed = predictions["error"].notna()
     noted = predictions["note"].notna() & ~predictions["path"].isin(predictions.loc[failed, "path"])
-    told = predictions.loc[failed | noted, ["path", "error", "note"]].drop_duplicates()
+    told = pd.concat([predictions[failed], predictions[noted]])[["path", "error", "note"]].drop_duplicates()
     if told.empty: return []
     pairs = zip(told["path"], told["error"].fillna(""), strict=True)
     errors = [error.removeprefix(f"{path}: ") for path, error in pairs] # the path stands beside it
@@ -720,7 +723,9 @@ def judge_all(
     for name, (detector, identity, _, given) in zip(_names(contenders), contenders, strict=True):
         rows, fits, words = _scored(detector, dataset, split, reading, keeping(kept, identity) if kept else predict, given)
         words = f"{words}, {STAND_IN_NOTE}" if trained_on_stand_ins(detector) else words
-        scored[name] = Scored(rows.assign(detector=name), {name: fits[detector.name]}, words)
+        own = rf"^{re.escape(detector.name)}(?=: | gave )" # with which its errors begin
+        errors = rows["error"].str.replace(own, name.replace("\\", r"\\"), regex=True)
+        scored[name] = Scored(rows.assign(detector=name, error=errors), {name: fits[detector.name]}, words)
     every = pd.concat([rows for rows, *_ in scored.values()], ignore_index=True)
     lost = set(every["path"][every["error"].notna()])
     frames = {name: rows[~rows["path"].isin(lost)].reset_index(drop=True) for name, (rows, *_) in scored.items()}

@@ -119,7 +119,8 @@ def _columns_sentence(
     unused = [name for name in others if name not in places and (name not in COLUMNS or name in naming[1:])]
     found = [f"The column {naming[0]} names the generator."] if naming not in ([], ["generator"]) else []
     found += [f"The column {name} says where an image is from." for name in places]
-    if unused: found.append(f"Columns that were not used: {', '.join(unused)}.")
+    not_used = ", ".join(name or "one without a name" for name in unused)
+    if unused: found.append(f"Columns that were not used: {not_used}.")
     if not renamed: return found
     told_as = ", ".join(f"{name} is list_{name}" for name in renamed)
     return [*found, f"Columns with a name that the results need, retained under another: {told_as}."]

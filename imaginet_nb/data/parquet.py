@@ -181,7 +181,9 @@ def _frame(table: Any, file: str | Path, wanted: Sequence[str] | None, name: str
     if picture is not None and _only_paths(table, picture):
         raise AnnotationError(f"{file}: the column {picture} holds paths alone, no pictures; put these into the file, or write a text "
                               "column path")
-    plain = [f.name for f in schema if f.name != picture and not pa.types.is_nested(f.type) and (wanted is None or f.name in wanted)]
+    readable = [f for f in schema if f.name != picture and not pa.types.is_nested(f.type)]
+    if wanted is None: wanted = [f.name for f in readable if "binary" not in str(f.type)] # bytes are no text
+    plain = [f.name for f in readable if f.name in wanted]
     twice = [column for column in plain if plain.count(column) > 1]
     if twice: raise AnnotationError(f"{file}: two columns are called {twice[0]}; rename or delete one")
     for group in range(table.num_row_groups):

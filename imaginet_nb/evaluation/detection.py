@@ -249,7 +249,7 @@ def paired_frames(
     return first.assign(error=error), second.assign(error=error)
 
 # %% ../../nbs/07_evaluation/03_detection.ipynb #b4d2a51e
-AT_CHANCE = "neither AUC lies above 0.5 (chance)"
+AT_CHANCE = "the interval of neither AUC lies above 0.5 (chance)"
 
 def chance_note(
     aucs: Sequence[np.ndarray], # of both detectors: `(1 + R,)`, the AUC on the images and on the resamples
@@ -413,7 +413,7 @@ def unlearned(
     found = {}
     for name, values in seen.items():
         auc, low, high = interval_cells(auc=mean_over_groups(values[:, 1])[0]).values()
-        if not low > 0.5: found[name] = f"{auc:.3f} [{low:.3f}, {high:.3f}]"
+        if low <= 0.5: found[name] = f"{auc:.3f} [{low:.3f}, {high:.3f}]"
     return found
 
 def unlearned_sentence(

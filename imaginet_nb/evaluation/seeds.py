@@ -14,7 +14,7 @@ from scipy.special import expit
 from scipy.stats import ttest_1samp
 
 from .bootstrap import by_detector, of_detector
-from .detection import AT_CHANCE, MEAN, detection_values, difference_name, group_by_family
+from .detection import MEAN, detection_values, difference_name, group_by_family
 
 # %% ../../nbs/07_evaluation/11_seeds.ipynb #170a8093
 SEED_COLUMNS = ("detector", "seed", "group", "acc", "auc")
@@ -74,6 +74,6 @@ def seed_text(
     better = first if low > 0 else second
     verdict = "they are not distinguishable with these seeds" if low <= 0 <= high else f"{better} is better"
     own = table[table["group"].eq(MEAN) & table["detector"].isin([first, second]) & table["seed"].eq("mean")]
-    if own["auc"].max() <= 0.5: verdict = f"no conclusion, because {AT_CHANCE}"
+    if own["auc"].max() <= 0.5: verdict = "no conclusion, because neither AUC lies above 0.5 (chance)"
     return (f"AUC of {first} minus that of {second}, over {len(values)} seeds: {values.mean():+.3f} "
             f"[{low:+.3f}, {high:+.3f}] (paired t interval); {verdict}.")
