@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,7 +21,8 @@ class Page(HTMLParser):
     def __init__(self, path: Path):
         super().__init__()
         self.links, self.loads, self.anchors = [], [], {""}
-        self.feed(path.read_text(encoding="utf-8"))
+        # the colours of code, most of the tags of a page, hold neither a link nor an anchor
+        self.feed(re.sub(r'<span class="[^"<>]*">|</span>', "", path.read_text(encoding="utf-8")))
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
@@ -60,12 +62,18 @@ def test_every_notebook_document_and_module_has_a_page(site):
         assert (site/f"{name}.html").is_file(), name
 
 
+@cache
+def target_of(folder: Path, link: str) -> Path:
+    "The file that the path of a link leads to."
+    return (folder/unquote(link)).resolve()
+
+
 def leads_somewhere(page: Path, link: str, pages: dict[Path, Page]) -> bool:
     "Whether a link leads to a file and, on a page, to an anchor; what is elsewhere is not asked for."
     parts = urlsplit(link)
     if parts.scheme in ("http", "https", "mailto", "data"): return True
-    target = (page.parent/unquote(parts.path)).resolve() if parts.path else page
-    return target.is_file() and (target not in pages or unquote(parts.fragment) in pages[target].anchors)
+    target = target_of(page.parent, parts.path) if parts.path else page
+    return (target in pages or target.is_file()) and (target not in pages or unquote(parts.fragment) in pages[target].anchors)
 
 
 def test_every_page_can_be_reached_from_the_first(site, pages):
@@ -74,7 +82,7 @@ def test_every_page_can_be_reached_from_the_first(site, pages):
         page = todo.pop()
         if page in seen or page not in pages: continue
         seen.add(page)
-        todo += [(page.parent/unquote(urlsplit(link).path)).resolve() for link in pages[page].links if not urlsplit(link).scheme]
+        todo += [target_of(page.parent, urlsplit(link).path) for link in pages[page].links if not urlsplit(link).scheme]
     assert not set(pages) - seen - {site/"py-modindex.html"}
 
 
