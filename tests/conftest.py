@@ -1,8 +1,6 @@
 """What all test processes share: one server of tests/forks.py, which imports the library once for all of them."""
-import gc
 import json
 import os
-from collections.abc import Generator
 
 import forks
 import pytest
@@ -11,20 +9,6 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     "Start the server before the workers, which inherit its address; without workers, the first test that needs it starts it."
     if config.getoption("numprocesses", None): os.environ[forks.SHARED] = json.dumps(forks.server())
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    "The imports of all files make a million objects, and none of them goes: the collector need not look at them, now or in a test."
-    gc.disable()
-    try: return (yield)
-    finally:
-        gc.enable()
-        gc.collect()
-        gc.freeze()
-
-
-def pytest_unconfigure() -> None: gc.unfreeze() # some libraries complain of objects that are left at the end
 
 
 @pytest.fixture
