@@ -19,7 +19,7 @@ benchmark=${BENCHMARK:-benchmark-gpu} profile=${PROFILE:-gpu}
 [[ $benchmark == *.y*ml ]] && benchmark=$(realpath "$benchmark")
 [[ $profile == *.y*ml ]] && profile=$(realpath "$profile")
 cd "$root" || exit 2
-work=build/gpu versions=build/gpu/versions.txt site=$root/build/gpu/site archive=$out/gpu-reports.tar.gz
+work=build/gpu site=$root/build/gpu/site archive=$out/gpu-reports.tar.gz
 reports=(reports/"$(basename "${benchmark%.y*ml}")" reports/"$(basename "${profile%.y*ml}")")
 logs=${reports[1]}/logs
 # results that came with the checkout would pass for measured here: snakemake keeps those that are made from no other file (p63)
@@ -111,9 +111,7 @@ machine() {
     echo "commit: $(git rev-parse HEAD 2> /dev/null || echo unknown)"
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null | sed 's/^/GPU, driver, memory: /'
     echo "cores: $(getconf _NPROCESSORS_ONLN)"
-    [ -s "$versions" ] || # a later call on the same machine need not import them again
-        python3 -c 'import platform, torch, torchvision; print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}")' > "$versions" || return
-    cat "$versions"
+    python3 -c 'import platform, torch, torchvision; print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}")'
 }
 
 export PYTHONPATH=$root:$site${PYTHONPATH:+:$PYTHONPATH} PATH=$site/bin:$PATH PYTHONUNBUFFERED=1
