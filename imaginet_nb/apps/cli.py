@@ -679,6 +679,7 @@ def _scorers(
     scorer = Scorer(loaded, settings, identity, device, batch, _pixels(max_megapixels))
     return scorer, scorer if detector else replace(scorer, detector=fast(loaded)), [stored.note] if stored else []
 
+# %% ../../nbs/08_apps/11_cli.ipynb #d0e20011
 def _predict_here(
     paths: list[str], root: str | None, table: str, html: Path | None, resume: bool, device: str, build: Callable,
 ) -> None:

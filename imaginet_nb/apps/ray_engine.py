@@ -148,6 +148,7 @@ def _tar_items(address: str, folder: str) -> Iterator[tuple[str, Source]]:
             if not _ended(archive): yield _name(address), tarfile.ReadError("damaged or cut off behind these members; fetch it again")
     except tarfile.TarError as error: yield _name(address), error
 
+# %% ../../nbs/08_apps/08_ray_engine.ipynb #d0e10018
 def _parquet_items(unit: dict[str, Any]) -> Iterator[tuple[str, Source]]:
     "Rows of a piece of a Parquet file."
     address, start = unit["parquet"], unit["start"]

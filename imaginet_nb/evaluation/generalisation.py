@@ -15,8 +15,8 @@ from scipy.special import expit
 
 from ..data.labels import FAMILIES
 from .bootstrap import by_detector, interval_cells
-from .detection import MEAN, Group, detection_values, difference_name, difference_words, group_by_family
-from .detection import unlearned, unlearned_sentence
+from .detection import (
+    MEAN, Group, detection_values, difference_name, difference_words, group_by_family, unlearned, unlearned_sentence)
 
 # %% ../../nbs/07_evaluation/10_generalisation.ipynb #a8557c46
 def network_name(

@@ -19,8 +19,8 @@ from ..detectors.predictions import FAMILY_COLUMNS
 from ..detectors.protocol import DETECTORS
 from .bootstrap import (
     by_detector, estimates, exact_interval, first_value, interval_cells, join_notes, mean_over_groups, metric_cells, unscored_note)
-from .detection import MEAN, chance_note, difference_name, metadata_name, paired_frames
-from .detection import source_images
+from .detection import (
+    MEAN, chance_note, difference_name, metadata_name, paired_frames, source_images)
 from .metrics import Statistic, macro_auc_statistic, recall_statistic
 
 # %% ../../nbs/07_evaluation/04_identification.ipynb #d30d854c

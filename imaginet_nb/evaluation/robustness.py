@@ -277,6 +277,7 @@ def drawn_images(
     total = f"{disjoint['min']:,}" if n["min"].eq(n["max"]).all() else f"{disjoint['min']:,} to {disjoint['max']:,}"
     return f"{total} test images at each point ({', '.join(f'{group} {count}' for group, count in counts.items())})"
 
+# %% ../../nbs/07_evaluation/07_robustness.ipynb #4ff83a69
 @mpl.rc_context(STYLE)
 def plot_shifts(
     table: pd.DataFrame, # from `shift_table`, one track

@@ -91,6 +91,7 @@ def _save_state(path: Path, run_fingerprint: str, parts: dict[str, Any], epoch: 
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
+# %% ../../nbs/03_training/03_loop.ipynb #5c0a1f44
 def _load_state(path: Path, run_fingerprint: str, parts: dict[str, Any]) -> tuple[int, list[dict]]:
     "Restore a saved state; returns the last finished epoch and the history so far."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
