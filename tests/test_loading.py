@@ -330,8 +330,8 @@ def test_an_index_of_an_absurd_shape_is_refused(damaged, head):
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "null", "[]", "{}", '{"version": 1}', '{"version": 2}', '{"version": 2, "images": -1, "sha256": {}}', "["*100_000,
-    '{"version": 2, "images": 6, "sha256": {"../secret": "' + "0"*64 + '"}}', '{"version": 2, "images": 6, "sha256": {"index.npy": 5}}',
+    "", "{", "null", "[]", "{}", '{"version": 1}', '{"version": 3}', '{"version": 3, "images": -1, "sha256": {}}', "["*100_000,
+    '{"version": 3, "images": 6, "sha256": {"../secret": "' + "0"*64 + '"}}', '{"version": 3, "images": 6, "sha256": {"index.npy": 5}}',
     '{"version": ' + "9"*5000 + "}"], ids=range(12))
 def test_an_odd_store_json_is_named(damaged, text):
     (damaged/"store.json").write_text(text)

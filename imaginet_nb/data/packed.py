@@ -44,7 +44,7 @@ def tile_checksums(
 class StoredImage:
     "An image in a store; a `Picture`. Slicing raises `StoreError` if the pixels are not those that were packed."
     def __init__(self,
-        canvas: blosc2.NDArray, # of its shard, `(rows, widest, 3)`
+        canvas: blosc2.NDArray, # of its shard, `(rows, 3*widest)`
         top: int, # its first row there, a multiple of 64
         height: int, # pixels
         width: int, # pixels
@@ -62,9 +62,9 @@ class StoredImage:
         rows, columns = slice(top//_BLOCK, -(-bottom//_BLOCK)), slice(left//_BLOCK, -(-right//_BLOCK)) # of tiles
         y, x = rows.start*_BLOCK, columns.start*_BLOCK
         tiles = np.empty((rows.stop*_BLOCK - y, columns.stop*_BLOCK - x, 3), np.uint8)
-        start, stop = [self.top + y, x, 0], [self.top + rows.stop*_BLOCK, columns.stop*_BLOCK, 3]
+        start, stop = [self.top + y, 3*x], [self.top + rows.stop*_BLOCK, 3*columns.stop*_BLOCK]
         # as `canvas[...]`, but without its parsing of the key, which takes half of the time of a crop
-        try: self.canvas.get_slice_numpy(tiles, (start, stop))
+        try: self.canvas.get_slice_numpy(tiles.reshape(len(tiles), -1), (start, stop))
         except RuntimeError as error: raise StoreError(f"{self.name}: cannot be decompressed ({error}); {_REMEDY}") from None
         if not np.array_equal(tile_checksums(tiles), self.checksums[rows, columns].reshape(-1)):
             raise StoreError(f"{self.name}: pixels do not match their checksum; {_REMEDY}")
@@ -72,7 +72,7 @@ class StoredImage:
 
 # %% ../../nbs/01_data/09_packed.ipynb #550cc1c1
 INDEX = np.dtype([("path", "<u8"), ("top", "<u8"), ("tile", "<u8"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")])
-_MARKER, _VERSION = "store.json", 2
+_MARKER, _VERSION = "store.json", 3
 
 def _key(path: str) -> int:
     "64-bit hash of a path."
@@ -103,7 +103,7 @@ def read_facts(
     except (OSError, ValueError, RecursionError) as error: raise StoreError(f"{marker}: cannot be read ({error}); {_AGAIN}") from None
     version = facts.get("version") if isinstance(facts, dict) else None
     if version != _VERSION:
-        raise StoreError(f"{marker}: version {reprlib.repr(version)}, this program reads version {_VERSION}, which has checksums; {_AGAIN}")
+        raise StoreError(f"{marker}: version {reprlib.repr(version)}, this program reads version {_VERSION}; {_AGAIN}")
     try: return StoreFacts.model_validate(facts)
     except ValidationError as error:
         wrong = error.errors()[0]
@@ -129,7 +129,7 @@ def _open_shard(
     try:
         canvas = blosc2.open(str(path), mode="r", mmap_mode="r")
         if not isinstance(canvas, blosc2.NDArray): raise ValueError("not an array")
-        if (canvas.dtype, canvas.shape[2:], canvas.blocks) != (np.uint8, (3,), (_BLOCK, _BLOCK, 3)):
+        if (canvas.dtype, canvas.blocks) != (np.uint8, (_BLOCK, 3*_BLOCK)):
             raise ValueError("not a canvas of tiles")
         return canvas, np.memmap(path.with_suffix(".crc32"), "<u4", "r")
     except Exception as error: # a damaged file makes blosc2 raise almost anything
@@ -160,13 +160,13 @@ class Store(Mapping[str, Picture]):
     ) -> StoredImage:
         row = _find(self._entries, path)
         if row is None: raise StoreError(f"{path}: not in the store {self.path}; pack the manifest that names it")
-        top, tile, shard, height, width = (int(row[name]) for name in ("top", "tile", "shard", "height", "width"))
-        name = self.path/f"shard-{shard:05d}.b2nd"
+        _, top, tile, shard, height, width = row.item()
+        name = f"{self.path}/shard-{shard:05d}.b2nd" # a string, since joining paths takes longer than finding the image
         here = os.getpid(), shard
-        if here not in self._shards: self._shards[here] = _open_shard(name)
+        if here not in self._shards: self._shards[here] = _open_shard(Path(name))
         canvas, checksums = self._shards[here]
         rows, columns = -(-height//_BLOCK), -(-width//_BLOCK)
-        fits = top + rows*_BLOCK <= canvas.shape[0] and columns*_BLOCK <= canvas.shape[1] and tile + rows*columns <= len(checksums)
+        fits = top + rows*_BLOCK <= canvas.shape[0] and 3*columns*_BLOCK <= canvas.shape[1] and tile + rows*columns <= len(checksums)
         if not fits or not height or not width:
             raise StoreError(f"{name}: does not hold {height}x{width} pixels at row {top} for {path}; {_REMEDY}")
         return StoredImage(canvas, top, height, width, np.asarray(checksums)[tile:tile + rows*columns], f"{name}, image {path}")
@@ -210,10 +210,10 @@ def _write_shard(
     out: Path, # folder of the store
 ) -> tuple[np.ndarray, np.ndarray]: # part of the index; checksums of all tiles
     "Write some images to one file."
-    part, rows, waiting, checksums, tile = np.zeros(len(paths), INDEX), 0, np.empty((0, width, 3), np.uint8), list[np.ndarray](), 0
+    part, rows, waiting, checksums, tile = np.zeros(len(paths), INDEX), 0, np.empty((0, 3*width), np.uint8), list[np.ndarray](), 0
     blosc2.set_nthreads(1) # several threads write blocks in the order in which they end
     with atomic_path(out/f"shard-{number:05d}.b2nd") as temporary:
-        canvas = blosc2.zeros(waiting.shape, dtype=np.uint8, chunks=(_CHUNK, _CHUNK, 3), blocks=(_BLOCK, _BLOCK, 3), urlpath=str(temporary),
+        canvas = blosc2.zeros(waiting.shape, dtype=np.uint8, chunks=(_CHUNK, 3*_CHUNK), blocks=(_BLOCK, 3*_BLOCK), urlpath=str(temporary),
                               mode="w", cparams=_COMPRESSION)
         for row, (image, path) in enumerate(zip(images, paths)): # in this order, so that `images` is exhausted
             h, w = image.shape[:2]
@@ -221,12 +221,13 @@ def _write_shard(
             tiles = np.pad(image, ((0, -h % _BLOCK), (0, -w % _BLOCK), (0, 0)))
             checksums.append(tile_checksums(tiles))
             tile += len(checksums[-1])
-            waiting = np.concatenate([waiting, np.pad(tiles, ((0, 0), (0, width - tiles.shape[1]), (0, 0)))])
+            flat = tiles.reshape(len(tiles), -1)
+            waiting = np.concatenate([waiting, np.pad(flat, ((0, 0), (0, waiting.shape[1] - flat.shape[1])))])
             rows += len(tiles) # an image begins at a block, so that a crop overlaps as few as possible
             full = len(waiting)//_CHUNK*_CHUNK # a chunk that is not full would be compressed again with the next image
             _append(canvas, waiting[:full])
             waiting = waiting[full:]
-        _append(canvas, np.pad(waiting, ((0, -len(waiting) % _CHUNK), (0, 0), (0, 0)))) # the rest of a chunk would be undefined
+        _append(canvas, np.pad(waiting, ((0, -len(waiting) % _CHUNK), (0, 0)))) # the rest of a chunk would be undefined
         del canvas
     return part, np.concatenate(checksums)
 
