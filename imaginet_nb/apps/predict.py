@@ -470,8 +470,8 @@ def _outputs(
         size = scorer.batch_size or len(rows)
         for own in (rows[start:start + size] for start in range(0, len(rows), size)):
             filled = np.resize(own, size) # repeats crops where the last batch is not full
-            images = np.empty((size, 3, *shape[:2]), np.uint8) # filled by numpy, since idle threads of torch would slow down the readers
-            np.stack([crops[i].transpose(2, 0, 1) for i in filled], out=images)
+            # by numpy, since torch's idle threads would keep a core from the readers
+            images = np.ascontiguousarray(np.stack([crops[i] for i in filled]).transpose(0, 3, 1, 2))
             answers[own] = detector_outputs(scorer.detector, torch.from_numpy(images)).numpy()[:len(own)]
     return answers
 
