@@ -118,7 +118,7 @@ def cached_step(
     model: nn.Module, # images to `(B, V, D)`
     images: Tensor, # `(B, 3, H, W)`, on the device of the model
     loss_fn: Callable[[Tensor], Tensor], # `(B, V, D)` to a scalar; may compare every image with every other
-    chunk_size: int, # images that go through the network at once
+    chunk_size: int, # images that go through the network at once, at most
 ) -> Tensor: # the loss, detached; gradients are added to `.grad`
     """Loss and gradient of the whole batch in the memory of one chunk (gradient caching, Gao et al., 2021).
 
@@ -128,7 +128,8 @@ def cached_step(
         loss = loss_fn(model(images))
         loss.backward()
         return loss.detach()
-    chunks, no_sync = images.split(chunk_size), getattr(model, "no_sync", contextlib.nullcontext)
+    rest, last = images[:-chunk_size], images[-chunk_size:] # the last chunk passes once, so it is as large as possible
+    chunks, no_sync = (*rest.tensor_split(-(-len(rest)//chunk_size)), last), getattr(model, "no_sync", contextlib.nullcontext)
     with one_statistics_update(model) as stop_collecting, _no_autocast_cache():
         with no_sync():
             parts, states = _embed(model, chunks)                                    # 1. without a graph, but for the last chunk
@@ -137,8 +138,8 @@ def cached_step(
             loss = loss_fn(z)
             loss.backward()                                                          # 2. dL/dz of the whole batch
             assert z.grad is not None
-            *gradients, last = z.grad.split(chunk_size)
-            parts[-1].backward(last)
+            *gradients, last_gradient = z.grad.split([len(chunk) for chunk in chunks])
+            parts[-1].backward(last_gradient)
         for number, gradient in enumerate(gradients, 1):
             with contextlib.nullcontext() if number == len(gradients) else no_sync():
                 with states[number - 1].replay():
