@@ -577,8 +577,7 @@ def predict(
 
     Writes a row per file; probabilities are empty where they would mean nothing (demo only, too small, flat). Calibrated on real
     pictures alone, it says `not flagged` for real. A corrupt file has an error; exits with 1 if all have. Labels of a table are
-    joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict).
-    """
+    joined to the rows by the column path (`read_list` in notebook 08_apps/00_predict)."""
     if engine not in ("local", "ray"): raise typer.BadParameter("choose local or ray", param_hint="--engine")
     from imaginet_nb.apps.predict import LISTS, Settings
     if root and not any(path.lower().endswith(LISTS) for path in paths):
@@ -830,8 +829,7 @@ def evaluate(
     A picture with a side under 16 pixels, or under half of the crops that a detector is shown, is not scored: the reason is its error.
     In predictions.csv, error says why a picture has no score, and note what was left out or missing in its file.
     Labels: real, 0_real, human, nature, natural, authentic; synthetic, 1_fake, fake, ai, ai-generated, artificial, generated.
-    If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other.
-    """
+    If a path has two label words, the one nearest the root counts; human, nature and natural only if there is no other."""
     from imaginet_nb.core import pick_device
     source = manifest or root
     if source is None: raise ValueError("name the pictures: --manifest LIST.csv, or --root FOLDER with real/ and synthetic/<generator>/")

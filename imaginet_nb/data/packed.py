@@ -161,9 +161,9 @@ class Store(Mapping[str, Picture]):
         row = _find(self._entries, path)
         if row is None: raise StoreError(f"{path}: not in the store {self.path}; pack the manifest that names it")
         _, top, tile, shard, height, width = row.item()
-        name = f"{self.path}/shard-{shard:05d}.b2nd" # a string, since joining paths takes longer than finding the image
+        name = self.path/f"shard-{shard:05d}.b2nd"
         here = os.getpid(), shard
-        if here not in self._shards: self._shards[here] = _open_shard(Path(name))
+        if here not in self._shards: self._shards[here] = _open_shard(name)
         canvas, checksums = self._shards[here]
         rows, columns = -(-height//_BLOCK), -(-width//_BLOCK)
         fits = top + rows*_BLOCK <= canvas.shape[0] and 3*columns*_BLOCK <= canvas.shape[1] and tile + rows*columns <= len(checksums)
